@@ -1,0 +1,156 @@
+"""Which modules of a decoder play which role, and which linears share one channel axis.
+
+An adapter holds names and sizes, never a copied ``forward``. Everything an algorithm needs to know of an architecture
+is asked here, so that depth, width, training and extraction never say ``q_proj``.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.errors import ArchitectureError
+
+
+@dataclass(frozen=True)
+class ChannelAxis:
+    """One linear of a group: its path inside the decoder layer, and how many channels of it one unit takes."""
+
+    path: str
+    channels_per_unit: int
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Linears of a decoder layer that share one channel axis; it shrinks in whole units.
+
+    Producers have the channels as output rows, the consumer has them as input columns.
+
+    Example, Llama with 8 query heads and 4 KV heads of 32 channels: one attention unit is a KV group.
+
+    >>> ChannelGroup("attention", 4, (ChannelAxis("self_attn.q_proj", 64), ChannelAxis("self_attn.k_proj", 32),
+    ...              ChannelAxis("self_attn.v_proj", 32)), ChannelAxis("self_attn.o_proj", 64)).consumer.channels_per_unit
+    64
+    """
+
+    name: str
+    units: int
+    producers: tuple[ChannelAxis, ...]
+    consumer: ChannelAxis
+
+    @property
+    def channels(self) -> int:
+        """Input channels of the consumer."""
+        return self.units * self.consumer.channels_per_unit
+
+
+def group_key(layer: int, group: ChannelGroup) -> str:
+    """Return the name under which a layer's group is found in statistics and strategies: "3.attention"."""
+    return f"{layer}.{group.name}"
+
+
+class ArchitectureAdapter(ABC):
+    """Names and sizes of one family of decoders. Subclass it and hand it over by the hook ``register_architectures``."""
+
+    model_types: tuple[str, ...]
+
+    @abstractmethod
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """Return the module whose ``layers`` are the decoder layers."""
+
+    @abstractmethod
+    def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
+        """Return the groups of one decoder layer at full width; the same for every layer."""
+
+    @abstractmethod
+    def subnet_config(
+        self,
+        config: PretrainedConfig,
+        kept_layers: Sequence[int],
+        units: Mapping[str, int],
+        biased: frozenset[str] = frozenset(),
+    ) -> PretrainedConfig:
+        """Return the configuration of a stock class that holds a subnet.
+
+        Args:
+            config: The whole model's configuration.
+            kept_layers: Indices of the layers kept, ascending.
+            units: Units kept per group name, the same in every layer.
+            biased: Names of groups whose consumer carries an output bias that the model did not have.
+
+        Raises:
+            ArchitectureError: If no stock class can hold it.
+        """
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """Return the decoder layers that are active."""
+        layers = self.decoder(model).layers
+        if not isinstance(layers, nn.ModuleList):
+            raise ArchitectureError(f"the decoder's layers are a {type(layers).__name__}, not a ModuleList")
+        return layers
+
+    def set_layers(self, model: PreTrainedModel, layers: Sequence[nn.Module], indices: Sequence[int], whole: PretrainedConfig) -> None:
+        """Exchange the layer list; cache indices and the configuration follow. No module is copied.
+
+        Args:
+            model: Changed in place.
+            layers: The decoder layers that shall run, in order.
+            indices: Their indices in the whole model.
+            whole: The whole model's configuration, for the fields that list one value per layer.
+        """
+        self.decoder(model).layers = nn.ModuleList(layers)
+        for position, layer in enumerate(layers):
+            self.set_layer_index(layer, position)
+        set_config_depth(model.config, indices, whole)
+
+    def set_layer_index(self, layer: nn.Module, position: int) -> None:
+        """Tell a decoder layer at which position its keys and values are cached."""
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+
+
+def set_config_depth(config: PretrainedConfig, indices: Sequence[int], whole: PretrainedConfig) -> None:
+    """Write into a configuration how many layers there are, and of which type each is."""
+    config.num_hidden_layers = len(indices)
+    types = getattr(whole, "layer_types", None)
+    if types is not None:
+        config.layer_types = [types[index] for index in indices]
+
+
+def copy_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a deep copy, so that no later change of a live model reaches it."""
+    return copy.deepcopy(config)
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside wrappers that offer ``get_base_model`` (PEFT's)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def require_unquantized(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are quantized already.
+
+    Raises:
+        ArchitectureError: Naming the quantization found and the order that works.
+    """
+    method = getattr(model.config, "quantization_config", None)
+    scheme = next((name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")), None)
+    if method is not None or scheme is not None:
+        raise ArchitectureError(
+            f"the model is already quantized ({'config.quantization_config' if method is not None else scheme}): selection and "
+            "extraction work on full-precision weights; load the original model, and put quantization after extraction in the recipe"
+        )
+
+
+def stock_class_name(config: PretrainedConfig) -> str:
+    """Return the name of the causal-LM class that transformers builds for a configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    return name if isinstance(name, str) else name[0]

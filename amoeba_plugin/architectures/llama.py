@@ -1,0 +1,109 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder design, four sets of configuration fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import MistralConfig, PretrainedConfig, SeedOssConfig
+
+from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config, set_config_depth
+from amoeba_plugin.errors import ArchitectureError
+
+# Fields that mean the same in every class of the family and move along when a subnet changes its class.
+SHARED_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout", "dtype",
+)  # fmt: skip
+
+
+class LlamaFamily(ArchitectureAdapter):
+    """Gated MLP and (grouped-query) attention with separate projections; the unit of attention is a KV group."""
+
+    model_types = ("llama", "mistral", "qwen2", "qwen3")
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """Return ``model.model``."""
+        decoder = model.model
+        if not isinstance(decoder, nn.Module):
+            raise ArchitectureError(f"{type(model).__name__}.model is no module")
+        return decoder
+
+    def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
+        """Return the attention group (units: KV groups) and the MLP group (units: neurons)."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query_rows = config.num_attention_heads // config.num_key_value_heads * head_dim
+        attention = ChannelGroup(
+            "attention",
+            config.num_key_value_heads,
+            (
+                ChannelAxis("self_attn.q_proj", query_rows),
+                ChannelAxis("self_attn.k_proj", head_dim),
+                ChannelAxis("self_attn.v_proj", head_dim),
+            ),
+            ChannelAxis("self_attn.o_proj", query_rows),
+        )
+        mlp = ChannelGroup(
+            "mlp",
+            config.intermediate_size,
+            (ChannelAxis("mlp.gate_proj", 1), ChannelAxis("mlp.up_proj", 1)),
+            ChannelAxis("mlp.down_proj", 1),
+        )
+        return attention, mlp
+
+    def subnet_config(
+        self,
+        config: PretrainedConfig,
+        kept_layers: Sequence[int],
+        units: Mapping[str, int],
+        biased: frozenset[str] = frozenset(),
+    ) -> PretrainedConfig:
+        """Keep the model's class where it can hold the subnet, else take an identical one that can.
+
+        Llama wants ``hidden_size % heads == 0`` and has one switch for all attention biases; Mistral computes the same and
+        wants neither; SeedOss computes the same and has a separate switch for the output bias.
+        """
+        subnet = copy_config(config)
+        # Qwen2 and older Llama files leave head_dim to hidden_size // heads, which is wrong once heads are gone.
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries_per_group = config.num_attention_heads // config.num_key_value_heads
+        subnet.head_dim = head_dim
+        subnet.num_key_value_heads = units["attention"]
+        subnet.num_attention_heads = units["attention"] * queries_per_group
+        subnet.intermediate_size = units["mlp"]
+        set_config_depth(subnet, kept_layers, config)
+        if biased:
+            return self._seed_oss(subnet)
+        if config.model_type == "llama" and subnet.hidden_size % subnet.num_attention_heads:
+            return self._mistral(subnet)
+        return subnet
+
+    def _mistral(self, subnet: PretrainedConfig) -> PretrainedConfig:
+        if subnet.attention_bias or subnet.mlp_bias:
+            return self._seed_oss(subnet)
+        fields = {name: getattr(subnet, name) for name in SHARED_FIELDS if hasattr(subnet, name)}
+        return MistralConfig(**fields, sliding_window=None, architectures=["MistralForCausalLM"])
+
+    def _seed_oss(self, subnet: PretrainedConfig) -> PretrainedConfig:
+        if subnet.model_type == "qwen3":
+            raise ArchitectureError(
+                "bias compensation on qwen3: no stock class has both q/k norms and a bias on down_proj; "
+                "set bias_compensation: false in WidthShrinkingModifier"
+            )
+        if "sliding_attention" in (getattr(subnet, "layer_types", None) or []) or (
+            subnet.model_type == "mistral" and subnet.sliding_window is not None
+        ):
+            raise ArchitectureError(
+                f"bias compensation on {subnet.model_type} with sliding-window attention: the class that could hold the "
+                "biases (SeedOss) has no window; set bias_compensation: false in WidthShrinkingModifier"
+            )
+        fields = {name: getattr(subnet, name) for name in SHARED_FIELDS if hasattr(subnet, name)}
+        return SeedOssConfig(
+            **fields,
+            attention_bias=subnet.model_type == "qwen2" or bool(getattr(subnet, "attention_bias", False)),
+            attention_out_bias=True,
+            mlp_bias=True,
+            residual_dropout=0.0,
+            architectures=["SeedOssForCausalLM"],
+        )

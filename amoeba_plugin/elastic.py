@@ -1,0 +1,230 @@
+"""ElasticModel: a model of which exactly one subnet shape is active; switching copies no parameter.
+
+Channels are reordered once by importance (which changes no output), so every width is a prefix of every weight:
+``ElasticLinear`` computes with views ``weight[:out, :in]``. Depth is the layer list, exchanged. (The idea is that of ELMS,
+arXiv:2409.09071, section 3: permutation-consistent units.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_unquantized
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
+
+
+class ElasticLinear(nn.Linear):
+    """An ``nn.Linear`` that computes with the first ``active_out`` rows and ``active_in`` columns of its weight.
+
+    Made from an existing linear in place (:meth:`convert`), whose parameters stay the same objects.
+
+    Attributes:
+        compensation: (widths, out_features) or ``None``; the row ``compensation_row`` is added to the output: what the
+            missing input channels contributed on average.
+    """
+
+    active_out: int
+    active_in: int
+    compensation: Tensor | None
+    compensation_row: int | None
+
+    @classmethod
+    def convert(cls, linear: nn.Linear) -> ElasticLinear:
+        """Turn a linear into an elastic one at full size, in place."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.active_out, linear.active_in = linear.out_features, linear.in_features
+        linear.register_buffer("compensation", None, persistent=False)
+        linear.compensation_row = None
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., active_in) to (..., active_out)."""
+        bias = None if self.bias is None else self.bias[: self.active_out]
+        output = functional.linear(input, self.weight[: self.active_out, : self.active_in], bias)
+        if self.compensation is not None and self.compensation_row is not None:
+            output = output + self.compensation[self.compensation_row, : self.active_out]
+        return output
+
+    def extra_repr(self) -> str:
+        """Show the active size beside the whole one."""
+        return f"{super().extra_repr()}, active={self.active_out}x{self.active_in}"
+
+
+@dataclass(frozen=True)
+class ElasticGroup:
+    """One channel group of one layer, with its live linears."""
+
+    key: str
+    group: ChannelGroup
+    producers: tuple[ElasticLinear, ...]
+    consumer: ElasticLinear
+
+    def set_units(self, units: int, compensation_row: int | None) -> None:
+        """Activate the first ``units`` units."""
+        for axis, linear in zip(self.group.producers, self.producers, strict=True):
+            linear.active_out = units * axis.channels_per_unit
+        self.consumer.active_in = units * self.group.consumer.channels_per_unit
+        self.consumer.compensation_row = compensation_row
+
+
+class ElasticModel:
+    """Makes a model elastic in place and switches its shape.
+
+    Example::
+
+        elastic = ElasticModel(model, strategy)      # the largest shape is active: outputs are those of before
+        with elastic.active("24x7/8"):
+            model(**batch)                           # 24 layers at 7/8 of the width
+
+    Args:
+        model: A full-precision causal LM; its channels are reordered in place.
+        strategy: Must carry the model's fingerprint.
+
+    Raises:
+        ArtifactError: If the strategy belongs to another model.
+        ArchitectureError: If the model is quantized, already elastic, or of an unsupported architecture.
+    """
+
+    def __init__(self, model: PreTrainedModel, strategy: SubnetStrategy) -> None:
+        require_unquantized(model)
+        self.model = model
+        self.strategy = strategy
+        self.adapter = architecture_for(model.config.model_type)
+        strategy.require_model(model, self.adapter)
+        self.config = copy_config(model.config)
+        self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
+        self.groups = self._elastic_groups()
+        self._listeners: list[Callable[[SubnetShape], None]] = []
+        for group in self.groups:
+            _reorder(group, strategy.width)
+        self._shape = self.space.largest
+        self._require_whole_largest()
+
+    @property
+    def space(self) -> ShapeSpace:
+        """The shapes that can be activated."""
+        return self.strategy.space
+
+    @property
+    def shape(self) -> SubnetShape:
+        """The active shape."""
+        return self._shape
+
+    def kept_layers(self, shape: SubnetShape | None = None) -> tuple[int, ...]:
+        """Return the indices of the layers that a shape (default: the active one) keeps."""
+        return self.strategy.depth.kept[(shape or self._shape).depth]
+
+    def units(self, width: Fraction, key: str, group: ChannelGroup) -> int:
+        """Return how many units of a layer's group a width keeps."""
+        return self.strategy.width.units[width].get(key, group.units)
+
+    def on_shape_change(self, listener: Callable[[SubnetShape], None]) -> None:
+        """Call ``listener`` with the active shape, now and after every change (a SMOL router listens here)."""
+        self._listeners.append(listener)
+        listener(self._shape)
+
+    def set_shape(self, shape: SubnetShape | str) -> None:
+        """Activate a shape.
+
+        Raises:
+            ShapeError: If the space does not hold it; the active shape stays.
+        """
+        shape = self.space.require(shape)
+        kept = self.kept_layers(shape)
+        self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
+        row = None if shape.width == 1 else self.space.widths.index(shape.width)
+        for group in self.groups:
+            group.set_units(self.units(shape.width, group.key, group.group), row)
+        self._shape = shape
+        for listener in self._listeners:
+            listener(shape)
+
+    @contextmanager
+    def active(self, shape: SubnetShape | str) -> Iterator[PreTrainedModel]:
+        """Activate a shape for a block of code; the one active before comes back, after an exception too."""
+        before = self._shape
+        self.set_shape(shape)
+        try:
+            yield self.model
+        finally:
+            self.set_shape(before)
+
+    def _elastic_groups(self) -> tuple[ElasticGroup, ...]:
+        groups = self.adapter.channel_groups(self.config)
+        return tuple(
+            ElasticGroup(
+                group_key(index, group),
+                group,
+                tuple(_elastic_linear(layer, axis.path) for axis in group.producers),
+                _elastic_linear(layer, group.consumer.path),
+            )
+            for index, layer in enumerate(self.layers)
+            for group in groups
+        )
+
+    def _require_whole_largest(self) -> None:
+        if self.space.largest != SubnetShape(len(self.layers), Fraction(1)):
+            raise ArchitectureError(
+                f"the space's largest shape {self.space.largest} is not the whole model ({len(self.layers)}x1); "
+                "the largest subnet is the teacher of all others: add depth and width 1 to the strategy"
+            )
+
+
+def _elastic_linear(layer: nn.Module, path: str) -> ElasticLinear:
+    linear = layer.get_submodule(path)
+    if type(linear) is not nn.Linear:
+        raise ArchitectureError(
+            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear: the model is quantized, "
+            "already elastic, or carries an adapter; load it in full precision and make it elastic before anything else"
+        )
+    return ElasticLinear.convert(linear)
+
+
+@torch.no_grad()
+def _reorder(group: ElasticGroup, width: WidthStrategy) -> None:
+    """Permute a group's channels by importance, in place, and precompute the biases that stand in for missing ones."""
+    order = width.order.get(group.key)
+    if order is None:
+        return
+    for axis, linear in zip(group.group.producers, group.producers, strict=True):
+        rows = unit_channels(order, axis.channels_per_unit).to(linear.weight.device)
+        linear.weight.copy_(linear.weight[rows])
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias[rows])
+    consumer = group.consumer
+    columns = unit_channels(order, group.group.consumer.channels_per_unit)
+    consumer.weight.copy_(consumer.weight[:, columns.to(consumer.weight.device)])
+    if width.bias_compensation:
+        consumer.register_buffer("compensation", _compensation(group, width, columns), persistent=False)
+
+
+def _compensation(group: ElasticGroup, width: WidthStrategy, columns: Tensor) -> Tensor:
+    # b = W[:, pruned] @ mu[pruned]  (FLAP, arXiv:2312.11983, eq. 5), one row per width; in fp32
+    weight = group.consumer.weight.float()
+    mean = width.mean_input[group.key][columns].to(weight.device)
+    rows = []
+    for share in sorted(width.units, reverse=True):
+        kept = width.units[share].get(group.key, group.group.units) * group.group.consumer.channels_per_unit
+        rows.append(weight[:, kept:] @ mean[kept:])
+    return torch.stack(rows).to(group.consumer.weight.dtype)
+
+
+def unit_channels(order: Tensor, channels_per_unit: int) -> Tensor:
+    """Spread an order of units over their channels: (units,) -> (units * channels_per_unit,), int64.
+
+    >>> unit_channels(torch.tensor([1, 0]), 2)
+    tensor([2, 3, 0, 1])
+    """
+    return (order[:, None] * channels_per_unit + torch.arange(channels_per_unit)).flatten()

@@ -1,0 +1,36 @@
+"""The hooks by which architectures, importances and objectives are handed over; built-in ones use the same door.
+
+A plugin is a module with functions of these names, marked ``@hookimpl`` and announced as an entry point of the group
+``amoeba_plugin``. A function may leave out arguments it does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from amoeba_plugin.architecture import ArchitectureAdapter
+    from amoeba_plugin.importance import Importance
+    from amoeba_plugin.objectives import Objective
+
+PROJECT = "amoeba_plugin"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def amoeba_architectures() -> Sequence[ArchitectureAdapter]:  # type: ignore[empty-body]
+    """Return adapters; each names the ``model_types`` it serves."""
+
+
+@hookspec
+def amoeba_importances() -> Mapping[str, Importance]:  # type: ignore[empty-body]
+    """Return importances by the name that ``WidthShrinkingModifier.importance`` takes."""
+
+
+@hookspec
+def amoeba_objectives() -> Mapping[str, Objective]:  # type: ignore[empty-body]
+    """Return objectives by the name that ``DepthShrinkingModifier.objective`` takes."""

@@ -1,0 +1,119 @@
+"""Subnet shapes and the finite grid they come from: values, no torch.
+
+>>> SubnetShape.parse("24x7/8")
+SubnetShape(depth=24, width=Fraction(7, 8))
+>>> space = ShapeSpace(depths=(12, 8), widths=(Fraction(1), Fraction(3, 4)))
+>>> str(space.largest), str(space.smallest), len(space)
+('12x1', '8x3/4', 4)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from amoeba_plugin.errors import ShapeError
+
+
+@dataclass(frozen=True, order=True)
+class SubnetShape:
+    """A point of the space: layers kept, and the share of channels kept in each of them, in (0, 1]."""
+
+    depth: int
+    width: Fraction
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ShapeError(f"depth {self.depth}: a subnet keeps at least 1 layer")
+        if not 0 < self.width <= 1:
+            raise ShapeError(f"width {self.width}: a share of channels lies in (0, 1]; write 1, 7/8 or 0.75")
+
+    @classmethod
+    def parse(cls, text: str | SubnetShape) -> SubnetShape:
+        """Read ``DEPTHxWIDTH``: "24x7/8", "24x0.875", "24" (full width).
+
+        Raises:
+            ShapeError: If the text is anything else.
+        """
+        if isinstance(text, SubnetShape):
+            return text
+        depth, _, width = str(text).strip().lower().partition("x")
+        try:
+            return cls(int(depth), parse_width(width or "1"))
+        except ValueError as error:
+            raise ShapeError(f"'{text}' is not a subnet shape ({error}); write DEPTHxWIDTH, for example 24x7/8") from error
+
+    def __str__(self) -> str:
+        return f"{self.depth}x{self.width}"
+
+
+@dataclass(frozen=True)
+class ShapeSpace:
+    """The grid of shapes that one training serves: every depth with every width, both stored largest first."""
+
+    depths: tuple[int, ...]
+    widths: tuple[Fraction, ...]
+
+    def __post_init__(self) -> None:
+        if not self.depths or not self.widths:
+            raise ShapeError("a shape space needs at least one depth and one width")
+        object.__setattr__(self, "depths", tuple(sorted(set(self.depths), reverse=True)))
+        object.__setattr__(self, "widths", tuple(sorted(set(self.widths), reverse=True)))
+        SubnetShape(min(self.depths), min(self.widths))
+
+    @property
+    def largest(self) -> SubnetShape:
+        """The deepest and widest shape."""
+        return SubnetShape(self.depths[0], self.widths[0])
+
+    @property
+    def smallest(self) -> SubnetShape:
+        """The shallowest and narrowest shape."""
+        return SubnetShape(self.depths[-1], self.widths[-1])
+
+    def __contains__(self, shape: object) -> bool:
+        return isinstance(shape, SubnetShape) and shape.depth in self.depths and shape.width in self.widths
+
+    def __iter__(self) -> Iterator[SubnetShape]:
+        return (SubnetShape(depth, width) for depth in self.depths for width in self.widths)
+
+    def __len__(self) -> int:
+        return len(self.depths) * len(self.widths)
+
+    def sample(self, rng: random.Random) -> SubnetShape:
+        """Draw a depth and a width, each uniform and independent of the other."""
+        return SubnetShape(rng.choice(self.depths), rng.choice(self.widths))
+
+    def require(self, shape: SubnetShape | str) -> SubnetShape:
+        """Return the shape, parsed.
+
+        Raises:
+            ShapeError: If the space does not hold it.
+        """
+        parsed = SubnetShape.parse(shape)
+        if parsed not in self:
+            raise ShapeError(
+                f"shape {parsed} is outside the space {self}; take a depth and a width from it, "
+                "or repeat the selection with a smaller min_depth or more widths"
+            )
+        return parsed
+
+    def __str__(self) -> str:
+        return f"depths {{{', '.join(map(str, self.depths))}}} x widths {{{', '.join(map(str, self.widths))}}}"
+
+
+def parse_width(text: str | float | Fraction) -> Fraction:
+    """Read a width exactly: "7/8", "0.875" and 0.875 are the same fraction.
+
+    Raises:
+        ShapeError: If it is no number in (0, 1].
+    """
+    try:
+        width = Fraction(str(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ShapeError(f"width '{text}' is no number; write 1, 7/8 or 0.75") from error
+    if not 0 < width <= 1:
+        raise ShapeError(f"width {text}: a share of channels lies in (0, 1]; write 1, 7/8 or 0.75")
+    return width

@@ -1,0 +1,224 @@
+"""SubnetStrategy: which layers every depth keeps and in which order every group's units are kept; on disk and in memory.
+
+``strategy.json`` holds all a person may want to read, ``strategy.safetensors`` the orders and mean inputs. Both are written
+atomically, the JSON last: a killed run leaves the old pair or no JSON, and the JSON names the digest of its tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.shape import ShapeSpace
+
+FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 1
+JSON_NAME, TENSORS_NAME = "strategy.json", "strategy.safetensors"
+FINGERPRINT_ELEMENTS = 256
+
+
+@dataclass(frozen=True)
+class DepthStrategy:
+    """For each depth the indices of the layers kept, ascending; depths need not be nested.
+
+    ``metric`` is what the objective measured for each depth on the calibration data; empty where nothing was measured.
+    """
+
+    kept: Mapping[int, tuple[int, ...]]
+    objective: str = ""
+    metric: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def whole(cls, num_layers: int) -> DepthStrategy:
+        """Return the strategy of a model whose depth is not elastic."""
+        return cls({num_layers: tuple(range(num_layers))})
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return max(self.kept)
+
+
+@dataclass(frozen=True)
+class WidthStrategy:
+    """Per group ("3.attention") the order of its units, most important first, and how many each width keeps.
+
+    Kept sets are nested: a width keeps a prefix of the order, so after one reordering every width is a prefix.
+    """
+
+    units: Mapping[Fraction, Mapping[str, int]]
+    order: Mapping[str, Tensor] = field(default_factory=dict)  # (units,) int64
+    mean_input: Mapping[str, Tensor] = field(default_factory=dict)  # (consumer's input channels,) fp32, original order
+    importance: str = ""
+    allocation: str = "uniform"
+    bias_compensation: bool = False
+
+    @classmethod
+    def whole(cls) -> WidthStrategy:
+        """Return the strategy of a model whose width is not elastic."""
+        return cls({Fraction(1): {}})
+
+
+@dataclass(frozen=True)
+class SubnetStrategy:
+    """Depth and width strategy of one model, which ``fingerprint`` identifies; ``provenance`` is for people."""
+
+    depth: DepthStrategy
+    width: WidthStrategy
+    fingerprint: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def space(self) -> ShapeSpace:
+        """The grid of shapes that this strategy can cut."""
+        return ShapeSpace(tuple(self.depth.kept), tuple(self.width.units))
+
+    def require_model(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
+        """Refuse a model that is not the one this strategy was made for.
+
+        Raises:
+            ArtifactError: If the fingerprints differ.
+        """
+        found = model_fingerprint(model, adapter)
+        if found != self.fingerprint:
+            raise ArtifactError(
+                f"this strategy belongs to a model with fingerprint {self.fingerprint[:12]}, the model given has {found[:12]}: "
+                "other weights or another architecture. Load the model the selection ran on, or repeat the selection"
+            )
+
+    def save(self, directory: Path) -> None:
+        """Write both files into a directory, which is made if missing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {f"order.{key}": value.contiguous() for key, value in self.width.order.items()}
+        tensors |= {f"mean_input.{key}": value.contiguous() for key, value in self.width.mean_input.items()}
+        data = save_tensors(tensors)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "tensors_sha256": hashlib.sha256(data).hexdigest(),
+            "depth": {
+                "objective": self.depth.objective,
+                "kept": {str(depth): list(layers) for depth, layers in self.depth.kept.items()},
+                "metric": {str(depth): value for depth, value in self.depth.metric.items()},
+            },
+            "width": {
+                "importance": self.width.importance,
+                "allocation": self.width.allocation,
+                "bias_compensation": self.width.bias_compensation,
+                "units": {str(width): dict(units) for width, units in self.width.units.items()},
+            },
+            "provenance": dict(self.provenance),
+        }
+        write_atomically(directory / TENSORS_NAME, data)
+        write_atomically(directory / JSON_NAME, json.dumps(document, indent=1).encode())
+
+    @classmethod
+    def load(cls, directory: Path) -> SubnetStrategy:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: If a file is missing, truncated, foreign, from a newer version, or not of the same pair.
+        """
+        document = _read_document(directory / JSON_NAME)
+        tensors = _read_tensors(directory / TENSORS_NAME, document.get("tensors_sha256", ""))
+        try:
+            return cls._from_document(document, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{directory / JSON_NAME} is damaged ({error!r}); repeat the selection") from error
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> SubnetStrategy:
+        depth, width = document["depth"], document["width"]
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        return cls(
+            DepthStrategy(
+                {int(key): tuple(layers) for key, layers in depth["kept"].items()},
+                depth["objective"],
+                {int(key): float(value) for key, value in depth["metric"].items()},
+            ),
+            WidthStrategy(
+                {Fraction(key): dict(units) for key, units in width["units"].items()},
+                named("order."),
+                named("mean_input."),
+                width["importance"],
+                width["allocation"],
+                width["bias_compensation"],
+            ),
+            document["fingerprint"],
+            document["provenance"],
+        )
+
+
+def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
+    """Digest the shapes and the first elements of every decoder parameter.
+
+    Values are rounded to bf16 first, so that loading a model in another dtype does not change its fingerprint. To be
+    taken before channels are reordered.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in adapter.layers(model).named_parameters():
+        head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(head.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all: a sibling is written, synced, and renamed over it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist: not an elastic checkpoint, or its selection was interrupted") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the selection") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not a {FORMAT} file; point at the directory that the selection wrote")
+    if document.get("version") != VERSION:
+        raise ArtifactError(
+            f"{path} has format version {document.get('version')}, this amoeba_plugin reads {VERSION}; "
+            "install the version that wrote it, or repeat the selection"
+        )
+    return document
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist; it belongs beside {JSON_NAME}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtifactError(f"{path} is truncated or of another strategy: its digest is not the one in {JSON_NAME}")
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is no safetensors file ({error})") from error
