@@ -1,0 +1,168 @@
+"""One shape of an elastic model, as an ordinary transformers model that knows nothing of this package.
+
+Channels are cut by torch-pruning, the adapter is folded in, and the result is built as the stock class that can hold it.
+Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch_pruning
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.elastic import ElasticLinear, ElasticModel
+from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.shape import SubnetShape
+
+
+def extract(elastic: ElasticModel, shape: SubnetShape | str) -> PreTrainedModel:
+    """Return a subnet as a model of its own; the elastic model and its active shape are left as they were.
+
+    Args:
+        elastic: With or without an adapter on it; active adapters are folded in at this shape.
+        shape: A shape of its space.
+
+    Returns:
+        A model of a stock class, in evaluation mode, on the elastic model's device, sharing no memory with it.
+
+    Raises:
+        ShapeError: If the space does not hold the shape.
+        ArchitectureError: If no stock class can hold it, or a tensor did not get the size that was asked for.
+    """
+    shape = elastic.space.require(shape)
+    with elastic.active(shape), torch.no_grad():
+        subnet = _empty_model(subnet_config(elastic, shape), elastic.model)
+        _fill_layers(subnet, elastic)
+        _fill_rest(subnet, elastic)
+    subnet.tie_weights()
+    subnet.generation_config = elastic.model.generation_config
+    return subnet.eval()
+
+
+def subnet_config(elastic: ElasticModel, shape: SubnetShape) -> PretrainedConfig:
+    """Return the configuration of the stock class that holds a shape.
+
+    Raises:
+        ShapeError: If layers keep different numbers of units, which no stock class can express.
+        ArchitectureError: If no stock class can hold it for another reason.
+    """
+    kept = elastic.kept_layers(shape)
+    units: dict[str, int] = {}
+    for index in kept:
+        for group in elastic.adapter.channel_groups(elastic.config):
+            count = elastic.units(shape.width, f"{index}.{group.name}", group)
+            if units.setdefault(group.name, count) != count:
+                raise ShapeError(
+                    f"shape {shape} keeps {units[group.name]} {group.name} units in one layer and {count} in another "
+                    "(allocation: global); stock classes want one size. Select with allocation: uniform to export checkpoints"
+                )
+    compensated = elastic.strategy.width.bias_compensation and shape.width != 1
+    config = elastic.adapter.subnet_config(elastic.config, kept, units, frozenset(units) if compensated else frozenset())
+    config.name_or_path = elastic.config.name_or_path
+    return config
+
+
+def become(model: PreTrainedModel, subnet: PreTrainedModel) -> None:
+    """Turn ``model`` into ``subnet`` in place: whoever holds the object holds the subnet from now on.
+
+    A host's override of ``save_pretrained`` on the instance (llm-compressor's) is kept.
+    """
+    override = model.__dict__.get("save_pretrained")
+    model.__class__ = type(subnet)
+    model.__dict__ = subnet.__dict__
+    if override is not None:
+        model.__dict__["save_pretrained"] = override
+
+
+def cut_linear(linear: nn.Module, delta: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a linear at its active size.
+
+    Args:
+        linear: An :class:`ElasticLinear` (cut to its active prefix), or any module with ``weight``.
+        delta: What an adapter adds to the whole weight, same shape as it; added in fp32.
+
+    Returns:
+        (active_out, active_in) and (active_out,) or ``None``; copies.
+    """
+    if not isinstance(linear, ElasticLinear):
+        weight, bias = linear.weight.detach().clone(), getattr(linear, "bias", None)
+        bias = None if bias is None else bias.detach().clone()
+        return (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)), bias
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    plain.weight, plain.bias = linear.weight, linear.bias
+    torch_pruning.prune_linear_out_channels(plain, list(range(linear.active_out, linear.out_features)))
+    torch_pruning.prune_linear_in_channels(plain, list(range(linear.active_in, linear.in_features)))
+    weight, bias = plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
+    if delta is not None:
+        weight = (weight.float() + delta[: linear.active_out, : linear.active_in].float()).to(weight.dtype)
+    if linear.compensation is not None and linear.compensation_row is not None:
+        row = linear.compensation[linear.compensation_row, : linear.active_out]
+        bias = row.clone() if bias is None else bias + row
+    return weight, bias
+
+
+def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are not in a checkpoint: they must be real
+        model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(like.device)
+    return model
+
+
+def _fill_layers(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
+    sources = elastic.adapter.layers(elastic.model)
+    for position, (target, source) in enumerate(zip(elastic.adapter.layers(subnet), sources, strict=True)):
+        for path, module in _parameterised(target):
+            _fill(module, source.get_submodule(path), f"layer {position}, {path}")
+
+
+def _fill_rest(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
+    layers = set(elastic.adapter.layers(subnet).modules())
+    tied = subnet.get_output_embeddings() if subnet.config.tie_word_embeddings else None
+    for path, module in _parameterised(subnet):
+        if module not in layers and module is not tied:
+            _fill(module, elastic.model.get_submodule(path), path)
+
+
+def _parameterised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, module) for path, module in root.named_modules() if module._parameters)
+
+
+def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
+    """Give a parameter-less module of the stock class the tensors of its counterpart, sizes checked."""
+    delta = None
+    if isinstance(source, BaseTunerLayer):
+        delta = _adapter_delta(source)
+        source = source.get_base_layer()
+    if isinstance(source, nn.Linear):
+        weight, bias = cut_linear(source, delta)
+        tensors = {"weight": weight, "bias": bias}
+    else:
+        tensors = {name: parameter.detach().clone() for name, parameter in source._parameters.items() if parameter is not None}
+    for name, expected in target._parameters.items():
+        if expected is None:
+            if tensors.get(name) is not None:
+                raise ArchitectureError(f"{where}: the class of the subnet has no place for '{name}'")
+            continue
+        tensor = tensors.get(name)
+        if tensor is None and name == "bias":  # the carrier has one switch for several biases: a zero changes nothing
+            tensor = torch.zeros(expected.shape, dtype=weight.dtype, device=weight.device)
+        if tensor is None or tensor.shape != expected.shape:
+            raise ArchitectureError(
+                f"{where}.{name}: asked for {tuple(expected.shape)}, got {None if tensor is None else tuple(tensor.shape)}; "
+                "the architecture adapter's channel groups do not describe this model"
+            )
+        setattr(target, name, nn.Parameter(tensor.contiguous()))
+
+
+def _adapter_delta(layer: BaseTunerLayer) -> Tensor | None:
+    if layer.merged or layer.disable_adapters:
+        return None
+    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
+    return torch.stack(deltas).sum(0) if deltas else None
