@@ -1,0 +1,195 @@
+"""Configuration of a SMOL adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
+from amoeba_plugin.shape import ShapeSpace, parse_width
+from amoeba_plugin.smol.host import extend_peft_type
+
+FORMAT_VERSION = 1
+COMBINATIONS = ("factors", "outputs")
+NONLINEARITIES = ("none", "relu", "gelu", "silu", "tanh")
+
+
+@dataclass
+class SmolConfig(PeftConfig):
+    """SMOL: a mixture of LoRAs whose weights depend on the active subnet shape, not on the token.
+
+    >>> config = SmolConfig(r=64, depths=[24, 28, 32], widths=["1", "7/8"], num_layers=32, target_modules="all-linear")
+    >>> str(config.space)
+    'depths {32, 28, 24} x widths {1, 7/8}'
+
+    Args:
+        r: Rank of each expert.
+        lora_alpha: Every update is scaled by ``lora_alpha / r`` (by ``lora_alpha / sqrt(r)`` with ``use_rslora``).
+        num_experts: Number of LoRA pairs per layer, E.
+        top_k: Experts mixed at a shape, k. With ``top_k=1`` the only weight is always 1, so the router cannot learn.
+        lora_dropout: Dropout probability of the adapter's input.
+        widths: Widths of the shape space as exact fractions, "1", "7/8"; stored largest first.
+        depths: Depths of the shape space, in layers; None: only the full depth.
+        kept_layers: For each depth (as a string) the indices of the layers that stay, as a strategy chose them. A depth
+            that is missing here drops its deepest layers but the very last: 6 layers at depth 4 keep 0, 1, 2, 5.
+        num_layers: Decoder layers of the base model; None: read from the model.
+        combination: "factors": ``dW = s (sum g_k B_k)(sum g_k A_k)``, rank r (the reference code); "outputs":
+            ``dW = s sum g_k B_k A_k``, rank k*r (the paper's figure), computed as one LoRA of rank k*r.
+        router_noise: Noisy top-k: add noise to the router's logits, in training only.
+        router_hidden: Width of the router's hidden layer.
+        router_seed: Seed of the router's own noise generator.
+        router_temperature: Divides the k chosen logits before the softmax.
+        router_nonlinearity: Between the router's two layers: "none" (as the reference), "relu", "gelu", "silu", "tanh".
+        init_weights: True: A Kaiming-uniform and B zero; "gaussian": A normal with std 1/r and B zero; False: both random.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)``.
+        rank_pattern: Module name or regular expression -> rank, overriding ``r``.
+        alpha_pattern: Module name or regular expression -> alpha, overriding ``lora_alpha``.
+        target_modules: Names of the modules to adapt, a regular expression, or "all-linear"; None: PEFT's choice for
+            LoRA on this architecture.
+        exclude_modules: Names (or a regular expression) of modules to leave out.
+        layers_to_transform: Indices of the layers to adapt; None: all.
+        layers_pattern: Name of the layer list that ``layers_to_transform`` counts in.
+        modules_to_save: Modules to train in full and to save with the adapter.
+        bias: Only "none": a trained bias would change the base model at every shape at once.
+        format_version: Version of the saved adapter.
+
+    Raises:
+        ConfigError: If the fields contradict each other.
+        AdapterError: If ``format_version`` is newer than this package.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of each expert."})
+    lora_alpha: float = field(default=16, metadata={"help": "Updates are scaled by lora_alpha / r."})
+    num_experts: int = field(default=5, metadata={"help": "LoRA pairs per layer."})
+    top_k: int = field(default=2, metadata={"help": "Experts mixed at a shape."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
+    widths: list[str] = field(default_factory=lambda: ["1"], metadata={"help": "Widths of the shape space."})
+    depths: list[int] | None = field(default=None, metadata={"help": "Depths of the shape space."})
+    kept_layers: dict[str, list[int]] | None = field(default=None, metadata={"help": "Depth -> layers that stay."})
+    num_layers: int | None = field(default=None, metadata={"help": "Decoder layers of the base model."})
+    combination: str = field(default="factors", metadata={"help": "'factors' or 'outputs'."})
+    router_noise: bool = field(default=True, metadata={"help": "Noise on the router's logits in training."})
+    router_hidden: int = field(default=16, metadata={"help": "Width of the router's hidden layer."})
+    router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise."})
+    router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the k."})
+    router_nonlinearity: str = field(default="none", metadata={"help": "Between the router's two layers."})
+    init_weights: bool | str = field(default=True, metadata={"help": "True, False or 'gaussian'."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> rank."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module pattern -> alpha."})
+    target_modules: Any = field(default=None, metadata={"help": "Names or regular expression of modules to adapt."})
+    exclude_modules: Any = field(default=None, metadata={"help": "Names or regular expression of modules to skip."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
+    bias: str = field(default="none", metadata={"help": "Only 'none'."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("SMOL")
+        if self.format_version > FORMAT_VERSION:
+            raise AdapterError(
+                f"this SMOL adapter has format version {self.format_version}, but this package reads up to "
+                f"{FORMAT_VERSION}; upgrade the package"
+            )
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_experts()
+        self._check_targets()
+        self._check_space()
+
+    def _check_experts(self) -> None:
+        for name in ("r", "num_experts", "top_k", "router_hidden"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give a whole number of at least 1")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"top_k={self.top_k} experts cannot be chosen from num_experts={self.num_experts}; lower top_k")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability in [0, 1) is needed")
+        if self.router_temperature <= 0:
+            raise ConfigError(f"router_temperature={self.router_temperature}: it divides the logits, give a number above 0")
+        for name, choices in (
+            ("combination", COMBINATIONS),
+            ("router_nonlinearity", NONLINEARITIES),
+            ("init_weights", (True, False, "gaussian")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
+        for pattern, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ConfigError(f"rank_pattern gives '{pattern}' rank {rank}: give at least 1")
+
+    def _check_targets(self) -> None:
+        if self.bias != "none":
+            raise ConfigError(
+                f"bias={self.bias!r}: SMOL trains no biases, because one bias would serve all shapes; use bias='none', "
+                "or name the module in modules_to_save"
+            )
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def _check_space(self) -> None:
+        try:
+            widths = {parse_width(width) for width in self.widths}
+        except ShapeError as error:
+            raise ConfigError(f"widths={self.widths}: {error}") from error
+        if isinstance(self.widths, str) or not widths:
+            raise ConfigError(f"widths={self.widths!r}: give a list with at least one width, such as ['1', '7/8']")
+        self.widths = [str(width) for width in sorted(widths, reverse=True)]
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ConfigError(f"num_layers={self.num_layers}: a model has at least 1 layer")
+        if self.depths is not None:
+            self.depths = sorted(set(self.depths), reverse=True)
+            if not self.depths or self.depths[-1] < 1:
+                raise ConfigError(f"depths={self.depths}: give at least one depth, each of at least 1 layer")
+            if self.num_layers is not None and self.depths[0] > self.num_layers:
+                raise ConfigError(f"depth {self.depths[0]} exceeds the model's {self.num_layers} layers; lower depths")
+        if self.kept_layers is not None:
+            self.kept_layers = {str(depth): list(kept) for depth, kept in self.kept_layers.items()}
+            for text, layers in self.kept_layers.items():
+                if not text.isdigit():
+                    raise ConfigError(f"kept_layers names the depth '{text}'; its keys are whole numbers, as strings")
+                check_kept_layers(layers, int(text), self.num_layers)
+
+    @property
+    def space(self) -> ShapeSpace:
+        """The shapes this adapter is trained for.
+
+        Raises:
+            ConfigError: If neither ``depths`` nor ``num_layers`` is known yet.
+        """
+        depths = self.depths or ([self.num_layers] if self.num_layers else None)
+        if depths is None:
+            raise ConfigError("the depths are unknown until the adapter is on a model; set depths or num_layers")
+        return ShapeSpace(tuple(depths), tuple(parse_width(width) for width in self.widths))
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """Return the indices of the layers that stay at ``depth``, ascending (needs ``num_layers``)."""
+        if self.num_layers is None:
+            raise ConfigError("num_layers is unknown until the adapter is on a model; set it")
+        if self.kept_layers is not None and str(depth) in self.kept_layers:
+            return tuple(self.kept_layers[str(depth)])
+        return (*range(depth - 1), self.num_layers - 1)
+
+
+def check_kept_layers(layers: list[int] | tuple[int, ...], depth: int, num_layers: int | None) -> None:
+    """Check that ``layers`` are ``depth`` ascending layer indices.
+
+    Raises:
+        ConfigError: If they are not.
+    """
+    if len(layers) != depth:
+        raise ConfigError(f"depth {depth} keeps {depth} layers, but kept_layers lists {len(layers)}: {list(layers)}")
+    if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
+        raise ConfigError(f"kept_layers {list(layers)}: list each index once, ascending, from 0")
+    if num_layers is not None and layers and layers[-1] >= num_layers:
+        raise ConfigError(f"kept_layers names layer {layers[-1]}, but the model has layers 0 to {num_layers - 1}")

@@ -1,0 +1,91 @@
+"""What SMOL takes from PEFT's private parts, in one place (contract test: ``tests/smol/test_host.py``)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    register_peft_method,
+    resolve_quantization_backend,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+
+from amoeba_plugin.errors import PluginError
+
+__all__ = [
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "NoMatchingPeftModuleError",
+    "check_adapters_to_merge",
+    "extend_peft_type",
+    "get_pattern_key",
+    "get_quantization_kwargs",
+    "layer_sizes",
+    "onload_layer",
+    "quantization_extra_repr",
+    "register",
+    "resolve_quantization_backend",
+]
+
+TESTED_VERSIONS = ("0.20", "0.21")
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """Return the member ``name`` of PEFT's enum of methods, adding it first when PEFT does not know it.
+
+    PEFT wants a real member (it reads ``.value`` and iterates over the enum) and has no way to add one. The steps are
+    those of ``enum.EnumMeta`` itself; they hold on Python 3.10 to 3.13.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register(name: str, config_class: type[Any], model_class: type[Any]) -> None:
+    """Register a tuner with PEFT under ``name`` (lower case); doing it twice changes nothing.
+
+    Raises:
+        PluginError: If another package registered the name first.
+    """
+    peft_type = extend_peft_type(name.upper())
+    registered = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    if registered is model_class:
+        return
+    if registered is not None:
+        raise PluginError(
+            f"the PEFT method '{name}' is registered by {registered.__module__}.{registered.__qualname__}; "
+            "only one package can provide it, so uninstall the other one"
+        )
+    if not peft.__version__.startswith(TESTED_VERSIONS):
+        warnings.warn(
+            f"PEFT {peft.__version__} is outside the versions SMOL was tested with ({', '.join(TESTED_VERSIONS)}); "
+            "if something fails, install one of them",
+            stacklevel=2,
+        )
+    # transformers' delete_adapter computes the prefix as value.lower() + "_"
+    register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
+
+
+def layer_sizes(layer: Any) -> tuple[int, int] | tuple[None, None]:
+    """Return (in, out) features of a dense or quantized linear layer, (None, None) if it is no such layer."""
+    sizes: tuple[int, int] | tuple[None, None] = _get_in_out_features(layer)
+    return sizes

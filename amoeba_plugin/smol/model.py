@@ -1,0 +1,243 @@
+"""SMOL as a PEFT tuner: puts adapters on a model, sets the shape, hands one shape out as a LoRA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.smol.config import SmolConfig
+from amoeba_plugin.smol.export import LoraPair, write_lora
+from amoeba_plugin.smol.host import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    BaseTuner,
+    NoMatchingPeftModuleError,
+    get_pattern_key,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from amoeba_plugin.smol.layer import SmolLinear
+from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
+
+ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
+
+
+class SmolModel(BaseTuner):  # type: ignore[misc]
+    """A model with SMOL adapters; made by ``get_peft_model(model, SmolConfig(...))``.
+
+    >>> peft_model = get_peft_model(model, SmolConfig(depths=[2, 4], widths=["1", "1/2"]))  # doctest: +SKIP
+    >>> peft_model.set_shape("2x1/2")  # doctest: +SKIP
+    """
+
+    prefix = "smol_"
+    tuner_layer_cls = SmolLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # The shape
+
+    @property
+    def router(self) -> ShapeRouter:
+        """The router of all adapters.
+
+        Raises:
+            AdapterError: If there is none, because all adapters were unloaded.
+        """
+        router = getattr(self.model, ROUTER_NAME, None)
+        if not isinstance(router, ShapeRouter):
+            raise AdapterError("the model has no SMOL adapter any more; wrap it with get_peft_model again")
+        return router
+
+    @property
+    def shape(self) -> SubnetShape:
+        """The active shape of the (first) active adapter; the largest until :meth:`set_shape` is called."""
+        return self.router.weights(self._adapter(None)).state.shape
+
+    def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> None:
+        """Set the active shape of the active adapters. It routes only: layers and weights are the base model's matter.
+
+        Args:
+            shape: A shape of the adapters' space, ``"24x7/8"``.
+            kept_layers: Indices of the layers that stay; None: ``SmolConfig.kept_layers``, or its default.
+
+        Raises:
+            ShapeError: If an active adapter was not made for the shape.
+            AdapterError: If the adapters are merged at another shape.
+        """
+        self.router.set_shape(shape, kept_layers)
+
+    @torch.no_grad()
+    def routing(self, adapter: str | None = None) -> Tensor:
+        """Return the mixture at the active shape, (num_experts,) fp32: weights summing to 1, zero where not chosen.
+
+        Args:
+            adapter: Name of the adapter; None: the (first) active one.
+        """
+        name = self._adapter(adapter)
+        gates, indices = self.router(name, deterministic=True)
+        return gates.new_zeros(self.peft_config[name].num_experts).index_put((indices,), gates)
+
+    def lora_factors(self, shape: SubnetShape | str | None = None, adapter: str | None = None) -> dict[str, LoraPair]:
+        """Return the adapter at one shape as plain LoRA pairs, by module name in the base model, at full size.
+
+        Args:
+            shape: The shape; None: the active one.
+            adapter: Name of the adapter; None: the (first) active one.
+        """
+        name = self._adapter(adapter)
+        weights = self.router.weights(name)
+        state = weights.state if shape is None else weights.state_at(shape)
+        with self.router.at({name: state}):
+            return {
+                module_name: LoraPair(*module.lora_factors(name), module.smol_scaling[name])
+                for module_name, module in self.model.named_modules()
+                if isinstance(module, SmolLinear) and name in module.smol_experts
+            }
+
+    def to_lora(
+        self, directory: str | os.PathLike[str], shape: SubnetShape | str | None = None, adapter: str | None = None
+    ) -> None:
+        """Write the adapter at one shape as an ordinary LoRA adapter, which stock PEFT loads without this package.
+
+        Its rank is r for ``combination="factors"`` and k*r for "outputs"; its sizes are those of the base model.
+
+        Args:
+            directory: Where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
+            shape: The shape; None: the active one.
+            adapter: Name of the adapter; None: the (first) active one.
+
+        Raises:
+            ShapeError: If the adapter was not made for the shape.
+            AdapterError: If the adapter also saves whole modules, which a LoRA written here would lose.
+        """
+        name = self._adapter(adapter)
+        write_lora(directory, self.lora_factors(shape, name), self.peft_config[name], self.model)
+
+    def _adapter(self, name: str | None) -> str:
+        if name is None:
+            name = next(iter(self.active_adapters), None)
+        if name is None or name not in self.peft_config:
+            raise AdapterError(f"there is no adapter '{name}'; the model has {sorted(self.peft_config)}")
+        return name
+
+    # What PEFT calls
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter on the model (called by PEFT).
+
+        Raises:
+            NoMatchingPeftModuleError: If no module is targeted; the message lists the linear layers that exist.
+        """
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+            raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {sorted(linear)}.") from error
+
+    def _prepare_adapter_config(self, peft_config: SmolConfig, model_config: dict[str, Any]) -> SmolConfig:
+        config: SmolConfig = super()._prepare_adapter_config(peft_config, model_config)
+        found = count_layers(self.model)
+        if config.num_layers is None:
+            if found is None and config.depths not in (None, [1]):
+                raise AdapterError(
+                    f"depths={config.depths}: the router needs the number of layers, and a {type(self.model).__name__} has "
+                    "no config.num_hidden_layers; set num_layers"
+                )
+            config.num_layers = found or 1
+        elif found is not None and found != config.num_layers:
+            raise AdapterError(
+                f"this SMOL adapter is for a model with {config.num_layers} layers, but the model has {found}; "
+                "load it on the model it was trained on (to serve one subnet, export it with to_lora)"
+            )
+        config.__post_init__()  # the depths and kept layers can be checked now
+        return config
+
+    def _create_and_replace(
+        self,
+        peft_config: SmolConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, ShapeRouter):  # a regular expression of a second adapter can match it
+            return
+        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        rank = peft_config.rank_pattern.get(rank_key, peft_config.r)
+        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        if isinstance(target, SmolLinear):
+            self._ensure_router(adapter_name, peft_config, target)
+            target.update_layer(adapter_name, rank, alpha, peft_config)
+            return
+        backend = get_quantization_kwargs(self)
+        if not isinstance(target, (nn.Linear, Conv1D)) and resolve_quantization_backend(target, **backend) is None:
+            raise TypeError(
+                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) and "
+                "`transformers.pytorch_utils.Conv1D` are supported."
+            )
+        layer = SmolLinear(target, self._ensure_router(adapter_name, peft_config, target), **backend)
+        layer.train(self.model.training)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, rank, alpha, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _ensure_router(self, adapter_name: str, config: SmolConfig, target: nn.Module) -> ShapeRouter:
+        """Return the router with an entry for the adapter, beside the first layer that is adapted.
+
+        Created here and not before the injection: PEFT would take a model with a tuner layer for one that has adapters, and
+        leave all its parameters trainable.
+        """
+        router = getattr(self.model, ROUTER_NAME, None)
+        if router is None:
+            router = ShapeRouter()
+            router.train(self.model.training)
+            router.attach(self.model)
+            setattr(self.model, ROUTER_NAME, router)
+        if not isinstance(router, ShapeRouter):
+            raise AdapterError(f"the model has a '{ROUTER_NAME}' of its own, so SMOL cannot put its router there")
+        if adapter_name not in router.smol_router:
+            weights = router.add_adapter(adapter_name, config).train(self.model.training)
+            device, dtype = router._get_base_layer_device_and_dtype(_innermost(target))
+            if weights.down_weight.device.type != "meta" and device is not None:
+                weights.to(device=device, dtype=dtype if dtype is not None and dtype.is_floating_point else None)
+                weights.place()
+            router.set_adapter(self.active_adapters)
+        return router
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        router = self.router
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        router.hook.remove()
+        delattr(self.model, ROUTER_NAME)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError("SMOL has no mixed batches: leave out adapter_names and choose with set_adapter")
+        yield
+
+
+def count_layers(model: nn.Module) -> int | None:
+    """Return the number of (decoder) layers that the model's config states; None if it states none."""
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    if callable(get_text_config):
+        config = get_text_config()
+    number = getattr(config, "num_hidden_layers", None)
+    return number if type(number) is int else None  # a mock or a bool is no number of layers
+
+
+def _innermost(layer: Any) -> Any:
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer

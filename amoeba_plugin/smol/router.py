@@ -1,0 +1,273 @@
+"""The router: which experts a subnet shape uses, and with what weights.
+
+One router serves the whole model. It lives on the root of the base model under the name ``shape_router``, so that PEFT and
+transformers treat it as one more tuner layer; the name avoids the prefix ``smol_``, which PEFT skips when it deletes adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
+from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.smol.config import SmolConfig, check_kept_layers
+from amoeba_plugin.smol.host import BaseTunerLayer
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class SmolLayer(BaseTunerLayer):  # type: ignore[misc]
+    """What PEFT visits when it sets, deletes or merges SMOL adapters: the adapted layers and the router."""
+
+
+class RouterState(NamedTuple):
+    """What the router sees: the active shape and the noise of the current forward."""
+
+    shape: SubnetShape
+    kept_layers: tuple[int, ...]  # indices of the layers that stay, ascending
+    feature: Tensor  # (num_layers + widths,) fp32, 0/1: kept-layer vector, then one-hot width
+    noise: Tensor  # (experts,) fp32, standard normal in training
+
+
+def shape_feature(kept_layers: Sequence[int], width_index: int, num_layers: int, num_widths: int) -> Tensor:
+    """Describe a shape to the router.
+
+    >>> shape_feature([0, 2], width_index=1, num_layers=3, num_widths=2).tolist()
+    [1.0, 0.0, 1.0, 0.0, 1.0]
+    """
+    feature = torch.zeros(num_layers + num_widths)
+    feature[list(kept_layers)] = 1.0
+    feature[num_layers + width_index] = 1.0
+    return feature
+
+
+class RouterWeights(nn.Module):
+    """The router of one adapter.
+
+    Its parameters are direct ones and in no child module: PEFT strips the adapter's name only from the last two parts of
+    a key, so a nested router would load only under the name it was saved with.
+    """
+
+    def __init__(self, config: SmolConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs, experts = (config.num_layers or 1) + len(config.widths), config.num_experts
+        self.down_weight, self.down_bias = _linear_init(inputs, config.router_hidden)
+        self.up_weight, self.up_bias = _linear_init(config.router_hidden, experts)
+        if config.router_noise:  # without noise its weights would never get a gradient, so they must not exist
+            self.noise_weight, self.noise_bias = _linear_init(inputs, experts)
+        self.generator = torch.Generator().manual_seed(config.router_seed)
+        self.state = self.state_at(config.space.largest)
+
+    def state_at(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> RouterState:
+        """Return the router's input at ``shape``, without noise.
+
+        Raises:
+            ShapeError: If the shape is outside the adapter's space, or ``kept_layers`` do not make up its depth.
+        """
+        config = self.config
+        shape = config.space.require(shape)
+        kept = config.kept(shape.depth) if kept_layers is None else tuple(kept_layers)
+        try:
+            check_kept_layers(kept, shape.depth, config.num_layers)
+        except ConfigError as error:
+            raise ShapeError(f"shape {shape}: {error}") from error
+        width_index = config.space.widths.index(shape.width)
+        feature = shape_feature(kept, width_index, config.num_layers or 1, len(config.widths))
+        return RouterState(shape, kept, self._place(feature), self._place(torch.zeros(config.num_experts)))
+
+    def draw_noise(self) -> None:
+        """Draw the noise of one forward from the router's own generator (in training; replaced, never written in place)."""
+        if self.config.router_noise and self.training:
+            noise = torch.randn(self.config.num_experts, generator=self.generator)
+            self.state = self.state._replace(noise=self._place(noise))
+
+    def place(self) -> None:
+        """Move the state to the parameters' device."""
+        if self.state.feature.device != self.down_weight.device:
+            self.state = self.state._replace(
+                feature=self._place(self.state.feature), noise=self._place(self.state.noise)
+            )
+
+    def logits(self, feature: Tensor, noise: Tensor | None) -> Tensor:
+        """Return the experts' scores, (experts,) fp32, for ``feature`` (num_layers + widths,) and ``noise`` (experts,)."""
+        # z = W_2 act(W_1 f + b_1) + b_2 + eps * softplus(W_n f + b_n), noisy top-k gating (arXiv:1701.06538, eq. 4);
+        # the reference has no activation, so its router is linear in f
+        hidden = ACTIVATIONS[self.config.router_nonlinearity](_affine(feature, self.down_weight, self.down_bias))
+        logits = _affine(hidden, self.up_weight, self.up_bias)
+        if noise is not None and self.config.router_noise:
+            logits = logits + noise * F.softplus(_affine(feature, self.noise_weight, self.noise_bias))
+        return logits
+
+    def forward(self, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        """Route the active shape.
+
+        Returns:
+            Weights of the chosen experts, (k,) fp32, summing to 1, and their indices, (k,) int64.
+        """
+        device = self.down_weight.device
+        feature, noise = self.state.feature.to(device), self.state.noise.to(device)
+        if deterministic or not self.training:
+            noise = torch.zeros_like(noise)  # 0 times the noise scale keeps its weights in the graph: DDP wants that
+        values, indices = torch.topk(self.logits(feature, noise), self.config.top_k)
+        return torch.softmax(values / self.config.router_temperature, dim=0), indices
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        device = self.down_weight.device
+        return tensor if device.type == "meta" else tensor.to(device)
+
+
+class ShapeRouter(nn.Module, SmolLayer):
+    """The routers of all adapters of a model, and the shape each of them is set to.
+
+    >>> router.set_shape("24x7/8")  # doctest: +SKIP
+    >>> router("default")           # doctest: +SKIP
+    (tensor([0.62, 0.38]), tensor([3, 0]))
+    """
+
+    adapter_layer_names = ("smol_router",)
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smol_router = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.in_features = self.out_features = 0
+        self.hook: Any = None
+
+    def attach(self, root: nn.Module) -> None:
+        """Draw fresh noise before each forward of ``root``; a checkpointed recomputation does not pass there."""
+        self.hook = root.register_forward_pre_hook(self.before_forward)
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the root. Under ``torch.compile`` it does nothing, and ``set_shape`` draws the noise."""
+        if torch.compiler.is_compiling():
+            return
+        for name in self._active():
+            self.weights(name).place()
+            self.weights(name).draw_noise()
+
+    def add_adapter(self, name: str, config: SmolConfig) -> RouterWeights:
+        """Create the router of a new adapter, at the largest shape."""
+        weights = RouterWeights(config)
+        self.smol_router[name] = weights
+        return weights
+
+    def weights(self, name: str) -> RouterWeights:
+        """Return the router of one adapter."""
+        weights = self.smol_router[name]
+        assert isinstance(weights, RouterWeights)
+        return weights
+
+    def forward(self, adapter: Any, deterministic: bool = False) -> Any:
+        """Route the active shape of ``adapter``, see :meth:`RouterWeights.forward`.
+
+        Anything but an adapter's name is returned as it is: a ``Sequential`` base model runs its children in turn.
+        """
+        if not isinstance(adapter, str):
+            return adapter
+        return self.smol_router[adapter](deterministic)
+
+    def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> None:
+        """Set the active shape of the active adapters.
+
+        Args:
+            shape: A shape of the adapters' space, ``"24x7/8"``.
+            kept_layers: Indices of the layers that stay; None: the adapter's own table.
+
+        Raises:
+            ShapeError: If an active adapter was not made for the shape; then no adapter has changed.
+            AdapterError: If the adapters are merged at another shape.
+        """
+        states = {name: self.weights(name).state_at(shape, kept_layers) for name in self._active()}
+        for name in set(self.merged_adapters) & states.keys():
+            current = self.weights(name).state
+            if (current.shape, current.kept_layers) != (states[name].shape, states[name].kept_layers):
+                raise AdapterError(
+                    f"adapter '{name}' is merged at shape {current.shape}, so {states[name].shape} cannot be set; "
+                    "call unmerge_adapter() first"
+                )
+        for name, state in states.items():
+            self.weights(name).state = state
+            self.weights(name).draw_noise()
+
+    @contextmanager
+    def at(self, states: dict[str, RouterState]) -> Iterator[None]:
+        """Use other states (adapter -> state) for a while."""
+        saved = {name: self.weights(name).state for name in states}
+        try:
+            for name, state in states.items():
+                self.weights(name).state = state
+            yield
+        finally:
+            for name, state in saved.items():
+                self.weights(name).state = state
+
+    def checkpoint_context_fn(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts for non-reentrant gradient checkpointing when several shapes run before one backward.
+
+        The recomputation would otherwise see the last shape, and the gradients of the others would be silently wrong. Pass
+        ``gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": router.checkpoint_context_fn}``.
+        """
+        return nullcontext(), self.at({name: self.weights(name).state for name in self.smol_router})
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.smol_router]
+
+    # What BaseTunerLayer expects of a layer with a weight: the router wraps no layer.
+
+    @property
+    def weight(self) -> None:
+        """None: there is no base layer."""
+        return None
+
+    @property
+    def bias(self) -> None:
+        """None: there is no base layer."""
+        return None
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the router itself."""
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Do nothing: :class:`SmolModel` places the router."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Note that the adapters are merged, so that the shape stays what it is."""
+        names = self._active() if adapter_names is None else [name for name in adapter_names if name in self.smol_router]
+        self.merged_adapters += [name for name in names if name not in self.merged_adapters]
+
+    def unmerge(self) -> None:
+        """Note that no adapter is merged."""
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return False: PEFT's approximate conversion cannot treat a router; ``SmolModel.to_lora`` is exact."""
+        return False
+
+
+def _linear_init(inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight (outputs, inputs) and bias (outputs,), both uniform in +-1/sqrt(inputs) as ``nn.Linear`` starts."""
+    bound = inputs**-0.5
+    weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound))
+    return weight, nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``weight @ x + bias`` in at least fp32: as a product and a sum, which autocast leaves alone."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(dtype) * x).sum(dim=-1) + bias.to(dtype)
