@@ -13,6 +13,7 @@ from amoeba_plugin.smol.host import extend_peft_type
 
 FORMAT_VERSION = 1
 COMBINATIONS = ("factors", "outputs")
+BIASES = ("none", "all", "smol_only", "lora_only")
 NONLINEARITIES = ("none", "relu", "gelu", "silu", "tanh")
 
 
@@ -52,7 +53,8 @@ class SmolConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt; None: all.
         layers_pattern: Name of the layer list that ``layers_to_transform`` counts in.
         modules_to_save: Modules to train in full and to save with the adapter.
-        bias: Only "none": a trained bias would change the base model at every shape at once.
+        bias: "none", or train the base model's own biases too: "all" of them, or those of the adapted layers ("smol_only";
+            "lora_only" means the same). They change the base model at every shape at once and stay after merging.
         format_version: Version of the saved adapter.
 
     Raises:
@@ -84,7 +86,7 @@ class SmolConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
-    bias: str = field(default="none", metadata={"help": "Only 'none'."})
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'smol_only'."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter."})
 
     def __post_init__(self) -> None:
@@ -125,11 +127,8 @@ class SmolConfig(PeftConfig):
                 raise ConfigError(f"rank_pattern gives '{pattern}' rank {rank}: give at least 1")
 
     def _check_targets(self) -> None:
-        if self.bias != "none":
-            raise ConfigError(
-                f"bias={self.bias!r}: SMOL trains no biases, because one bias would serve all shapes; use bias='none', "
-                "or name the module in modules_to_save"
-            )
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias={self.bias!r}: choose one of {', '.join(BIASES)}")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

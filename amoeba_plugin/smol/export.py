@@ -59,13 +59,13 @@ def write_lora(
         model: The base model, with its adapters on.
 
     Raises:
-        AdapterError: If the adapter also saves whole modules.
+        AdapterError: If the adapter also holds whole modules or biases.
     """
-    if config.modules_to_save:
-        raise AdapterError(
-            f"the adapter also holds whole modules ({sorted(config.modules_to_save)}), which are no part of a LoRA; "
-            "merge it with merge_and_unload() instead"
-        )
+    for what, present in (("whole modules (modules_to_save)", config.modules_to_save), ("biases", config.bias != "none")):
+        if present:
+            raise AdapterError(
+                f"the adapter also holds {what}, which a LoRA written here would lose; use merge_and_unload() instead"
+            )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     lora = lora_config(pairs, config, target_names(model, set(pairs)))

@@ -114,7 +114,7 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
 
         Raises:
             ShapeError: If the adapter was not made for the shape.
-            AdapterError: If the adapter also saves whole modules, which a LoRA written here would lose.
+            AdapterError: If the adapter also holds whole modules or biases, which a LoRA written here would lose.
         """
         name = self._adapter(adapter)
         write_lora(directory, self.lora_factors(shape, name), self.peft_config[name], self.model)

@@ -27,7 +27,7 @@ from amoeba_plugin.smol import SmolConfig
         ({"router_nonlinearity": "elu"}, "choose one of none, relu"),
         ({"init_weights": "pissa"}, "init_weights='pissa': choose one of True, False, gaussian"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 'q_proj' rank 0"),
-        ({"bias": "all"}, "bias='all': SMOL trains no biases"),
+        ({"bias": "some"}, "bias='some': choose one of none, all, smol_only, lora_only"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
         ({"target_modules": ".*q", "layers_pattern": "layers"}, "`layers_pattern` cannot be used"),
         ({"target_modules": ["q"], "layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
