@@ -1,0 +1,74 @@
+"""Rows of tokens to micro-batches for training: padding, and the check that there is something to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amoeba_plugin.distillation import IGNORED
+from amoeba_plugin.errors import DataError
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Stack rows of token ids, padding the shorter ones on the right.
+
+    >>> collate = PaddingCollator(pad_token_id=0)
+    >>> batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist()
+    ([[5, 6, 7], [8, 0, 0]], [[-100, 6, 7], [8, -100, -100]], [[1, 1, 1], [1, 0, 0]])
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return tensors (rows, longest row) int64; an ``attention_mask`` is added where lengths differ.
+
+        Raises:
+            DataError: If a row has labels of another length than its tokens.
+        """
+        for row in rows:
+            if "labels" in row and len(row["labels"]) != len(row["input_ids"]):
+                raise DataError(
+                    f"a row has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels; "
+                    "give one label per token, -100 where nothing is to be predicted"
+                )
+        lengths = {len(row["input_ids"]) for row in rows}
+        if len(lengths) > 1:
+            rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        fill = {"labels": IGNORED, "input_ids": self.pad_token_id}
+        return {
+            name: torch.stack([_pad(row[name], max(lengths), fill.get(name, 0)) for row in rows]) for name in rows[0]
+        }
+
+
+def require_targets(dataset: object) -> None:
+    """Refuse a data set without a single target token; stops reading at the first one.
+
+    What cannot be told from the rows passes: a stream, or rows whose labels the collator makes.
+
+    Raises:
+        DataError: If the data set is empty, or no row has a label after its first token, which nothing predicts.
+    """
+    if not isinstance(dataset, Sized) or not isinstance(dataset, Iterable):
+        return
+    if len(dataset) == 0:
+        raise DataError("the training data set is empty; give at least one row of tokens")
+    for row in dataset:
+        if not isinstance(row, Mapping) or "labels" not in row:
+            return
+        if bool((torch.as_tensor(row["labels"])[..., 1:] != IGNORED).any()):
+            return
+    raise DataError(
+        f"none of the {len(dataset)} training rows has a target token: all labels are {IGNORED}; "
+        "give the tokens to be predicted their own id as label"
+    )
+
+
+def _pad(values: Any, length: int, fill: int) -> Tensor:
+    tensor = torch.as_tensor(values)
+    return torch.nn.functional.pad(tensor, (0, length - len(tensor)), value=fill)

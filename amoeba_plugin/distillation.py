@@ -1,0 +1,266 @@
+"""Losses of in-place distillation and their balancing: pure functions.
+
+Logits at position t predict the token at t + 1, so what is distilled are the positions whose *next* label is a target.
+All losses are means over positions, in nats, in fp32. They walk through the positions in chunks, and take each chunk's
+gradient at once: beside the logits and their gradient, both in the logits' dtype, only one chunk lives in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100  # the label of a token that is no target, as everywhere in transformers
+CHUNK_ELEMENTS = 2**22  # logits per chunk: 16 MiB in fp32
+
+RowLoss = Callable[[Tensor, slice], Tensor]  # ((n, vocabulary) fp32 logits, their place among the rows) -> (n,) nats
+Divergence = Callable[
+    [Tensor, Tensor, float], Tensor
+]  # (student, teacher, temperature), (n, vocabulary) fp32 -> (n,) nats
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a micro-batch at which a loss is taken.
+
+    >>> labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, 6, -100]])
+    >>> positions = target_positions(labels)
+    >>> positions.columns.tolist(), positions.rows.tolist(), positions.labels.tolist()
+    ([0, 1, 2], [1, 2, 3, 4], [7, 8, 5, 6])
+    """
+
+    columns: Tensor  # (P,) int64: positions at which at least one sequence has a loss; logits are computed there only
+    rows: Tensor  # (N,) int64: the positions with a loss, as indices into the (batch * P) logits
+    labels: Tensor  # (N,) int64: the next token there, IGNORED where it is distilled but no target
+    num_targets: int  # positions with a label
+
+
+def shifted_target_mask(labels: Tensor) -> Tensor:
+    """Mark the positions whose next label is a target.
+
+    Args:
+        labels: (batch, length) int64, aligned with the input tokens; IGNORED (-100) where there is nothing to predict.
+
+    Returns:
+        (batch, length) bool; the last position predicts nothing.
+
+    >>> shifted_target_mask(torch.tensor([[-100, -100, 7, 8]])).tolist()
+    [[False, True, True, False]]
+    """
+    return _next(labels, IGNORED) != IGNORED
+
+
+def target_positions(labels: Tensor, attention_mask: Tensor | None = None, all_tokens: bool = False) -> Positions:
+    """Find the positions to be distilled.
+
+    Args:
+        labels: (batch, length) int64.
+        attention_mask: (batch, length), 0 at padding; only needed with ``all_tokens``.
+        all_tokens: Every position that is followed by a token which is no padding, not just those before a target.
+    """
+    mask = shifted_target_mask(labels)
+    if all_tokens:
+        present = torch.ones_like(labels) if attention_mask is None else attention_mask
+        mask = mask | ((present != 0) & (_next(present, 0) != 0))
+    columns = mask.any(dim=0).nonzero().flatten()
+    rows = mask[:, columns].flatten().nonzero().flatten()
+    next_labels = _next(labels, IGNORED)[:, columns].flatten()[rows]
+    return Positions(columns, rows, next_labels, int((next_labels != IGNORED).sum()))
+
+
+def next_token_loss(logits: Tensor, positions: Positions) -> Tensor:
+    """Return the mean cross-entropy of the next token over the targets; () fp32, nats, 0 where there is no target.
+
+    Args:
+        logits: (batch * P, vocabulary), at ``positions.columns``.
+        positions: Which rows count, and their labels.
+    """
+
+    def row_loss(student: Tensor, place: slice) -> Tensor:
+        return _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
+
+    return sum_over_rows(row_loss, logits, positions.rows)
+
+
+def distilled_loss(
+    logits: Tensor,
+    positions: Positions,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+) -> Tensor:
+    """Return ``kd_weight * KD + (1 - kd_weight) * CE``: () fp32, nats, each a mean over its own positions.
+
+    Args:
+        logits: (batch * P, vocabulary), the student's, at ``positions.columns``.
+        positions: Which rows count, and their labels.
+        teacher: (N, vocabulary) logits at ``positions.rows``; constant.
+        divergence: One of :data:`DIVERGENCES`.
+        temperature: Divides both logits; gradients are not multiplied by its square.
+        kd_weight: w in [0, 1].
+    """
+
+    def row_loss(student: Tensor, place: slice) -> Tensor:
+        # L_i = w KD_i + (1 - w) CE_i (AmoebaLLM, arXiv:2411.10606, section on distillation; the paper has w = 1)
+        distillation = divergence(student, teacher[place].to(student.dtype), temperature) / max(1, len(positions.rows))
+        if kd_weight == 1.0:
+            return distillation
+        cross_entropy = _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
+        return kd_weight * distillation + (1 - kd_weight) * cross_entropy
+
+    return sum_over_rows(row_loss, logits, positions.rows)
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean of ``-sum_v p_T log p_S`` over positions: () fp32, nats, never below the teacher's entropy.
+
+    Args:
+        student_logits: (..., vocabulary), any float dtype.
+        teacher_logits: The same shape; constant.
+        temperature: Divides both logits.
+    """
+    return _mean(soft_cross_entropy_rows, student_logits, teacher_logits, temperature)
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean of ``KL(p_T || p_S)`` over positions: () fp32, nats; arguments as :func:`soft_cross_entropy`."""
+    return _mean(kl_rows, student_logits, teacher_logits, temperature)
+
+
+def reverse_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean of ``KL(p_S || p_T)`` over positions: () fp32, nats; arguments as :func:`soft_cross_entropy`."""
+    return _mean(reverse_kl_rows, student_logits, teacher_logits, temperature)
+
+
+def jensen_shannon_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean Jensen-Shannon divergence, <= ln 2: () fp32, nats; arguments as :func:`soft_cross_entropy`."""
+    return _mean(jensen_shannon_rows, student_logits, teacher_logits, temperature)
+
+
+def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> tuple[Tensor, Tensor]:
+    """Scale a subnet's loss to the size of the largest subnet's; only the gradient's scale changes with it.
+
+    Args:
+        loss: () of the subnet, not negative.
+        loss_largest: () of the largest subnet.
+        max_ratio: The largest ratio. A divergence goes to 0 where student and teacher agree, and the ratio to infinity.
+
+    Returns:
+        The scaled loss, and the ratio (constant); 1 where both losses are 0.
+
+    >>> scaled, ratio = balance(torch.tensor(4.0), torch.tensor(2.0))
+    >>> scaled.item(), ratio.item()
+    (2.0, 0.5)
+    """
+    # stopgrad(L_1 / L_i) * L_i (arXiv:2411.10606, loss-magnitude balancing)
+    numerator, denominator = loss_largest.detach(), loss.detach()
+    ratio = torch.where((numerator == 0) & (denominator == 0), torch.ones_like(denominator), numerator / denominator)
+    ratio = ratio.clamp(max=max_ratio)
+    return ratio * loss, ratio
+
+
+def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """Add up a loss over some rows of the logits, a chunk at a time.
+
+    The gradient is computed together with the value and kept in the logits' dtype, so that no second pass is needed.
+    Can be differentiated once.
+
+    Args:
+        row_loss: Maps fp32 logits (n, vocabulary) and the slice of ``rows`` they stand for to (n,) losses.
+        logits: (rows of all positions, vocabulary).
+        rows: (N,) int64, distinct indices into the logits.
+        chunk_elements: Logits per chunk.
+    """
+    chunk = max(1, chunk_elements // logits.shape[-1])
+    total: Tensor = _SumOverRows.apply(logits, rows, row_loss, chunk)  # type: ignore[no-untyped-call]
+    return total
+
+
+def soft_cross_entropy_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return ``-sum_v p_T(v) log p_S(v)`` per row: (n, vocabulary) twice -> (n,) nats."""
+    # KD = -(1/|M|) sum_t sum_v p_T(v|t) log p_S(v|t) (arXiv:2411.10606); with teacher entropy, so L_1 / L_i stays tame
+    return -(torch.softmax(teacher / temperature, dim=-1) * torch.log_softmax(student / temperature, dim=-1)).sum(
+        dim=-1
+    )
+
+
+def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return ``sum_v p_T (log p_T - log p_S)`` per row: (n, vocabulary) twice -> (n,) nats."""
+    return _kl(torch.log_softmax(teacher / temperature, dim=-1), torch.log_softmax(student / temperature, dim=-1))
+
+
+def reverse_kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return ``sum_v p_S (log p_S - log p_T)`` per row: (n, vocabulary) twice -> (n,) nats."""
+    return _kl(torch.log_softmax(student / temperature, dim=-1), torch.log_softmax(teacher / temperature, dim=-1))
+
+
+def jensen_shannon_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return ``(KL(p_T || m) + KL(p_S || m)) / 2`` per row, m the mean of both: (n, vocabulary) twice -> (n,) nats."""
+    log_student, log_teacher = (torch.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    log_mean = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0))
+    return (_kl(log_teacher, log_mean) + _kl(log_student, log_mean)) / 2
+
+
+DIVERGENCES: Mapping[str, Divergence] = {
+    "soft_cross_entropy": soft_cross_entropy_rows,
+    "kl": kl_rows,
+    "reverse_kl": reverse_kl_rows,
+    "jensen_shannon": jensen_shannon_rows,
+}
+
+
+class _SumOverRows(torch.autograd.Function):
+    """See :func:`sum_over_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, row_loss: RowLoss, chunk: int) -> Tensor:
+        compute_dtype = torch.promote_types(logits.dtype, torch.float32)
+        needs_gradient = ctx.needs_input_grad[0]
+        ctx.gradient = torch.zeros_like(logits) if needs_gradient else None
+        total = torch.zeros((), dtype=compute_dtype, device=logits.device)
+        for start in range(0, len(rows), chunk):
+            place = slice(start, start + chunk)
+            part = logits[rows[place]].to(compute_dtype).requires_grad_(needs_gradient)
+            with torch.enable_grad():
+                value = row_loss(part, place).sum()
+            if needs_gradient:
+                ctx.gradient[rows[place]] = torch.autograd.grad(value, part)[0].to(logits.dtype)
+            total += value.detach()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # scaled in place, hence only once
+        if gradient is None:
+            raise RuntimeError("sum_over_rows: a second backward through the same loss; compute the loss again")
+        return gradient.mul_(grad_output), None, None, None
+
+
+def _mean(divergence: Divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    rows = torch.arange(len(student), device=student.device)
+
+    def row_loss(part: Tensor, place: slice) -> Tensor:
+        return divergence(part, teacher[place].to(part.dtype), temperature) / max(1, len(rows))
+
+    return sum_over_rows(row_loss, student, rows)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)  # 0 where ignored
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def _next(values: Tensor, last: int) -> Tensor:
+    """Return what stands one position later; ``last`` after the end. (batch, length) -> the same."""
+    return functional.pad(values[:, 1:], (0, 1), value=last)

@@ -1,0 +1,88 @@
+"""One-for-all training as one call; the model is left as it was found, but for its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from amoeba_plugin.batching import PaddingCollator
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.sampling import SandwichSampler
+from amoeba_plugin.trainer import OneForAllOptions, OneForAllTrainer
+
+__all__ = ["OneForAllOptions", "OneForAllTrainer", "SandwichSampler", "train_one_for_all"]
+
+
+def train_one_for_all(
+    elastic: ElasticModel,
+    model: PreTrainedModel | PeftModel,
+    train_dataset: Any,
+    options: OneForAllOptions,
+    arguments: TrainingArguments,
+    eval_dataset: Any = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> TrainOutput:
+    """Train and leave the model as it was found, but for its parameters; the largest shape is active.
+
+    Args:
+        elastic: The elastic model.
+        model: Its own model, or the ``PeftModel`` around it; what requires a gradient is trained.
+        train_dataset: Rows with ``input_ids`` and ``labels``, of any lengths.
+        options: Of the objective and the sampling.
+        arguments: Trainer's; ``resume_from_checkpoint`` is followed.
+        eval_dataset: Like ``train_dataset``; evaluated at the largest shape.
+        callbacks: Trainer's.
+
+    Raises:
+        DataError: If there is nothing to train on.
+        TrainingError: If nothing requires a gradient, or the training cannot go on.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("no parameter requires a gradient; put an adapter on the model, or unfreeze it")
+    elastic.set_shape(elastic.space.largest)
+    pad_token_id = getattr(elastic.config, "pad_token_id", None)
+    with _as_found(elastic, model), torch.enable_grad():
+        trainer = OneForAllTrainer(
+            model,
+            elastic,
+            options,
+            args=arguments,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=PaddingCollator(pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0),
+            callbacks=callbacks,
+        )
+        try:
+            return trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        finally:
+            # Mixed precision wrapped the model's forward for good; take that off.
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def _as_found(elastic: ElasticModel, model: nn.Module) -> Iterator[None]:
+    """Give back modes, ``requires_grad``, ``use_cache``, checkpointing; clear gradients; activate the largest shape."""
+    training = {name: module.training for name, module in model.named_modules()}  # by name: layer lists are exchanged
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    use_cache = elastic.model.config.use_cache
+    checkpointing = elastic.model.is_gradient_checkpointing
+    try:
+        yield
+    finally:
+        elastic.set_shape(elastic.space.largest)
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        elastic.model.config.use_cache = use_cache
+        if elastic.model.is_gradient_checkpointing and not checkpointing:
+            elastic.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]

@@ -1,0 +1,392 @@
+"""One-for-all training on tiny random models: against a plain re-implementation, and as a Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from elastic_models import random_elastic
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from amoeba_plugin.batching import PaddingCollator
+from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.errors import DataError, RecipeError, TrainingError
+from amoeba_plugin.sampling import SandwichSampler, step_seed
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+
+VOCABULARY, LENGTH = 61, 12
+PAPER = OneForAllOptions()
+
+
+def make_elastic(seed=0, **config):
+    """A four-layer Llama with 4 KV groups, its biases and norms random, elastic in depth and width."""
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 32, "initializer_range": 0.3,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**fields | config))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return random_elastic(model.eval(), seed)
+
+
+def make_rows(count=16, targets=5, length=LENGTH, seed=0):
+    """Rows whose last ``targets`` tokens are the response."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (count, length), generator=generator).tolist()
+    return [{"input_ids": row, "labels": [-100] * (length - targets) + row[length - targets :]} for row in tokens]
+
+
+def make_arguments(directory, **fields):
+    """Silent, on the CPU, without momentum unless asked for."""
+    defaults = {
+        "output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 0.01, "logging_steps": 1,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(**defaults | fields)
+
+
+def make_trainer(elastic, directory, options=PAPER, model=None, rows=None, **fields):
+    """A trainer of the elastic model (all parameters), or of an adapter."""
+    return OneForAllTrainer(
+        model or elastic.model, elastic, options, args=make_arguments(directory, **fields),
+        train_dataset=make_rows() if rows is None else rows, data_collator=PaddingCollator(),
+    )  # fmt: skip
+
+
+def add_smol(elastic, seed=0, **fields):
+    """A SMOL adapter that changes outputs from the start."""
+    torch.manual_seed(seed)
+    return attach_smol(elastic, SmolConfig(r=4, num_experts=3, init_weights=False, target_modules="all-linear", **fields))
+
+
+def parameters_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+# Sampling
+
+
+spaces = st.builds(
+    ShapeSpace,
+    st.lists(st.integers(1, 40), min_size=1, max_size=8).map(tuple),
+    st.lists(st.fractions("1/8", 1, max_denominator=8), min_size=1, max_size=5).map(tuple),
+)
+
+
+@given(spaces, st.integers(0, 4), st.integers(0, 2**32), st.integers(0, 10**6), st.integers(0, 7))
+def test_sandwich_always_has_largest_and_smallest(space, num_random, seed, step, micro_step):
+    shapes = SandwichSampler(space, num_random, seed).shapes(step, micro_step)
+    assert shapes == SandwichSampler(space, num_random, seed).shapes(step, micro_step)
+    if len(space) == 1:
+        assert shapes == [space.largest]
+        return
+    assert (shapes[0], shapes[-1], len(shapes)) == (space.largest, space.smallest, num_random + 2)
+    between = shapes[1:-1]
+    assert all(shape in space for shape in between)
+    if len(space.depths) > 1:
+        assert all(shape.depth < space.largest.depth for shape in between)
+    if len(space.widths) >= num_random:
+        assert len({shape.width for shape in between}) == num_random
+
+
+def test_sandwich_reaches_every_depth_below_the_largest_and_every_width():
+    space = ShapeSpace(tuple(range(20, 33)), (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(5, 8)))
+    sampler = SandwichSampler(space, 2, 42)
+    drawn = [shape for step in range(300) for shape in sampler.shapes(step)[1:-1]]
+    assert {shape.depth for shape in drawn} == set(range(20, 32))
+    assert {shape.width for shape in drawn} == set(space.widths)
+
+
+def test_every_micro_step_draws_anew():
+    sampler = SandwichSampler(ShapeSpace(tuple(range(1, 33)), (Fraction(1), Fraction(1, 2))), 2, 0)
+    assert len({tuple(sampler.shapes(step, micro)) for step in range(5) for micro in range(4)}) == 20
+    assert len({step_seed(0, step, micro) for step in range(5) for micro in range(4)}) == 20
+
+
+# The step
+
+
+def plain_step(elastic, model, batch, shapes, options):
+    """The objective as the paper says it: all subnets' losses added up, full-length logits, masks, one backward each."""
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    mask = labels[:, 1:] != -100
+    teacher = loss_largest = None
+    for shape in shapes:
+        elastic.set_shape(shape)
+        logits = model(input_ids=input_ids, attention_mask=batch.get("attention_mask")).logits[:, :-1].float()
+        hard = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100)
+        if teacher is None:
+            teacher, loss_largest, total = logits.detach().softmax(-1), hard.detach(), hard
+        else:
+            soft = -(teacher * logits.log_softmax(-1)).sum(-1)
+            loss = options.kd_weight * (soft * mask).sum() / mask.sum() + (1 - options.kd_weight) * hard
+            total = loss * (loss_largest / loss.detach()) if options.loss_balancing else loss
+        total.backward()
+    elastic.set_shape(elastic.space.largest)
+
+
+def gradients_of(model):
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("adapter", ["none", "smol"])
+@pytest.mark.parametrize(
+    "options", [PAPER, OneForAllOptions(kd_weight=0.4, num_random=1), OneForAllOptions(loss_balancing=False)]
+)
+def test_step_gradients_equal_a_plain_implementation(tmp_path, adapter, options):
+    elastic = make_elastic()
+    model = add_smol(elastic, router_noise=False) if adapter == "smol" else elastic.model
+    rows = make_rows(2) + make_rows(2, targets=3, length=8)  # padded, with different numbers of targets
+    batch = PaddingCollator()(rows)
+    trainer = make_trainer(elastic, tmp_path, options, model)
+    loss = trainer.training_step(model, dict(batch), num_items_in_batch=16)
+    found = gradients_of(model)
+    model.zero_grad()
+    shapes = SandwichSampler(elastic.space, options.num_random, 42).shapes(0)
+    plain_step(elastic, model, batch, shapes, options)
+    expected = gradients_of(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        rounding = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=rounding, msg=lambda text, name=name: f"{name}: {text}")
+    hard = model(**batch).loss  # transformers' own
+    torch.testing.assert_close(loss, hard.detach())
+
+
+def test_models_without_logits_to_keep_give_the_same_gradients(tmp_path):
+    gradients = []
+    for keeps in (True, False):
+        elastic = make_elastic()
+        trainer = make_trainer(elastic, tmp_path)
+        trainer._keeps_logits = keeps
+        trainer.training_step(elastic.model, PaddingCollator()(make_rows(3)), 15)
+        gradients.append(gradients_of(elastic.model))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_equals_one_large_batch(tmp_path, checkpointing):
+    results = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        elastic = make_elastic()
+        options = OneForAllOptions(num_random=0, loss_balancing=False)  # else every micro-batch has its own shapes, ratios
+        trainer = make_trainer(
+            elastic, tmp_path, options, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            max_steps=1, optim="sgd", gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        loss = trainer.train().training_loss
+        results.append(parameters_of(elastic.model) | {"loss": torch.tensor(loss)})
+    torch.testing.assert_close(*results)
+    assert any((results[0][name] != value).any() for name, value in make_elastic().model.named_parameters())
+
+
+def test_batches_without_a_target_are_skipped(tmp_path):
+    elastic = make_elastic()
+    trainer = make_trainer(elastic, tmp_path)
+    batch = PaddingCollator()(make_rows(2, targets=0))
+    assert trainer.training_step(elastic.model, batch, 0).item() == 0.0
+    assert not gradients_of(elastic.model)
+
+
+@pytest.mark.parametrize("shape", ["4x1", "2x1/2"])
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, shape):
+    elastic = make_elastic()
+    before = parameters_of(elastic.model)
+
+    def spoil(active):
+        elastic.model.lm_head.weight.data.copy_(before["lm_head.weight"] * (math.nan if str(active) == shape else 1))
+
+    elastic.on_shape_change(spoil)
+    trainer = make_trainer(elastic, tmp_path)
+    with pytest.raises(TrainingError, match=f"loss of subnet {shape} is nan at step 0"):
+        trainer.train()
+    assert elastic.shape == elastic.space.largest
+    assert not gradients_of(elastic.model)
+    spoil(None)
+    torch.testing.assert_close(parameters_of(elastic.model), before, rtol=0, atol=0)
+
+
+def test_only_one_subnet_is_alive_at_a_time(tmp_path):
+    elastic = make_elastic()
+    events = []
+    elastic.on_shape_change(lambda shape: events.append(str(shape)))
+    elastic.model.lm_head.register_full_backward_hook(lambda *_: events.append("backward"))
+    trainer = make_trainer(elastic, tmp_path)
+    events.clear()
+    trainer.training_step(elastic.model, PaddingCollator()(make_rows(2)), 10)
+    assert events[1::2] == ["backward"] * 4
+    assert events[0] == events[-1] == "4x1"
+    assert events[6] == "2x1/2"
+
+
+# As a Trainer
+
+
+def test_every_subnet_is_named_in_the_logs(tmp_path):
+    elastic = make_elastic()
+    trainer = make_trainer(elastic, tmp_path, model=add_smol(elastic), max_steps=3, logging_steps=3)
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    drawn = {str(shape) for step in range(3) for shape in trainer.sampler.shapes(step)}
+    assert {name.removeprefix("loss/") for name in log if name.startswith("loss/")} == drawn
+    assert {name.removeprefix("balance/") for name in log if name.startswith("balance/")} == drawn - {"4x1"}
+    assert sum(log[f"router/2x1/2/expert_{index}"] for index in range(3)) == pytest.approx(1, abs=1e-5)
+    assert log["loss/4x1"] == pytest.approx(log["loss"], abs=1e-5)
+    assert "loss/2x1/2" in drawn | set(log)
+
+
+class Interruption(TrainerCallback):
+    """Stops a run after some steps, without shortening its plan."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
+
+
+@pytest.mark.parametrize("adapter", ["none", "smol"])
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, adapter):
+    fields = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2,
+              "per_device_train_batch_size": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}  # fmt: skip
+
+    def run(directory, callbacks=None, **more):
+        elastic = make_elastic(attention_dropout=0.1)
+        model = add_smol(elastic, lora_dropout=0.1) if adapter == "smol" else elastic.model
+        arguments = make_arguments(tmp_path / directory, **fields, **more)
+        train_one_for_all(elastic, model, make_rows(), PAPER, arguments, callbacks=callbacks)
+        return parameters_of(model)
+
+    whole, again = run("whole"), run("again")
+    run("resumed", [Interruption(2)])
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    state = json.loads((tmp_path / "whole" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+    files = {path.name for path in (tmp_path / "whole" / "checkpoint-5").iterdir()}
+    assert ("adapter_model.safetensors" in files) == (adapter == "smol")
+
+
+def test_training_helps_every_shape_and_leaves_the_model_as_found(tmp_path):
+    elastic = make_elastic()
+    model = add_smol(elastic).eval()
+    elastic.model.config.use_cache = True
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rows = make_rows(4, targets=11) + make_rows(2, targets=5, length=9)
+    batch = PaddingCollator()(rows)
+
+    def losses():
+        with torch.no_grad():
+            return [run(shape) for shape in elastic.space]
+
+    def run(shape):
+        with elastic.active(shape):
+            return model(**batch).loss.item()
+
+    before = losses()
+    model.eval()  # the exchanged layer list is a new module, in training mode
+    arguments = make_arguments(tmp_path, max_steps=40, learning_rate=0.02, bf16=True, gradient_checkpointing=True)
+    with torch.no_grad():  # as inside a recipe's stage
+        output = train_one_for_all(elastic, model, rows, PAPER, arguments, eval_dataset=rows)
+    assert output.global_step == 40
+    assert elastic.shape == elastic.space.largest
+    assert not any(module.training for module in model.modules())
+    assert elastic.model.config.use_cache
+    assert not elastic.model.is_gradient_checkpointing
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert not gradients_of(model)
+    assert model(**batch).logits.dtype == torch.float32
+    assert "forward" not in vars(model)
+    assert all(after < 0.9 * loss for after, loss in zip(losses(), before, strict=True))
+
+
+def test_evaluation_runs_at_the_largest(tmp_path):
+    elastic = make_elastic()
+    rows = make_rows(4)
+    arguments = make_arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer = OneForAllTrainer(
+        elastic.model, elastic, PAPER, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=PaddingCollator()
+    )
+    trainer.train()
+    elastic.set_shape("2x1/2")
+    found = trainer.evaluate()["eval_loss"]
+    assert elastic.shape == SubnetShape.parse("2x1/2")
+    with elastic.active("4x1"), torch.no_grad():
+        assert found == pytest.approx(elastic.model(**PaddingCollator()(rows)).loss.item(), abs=1e-5)
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
+
+
+def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path):
+    elastic = make_elastic()
+    narrow = dataclasses.replace(elastic.strategy.width, units={Fraction(1): {}})
+    elastic.strategy = dataclasses.replace(elastic.strategy, width=narrow)
+    model = get_peft_model(elastic.model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    output = train_one_for_all(elastic, model, make_rows(), PAPER, make_arguments(tmp_path))
+    assert output.global_step == 2
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss": "mse"}, "loss 'mse' is unknown; choose one of soft_cross_entropy, kl"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"kd_weight": 1.5}, "kd_weight 1.5"),
+        ({"max_balance_ratio": 0.0}, "max_balance_ratio 0.0"),
+        ({"num_random": -1}, "num_random -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        OneForAllOptions(**fields)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "data set is empty"),
+        (make_rows(3, targets=0), "none of the 3 training rows has a target"),
+        ([{"input_ids": [1, 2, 3]}], "but no labels"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "3 input_ids and 2 labels"),
+    ],
+)
+def test_useless_data_is_refused(tmp_path, rows, message):
+    elastic = make_elastic()
+    with pytest.raises(DataError, match=message):
+        train_one_for_all(elastic, elastic.model, rows, PAPER, make_arguments(tmp_path))
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+    elastic = make_elastic()
+    elastic.model.requires_grad_(False)
+    with pytest.raises(TrainingError, match="no parameter requires a gradient"):
+        train_one_for_all(elastic, elastic.model, make_rows(), PAPER, make_arguments(tmp_path))
+
+
+def test_an_adapter_that_does_not_follow_the_shape_is_refused(tmp_path):
+    elastic = make_elastic()
+    widths, depths = [str(width) for width in elastic.space.widths], list(elastic.space.depths)
+    model = get_peft_model(elastic.model, SmolConfig(widths=widths, depths=depths, target_modules="all-linear"))
+    with pytest.raises(TrainingError, match="does not follow the elastic model's shape"):
+        make_trainer(elastic, tmp_path, model=model)
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="label_smoothing_factor is not supported"):
+        make_trainer(make_elastic(), tmp_path, label_smoothing_factor=0.1)
