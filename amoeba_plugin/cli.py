@@ -1,0 +1,209 @@
+"""The command ``amoeba``: run a recipe, cut a shape, look at recipes, show the demo.
+
+Nothing heavy is imported before a command runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from amoeba_plugin._version import __version__
+from amoeba_plugin.errors import AmoebaError, ArtifactError
+
+if TYPE_CHECKING:
+    from amoeba_plugin.recipes import CheckedRecipe
+
+EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
+
+
+class AmoebaGroup(TyperGroup):
+    """Turns what a user can put right into one red message and exit code 2; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (AmoebaError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            _refuse(str(error))
+            raise typer.Exit(EXIT_REFUSED) from None
+
+
+app = typer.Typer(
+    name="amoeba",
+    cls=AmoebaGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From one pretrained LM and one recipe to quantized subnets of any shape.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"amoeba_plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """From one pretrained LM and one recipe to quantized subnets of any shape."""
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    model: Annotated[str, typer.Option(help="Path or hub id of a causal LM (llama, mistral, qwen2, qwen3).")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")],
+    dataset: Annotated[str | None, typer.Option(help="Path or hub id of calibration text.")] = None,
+    num_calibration_samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration data.")] = 512,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; default: the only one.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+) -> None:
+    """Run a recipe on a model and write the checkpoint."""
+    from amoeba_plugin.run import CalibrationOptions, run_recipe
+
+    options = CalibrationOptions(split, text_column, num_calibration_samples, max_seq_length, batch_size, seed)
+    written = run_recipe(recipe, model, dataset, output_dir, options)
+    _done(f"checkpoint written to {written}")
+
+
+@app.command()
+def extract(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
+    shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")],
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+) -> None:
+    """Cut one shape out of an elastic checkpoint: no training, no data."""
+    from amoeba_plugin.checkpoint import extract_checkpoint
+
+    parity = extract_checkpoint(elastic, shape, output_dir, base)
+    _done(
+        f"shape {parity.shape} written to {output_dir}; logits differ from the elastic model's by at most "
+        f"{parity.max_logit_difference:.1e} over {parity.tokens} tokens"
+    )
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    model: Annotated[str | None, typer.Option(help="Path or hub id; only its configuration is read.")] = None,
+) -> None:
+    """Check a recipe, and how it fits a model, without loading weights."""
+    _be_quiet()
+    from amoeba_plugin.preflight import check_against_model, load_config
+    from amoeba_plugin.recipes import check_recipe, find_recipe
+
+    checked = check_recipe(find_recipe(recipe))
+    if model is not None:
+        check_against_model(checked, load_config(model))
+    Console().print(_modifier_table(checked))
+    _done(f"{checked.source} can run" + (f" on {model}" if model else "; add --model to check it against a model's sizes"))
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where report and checkpoints go.")] = Path("amoeba_demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A shortened schedule: shows that it works, not how well.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
+) -> None:
+    """Compress the model that comes with the package and report what was gained and lost."""
+    from amoeba_plugin.preflight import require_new_directory
+    from amoeba_plugin.report import REPORT_JSON
+
+    require_new_directory(output_dir, replaceable=REPORT_JSON)
+    from amoeba_plugin.demo.run import run_demo
+
+    run_demo(output_dir, quick=quick, seed=seed)
+    _done(f"report written to {output_dir / 'report.html'}")
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Name the shipped recipes."""
+    from amoeba_plugin.recipes import shipped_recipes
+
+    table = Table("name", "what it is for", box=None)
+    for name, path in shipped_recipes().items():
+        table.add_row(name, _first_sentence(path))
+    Console().print(table)
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    path: Annotated[Path, typer.Argument(help="File or directory to copy it to.")],
+) -> None:
+    """Copy a shipped recipe, to edit it."""
+    source = _shipped(name)
+    target = path / source.name if path.is_dir() else path
+    if target.exists():
+        raise ArtifactError(f"{target} exists; nothing is overwritten: name another path")
+    target.write_bytes(source.read_bytes())
+    _done(f"recipe {name} written to {target}")
+
+
+def _shipped(name: str) -> Path:
+    from amoeba_plugin.recipes import require_shipped
+
+    return require_shipped(name)
+
+
+def _first_sentence(path: Path) -> str:
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    return " ".join(comment).partition(". ")[0].partition(": ")[0].rstrip(".:")
+
+
+def _modifier_table(checked: CheckedRecipe) -> Table:
+    table = Table("#", "modifier", "group", "fields", title=checked.source, title_justify="left")
+    for number, modifier in enumerate(checked.modifiers, start=1):
+        given = modifier.model_dump(exclude_unset=True, exclude={"group"})
+        fields = ", ".join(f"{name}={value}" for name, value in given.items())
+        table.add_row(str(number), type(modifier).__name__, modifier.group, fields)
+    return table
+
+
+def _be_quiet() -> None:
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+
+
+def _done(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="green", markup=False)
+
+
+def _refuse(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", style="bold red", markup=False)

@@ -1,0 +1,199 @@
+"""What can be refused before a model loads: recipe against configuration, and where results are to be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from amoeba_plugin.architecture import ChannelGroup
+from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError, ShapeError
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.recipes import CheckedRecipe
+from amoeba_plugin.shape import SubnetShape, parse_width
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def require_new_directory(directory: Path, replaceable: str | None = None) -> None:
+    """Refuse to write results over anything.
+
+    Args:
+        directory: Must not exist, or be empty.
+        replaceable: Name of a JSON file whose presence, with a ``format`` of this package, marks older results.
+
+    Raises:
+        ArtifactError: If it is a file, or holds something else.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if replaceable is not None and _is_ours(directory / replaceable):
+        return
+    raise ArtifactError(
+        f"{directory} exists and holds something else; nothing is overwritten: name another --output-dir, or empty this one"
+    )
+
+
+def require_elastic_dir(recipe: CheckedRecipe, output_dir: Path) -> None:
+    """Refuse a recipe whose elastic checkpoint has nowhere to go.
+
+    Raises:
+        ArtifactError: If ``elastic_dir`` holds something else.
+        RecipeError: If it is the output directory itself.
+    """
+    from amoeba_plugin.checkpoint import require_replaceable
+    from amoeba_plugin.modifiers import OneForAllDistillationModifier
+
+    training = recipe.find(OneForAllDistillationModifier)
+    if training is None or training.elastic_dir is None:
+        return
+    directory = Path(training.elastic_dir)
+    if directory.resolve() == output_dir.resolve():
+        raise RecipeError(f"elastic_dir and the output directory are both {output_dir}; name two directories")
+    require_replaceable(directory)
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """Return a model's configuration, by path or hub id, without its weights.
+
+    Raises:
+        ArchitectureError: If there is none, or transformers does not know its architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArchitectureError(
+            f"the model '{model}' cannot be loaded: {first} Give a directory that save_pretrained wrote, or a hub id"
+        ) from error
+    return config
+
+
+def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
+    """Check a recipe against the sizes of the model it is meant for.
+
+    Args:
+        recipe: From :func:`amoeba_plugin.recipes.check_recipe`.
+        config: The model's; weights are not needed.
+
+    Raises:
+        ArchitectureError: If the architecture is not supported, the model is quantized already, or no stock class holds the shape.
+        RecipeError: If ``min_depth``, ``round_to`` or a group size does not fit the model.
+        ShapeError: If the shape to extract is outside the space.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArchitectureError(
+            "the model is already quantized (config.quantization_config): selection, extraction and quantization work on "
+            "full-precision weights; give the original model"
+        )
+    if recipe.is_structural:
+        config = _subnet_config(recipe, config)
+    _check_group_sizes(recipe, config)
+
+
+def _subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration that quantization will see: the subnet's where one is extracted, else the model's."""
+    from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
+
+    adapter = architecture_for(config.model_type)
+    layers = config.num_hidden_layers
+    depth, width = recipe.find(DepthShrinkingModifier), recipe.find(WidthShrinkingModifier)
+    if depth is not None and depth.min_depth >= layers:
+        raise RecipeError(
+            f"{recipe.source}: min_depth {depth.min_depth} of a model with {layers} layers leaves nothing to remove; "
+            f"set min_depth between 1 and {layers - 1}"
+        )
+    groups = adapter.channel_groups(config)
+    units = {Fraction(1): {group.name: group.units for group in groups}}
+    if width is not None:
+        units = {share: kept_units(groups, share, width.round_to) for share in map(parse_width, width.widths)}
+    extraction = recipe.find(SubnetExtractionModifier)
+    if extraction is None:
+        return config
+    shape = SubnetShape.parse(extraction.shape)
+    possible = range(depth.min_depth, layers + 1) if depth is not None else range(layers, layers + 1)
+    if shape.depth not in possible:
+        raise ShapeError(
+            f"{recipe.source}: shape {shape} is outside the space: this model and recipe give depths "
+            f"{possible.start} to {layers}; extract one of these"
+        )
+    biased = frozenset(units[shape.width]) if width is not None and width.bias_compensation else frozenset()
+    return adapter.subnet_config(config, range(shape.depth), units[shape.width], biased if shape.width != 1 else frozenset())
+
+
+def kept_units(groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int]) -> dict[str, int]:
+    """Return how many units of each group a width keeps with uniform allocation, by the same arithmetic as selection.
+
+    Raises:
+        RecipeError: If ``round_to`` names a group that does not exist, does not fit its units, or leaves nothing.
+    """
+    from amoeba_plugin.width import RankedGroup, _rounding_steps, _uniform_units
+
+    unscored = [RankedGroup(group.name, group, torch.empty(0), 0) for group in groups]
+    return _uniform_units(unscored, width, _rounding_steps(groups, round_to))
+
+
+def _check_group_sizes(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
+    for modifier in recipe.modifiers:
+        if not hasattr(modifier, "resolve_quantization_config"):
+            continue
+        quantization = modifier.resolve_quantization_config()
+        for scheme in quantization.config_groups.values():
+            size = _group_size(scheme)
+            if size:
+                _require_divisible(recipe, type(modifier).__name__, scheme, quantization.ignore, size, config)
+
+
+def _group_size(scheme: QuantizationScheme) -> int | None:
+    weights = scheme.weights
+    if weights is None or weights.group_size is None or weights.group_size < 1:
+        return None
+    return int(weights.group_size)
+
+
+def _require_divisible(
+    recipe: CheckedRecipe, name: str, scheme: Any, ignore: list[str], size: int, config: PretrainedConfig
+) -> None:
+    from compressed_tensors.utils import match_named_modules
+
+    odd: dict[int, str] = {}
+    for path, module in match_named_modules(_weightless(config), scheme.targets, ignore):
+        columns = getattr(module, "in_features", size)
+        if columns % size:
+            odd.setdefault(columns, path)
+    if odd:
+        where = ", ".join(f"{path} ({columns} inputs)" for columns, path in odd.items())
+        common = max(each for each in _divisors(size) if all(columns % each == 0 for columns in odd))
+        raise RecipeError(
+            f"{recipe.source}: {name} quantizes in groups of {size} input channels, which do not divide {where}; "
+            f"set WidthShrinkingModifier.round_to to a multiple of {size}, or group_size to {common} (in config_groups), "
+            "or a scheme without groups (W8A8), or add these modules to ignore"
+        )
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (each for each in range(1, number + 1) if number % each == 0)
+
+
+def _weightless(config: PretrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and str(document.get("format", "")).startswith("amoeba_plugin.")

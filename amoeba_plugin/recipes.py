@@ -1,0 +1,368 @@
+"""Recipes: the ones that come with the package, and the check of a recipe file before anything loads.
+
+llm-compressor ignores what it does not recognise: a stage that does not end in ``_stage``, a list where a mapping belongs,
+a key given twice. Everything of that kind is refused here, with the line it stands on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
+from amoeba_plugin.shape import SubnetShape, parse_width
+
+SUFFIXES = (".yaml", ".yml", ".json")
+STAGE_SUFFIX, GROUP_SUFFIX = "_stage", "_modifiers"
+# Fields every llm-compressor modifier has and none acts on: a modifier with `start: 1` never starts.
+DEAD_FIELDS = ("start", "end", "update", "index")
+SKELETON = "some_stage: {some_modifiers: {SomeModifier: {field: value}}}"
+
+ModifierT = TypeVar("ModifierT")
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe whose every key is known and whose every value is in range.
+
+    Attributes:
+        source: The file's path, or ``<text>``.
+        text: What was checked.
+        modifiers: llm-compressor modifiers, in the order in which they run.
+    """
+
+    source: str
+    text: str
+    modifiers: tuple[Any, ...]
+
+    def find(self, kind: type[ModifierT]) -> ModifierT | None:
+        """Return the first modifier of a class, or ``None``."""
+        return next((modifier for modifier in self.modifiers if isinstance(modifier, kind)), None)
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether the recipe holds a modifier of this package."""
+        return any(_is_ours(modifier) for modifier in self.modifiers)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a modifier wants calibration data."""
+        return self.is_structural or any(modifier.requires_calibration_data for modifier in self.modifiers)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One modifier of a recipe as it was written."""
+
+    stage: str
+    group: str
+    name: str
+    fields: dict[str, Any]
+    line: int
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name; in an installed wheel and in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_recipes"
+    directory = installed if installed.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe file, or of a shipped recipe by its name.
+
+    Raises:
+        RecipeError: If there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    return require_shipped(name)
+
+
+def require_shipped(name: str) -> Path:
+    """Return the path of a shipped recipe.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(
+            f"no recipe '{name}': there is no such file, and the shipped recipes are {', '.join(shipped)}."
+            f"{_hint(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit"
+        )
+    return shipped[name]
+
+
+def check_recipe(recipe: str | Path) -> CheckedRecipe:
+    """Read a recipe and check everything that can be checked without a model.
+
+    Args:
+        recipe: Path of a YAML or JSON file, or the text itself (recognised by a line break or a colon).
+
+    Returns:
+        The recipe with its modifiers made; no session was started, nothing was loaded.
+
+    Raises:
+        RecipeError: On the first thing that cannot run, or that llm-compressor would silently ignore.
+    """
+    source, text = _read(recipe)
+    entries = tuple(_entries(_parse(text, source), source))
+    if not entries:
+        raise RecipeError(f"{source} holds no modifier; a recipe reads {SKELETON}")
+    _require_distinct_groups(entries, source)
+    modifiers = tuple(_create(entry, source) for entry in entries)
+    checked = CheckedRecipe(source, text, modifiers)
+    _check_together(checked)
+    return checked
+
+
+def _read(recipe: str | Path) -> tuple[str, str]:
+    if isinstance(recipe, str) and ("\n" in recipe or ":" in recipe) and not Path(recipe).is_file():
+        return "<text>", recipe
+    path = Path(recipe)
+    if path.suffix.lower() not in SUFFIXES:
+        raise RecipeError(f"{path}: a recipe is a YAML or JSON file ({', '.join(SUFFIXES)})")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _parse(text: str, source: str) -> yaml.MappingNode:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is no YAML: {error}") from error
+    if node is None:
+        raise RecipeError(f"{source} is empty; a recipe reads {SKELETON}")
+    _require_distinct_keys(node, source, set())
+    return _mapping(node, f"{source} as a whole", "a stage")
+
+
+def _require_distinct_keys(node: yaml.Node, source: str, visited: set[int]) -> None:
+    if id(node) in visited:  # an anchor used twice, or one that holds itself
+        return
+    visited.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _require_distinct_keys(child, source, visited)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{source}, line {line}: a key must be a plain word")
+        if key.value in seen:
+            raise RecipeError(
+                f"{source}, line {line}: '{key.value}' was given in line {seen[key.value]} already, and only the last one "
+                "would count; remove one, or put the second modifier of a kind into another group"
+            )
+        seen[key.value] = line
+        _require_distinct_keys(value, source, visited)
+
+
+def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:
+    if isinstance(node, yaml.MappingNode):
+        return node
+    kind = "a list" if isinstance(node, yaml.SequenceNode) else f"'{node.value}'" if node.value else "nothing"
+    advice = "; write {} for no fields" if of == "a field" else ""
+    raise RecipeError(
+        f"{what} (line {node.start_mark.line + 1}) holds {kind} where a mapping belongs, from the name of {of} to its content"
+        f"{advice}. llm-compressor would ignore it or stop; a recipe reads {SKELETON}"
+    )
+
+
+def _entries(root: yaml.MappingNode, source: str) -> Iterator[_Entry]:
+    for stage, stage_node in _children(root):
+        _require_suffix(stage, STAGE_SUFFIX, "stage", source)
+        groups = _children(_mapping(stage_node, f"{source}: {stage.value}", "a modifier group"))
+        _require_content(groups, stage, "modifier group", source)
+        for group, group_node in groups:
+            _require_suffix(group, GROUP_SUFFIX, "modifier group", source)
+            modifiers = _children(_mapping(group_node, f"{source}: {stage.value}.{group.value}", "a modifier"))
+            _require_content(modifiers, group, "modifier", source)
+            for name, fields_node in modifiers:
+                fields = _value(_mapping(fields_node, f"{source}: {name.value}", "a field"))
+                yield _Entry(stage.value, group.value, name.value, fields, name.start_mark.line + 1)
+
+
+def _children(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    return list(node.value)
+
+
+def _value(node: yaml.MappingNode) -> dict[str, Any]:
+    loader = yaml.SafeLoader("")
+    try:
+        value: dict[str, Any] = loader.construct_document(node)  # type: ignore[no-untyped-call]
+    except yaml.YAMLError as error:
+        raise RecipeError(f"line {node.start_mark.line + 1} holds what is not plain data: {error}") from error
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+    return value
+
+
+def _require_suffix(key: yaml.ScalarNode, suffix: str, kind: str, source: str) -> None:
+    if not key.value.endswith(suffix) or key.value == suffix:
+        raise RecipeError(
+            f"{source}, line {key.start_mark.line + 1}: the {kind} '{key.value}' would be ignored by llm-compressor, because "
+            f"its name does not end in '{suffix}'; name it '{key.value.strip('_') or 'some'}{suffix}'"
+        )
+
+
+def _require_content(children: list[Any], key: yaml.ScalarNode, kind: str, source: str) -> None:
+    if not children:
+        raise RecipeError(f"{source}, line {key.start_mark.line + 1}: '{key.value}' holds no {kind}; fill it or remove it")
+
+
+def _require_distinct_groups(entries: tuple[_Entry, ...], source: str) -> None:
+    stages: dict[str, str] = {}
+    for entry in entries:
+        if stages.setdefault(entry.group, entry.stage) != entry.stage:
+            raise RecipeError(
+                f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in {entry.stage}; the "
+                "recipe saved beside a checkpoint would lose one of them: give the groups different names"
+            )
+
+
+def _create(entry: _Entry, source: str) -> Any:
+    where = f"{source}, line {entry.line}: {entry.name}"
+    kind = _known_modifiers().get(entry.name)
+    if kind is None:
+        names = _known_modifiers()
+        raise RecipeError(
+            f"{source}, line {entry.line}: there is no modifier '{entry.name}'.{_hint(entry.name, names)} "
+            f"Known: {', '.join(sorted(names))}"
+        )
+    if "group" in entry.fields:
+        raise RecipeError(f"{where}: 'group' is no field; a modifier's group is the key it stands under ('{entry.group}')")
+    dead = [name for name in DEAD_FIELDS if entry.fields.get(name) is not None]
+    if dead and kind.__module__.startswith(f"{__package__}."):
+        raise RecipeError(f"{where}: '{dead[0]}' has no effect, modifiers run once, in the order of the recipe; remove it")
+    _require_known_fields(kind, entry.fields, where)
+    return _instantiate(kind, entry, where)
+
+
+def _instantiate(kind: type[Any], entry: _Entry, where: str) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return kind(group=entry.group.removesuffix(GROUP_SUFFIX), **entry.fields)
+    except ValidationError as error:
+        problems = "; ".join(_problem(each) for each in error.errors(include_url=False))
+        raise RecipeError(f"{where}: {problems}") from error
+    except (AmoebaError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{field} must be given"
+    if error["type"] == "extra_forbidden":
+        return f"'{field}' is no field"
+    if error["type"] == "value_error" or not field:
+        return message if field in message else f"{field}: {message}"
+    return f"{field}: {error['input']!r} is not possible ({message[0].lower()}{message[1:]})"
+
+
+def _require_known_fields(kind: type[Any], fields: Mapping[str, Any], where: str) -> None:
+    from pydantic import BaseModel
+
+    known = {name: info for name, info in kind.model_fields.items() if name != "group" and not name.endswith("_")}
+    for name, value in fields.items():
+        if name not in known:
+            raise RecipeError(f"{where}: '{name}' is no field.{_hint(name, known)} Fields: {', '.join(_own_first(kind, known))}")
+        annotation = known[name].annotation
+        if isinstance(value, Mapping) and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            _require_known_fields(annotation, value, f"{where}.{name}")
+
+
+def _own_first(kind: type[Any], known: Mapping[str, Any]) -> list[str]:
+    inherited = set(kind.__mro__[1].model_fields) if hasattr(kind.__mro__[1], "model_fields") else set()
+    return [name for name in known if name not in inherited] or list(known)
+
+
+def _known_modifiers() -> dict[str, type[Any]]:
+    """All modifiers that a recipe can name: llm-compressor's, ours, and those somebody else registered."""
+    from llmcompressor.modifiers import Modifier, ModifierFactory
+
+    import amoeba_plugin.modifiers  # noqa: F401  # registers ours
+
+    if not ModifierFactory._loaded:
+        ModifierFactory.refresh()
+    known = {
+        **ModifierFactory._main_registry,
+        **ModifierFactory._experimental_registry,
+        **ModifierFactory._registered_registry,
+    }
+    return {name: kind for name, kind in known.items() if kind is not Modifier}
+
+
+def _is_ours(modifier: Any) -> bool:
+    return type(modifier).__module__.startswith("amoeba_plugin.")
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1) or [each for each in known if each.lower() == name.lower()]
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _check_together(recipe: CheckedRecipe) -> None:
+    """Check what only shows when modifiers are seen together: their order, and a shape that selection does not make."""
+    from llmcompressor.recipe import Recipe
+
+    from amoeba_plugin.modifiers.order import require_order
+
+    try:
+        require_order(recipe.modifiers)
+        Recipe(modifiers=list(recipe.modifiers))
+    except AmoebaError as error:
+        raise RecipeError(f"{recipe.source}: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{recipe.source}: {str(error).partition('Value error, ')[2] or error}") from error
+    _check_shape(recipe)
+
+
+def _check_shape(recipe: CheckedRecipe) -> None:
+    from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
+
+    depth, width = recipe.find(DepthShrinkingModifier), recipe.find(WidthShrinkingModifier)
+    if depth is not None and depth.keep_last > depth.min_depth:
+        raise RecipeError(
+            f"{recipe.source}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet cannot keep more "
+            "last layers than it has layers; lower keep_last or raise min_depth"
+        )
+    extraction = recipe.find(SubnetExtractionModifier)
+    if extraction is None:
+        return
+    shape = SubnetShape.parse(extraction.shape)
+    widths = {Fraction(1)} if width is None else {parse_width(each) for each in width.widths}
+    if depth is not None and shape.depth < depth.min_depth:
+        raise ShapeError(
+            f"{recipe.source}: shape {shape} is outside the space: its depth is below min_depth {depth.min_depth}; "
+            f"extract {depth.min_depth} layers or more, or lower min_depth"
+        )
+    if shape.width not in widths:
+        known = ", ".join(str(each) for each in sorted(widths, reverse=True))
+        raise ShapeError(
+            f"{recipe.source}: shape {shape} is outside the space: the widths are {known}; extract one of these, or add "
+            f'"{shape.width}" to WidthShrinkingModifier.widths'
+        )
+    if width is not None and width.allocation == "global" and shape.width != 1:
+        raise RecipeError(
+            f"{recipe.source}: allocation global gives every layer its own width, which no stock checkpoint can express; "
+            f"set allocation: uniform, or extract {shape.depth}x1, or leave SubnetExtractionModifier out and set elastic_dir"
+        )

@@ -1,0 +1,145 @@
+"""Run a recipe on a model: every check first, then llm-compressor's ``oneshot`` with the same data for every step."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amoeba_plugin.errors import ArtifactError, DataError
+from amoeba_plugin.preflight import check_against_model, load_config, require_elastic_dir, require_new_directory
+from amoeba_plugin.recipes import CheckedRecipe, check_recipe, find_recipe
+
+if TYPE_CHECKING:
+    from amoeba_plugin.calibration import Batch
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How calibration data is drawn from a data set.
+
+    Attributes:
+        split: Split of the data set.
+        text_column: Column with the text; ``None`` for the only text column, or for data that is tokenised already.
+        num_samples: Sequences.
+        max_seq_length: Tokens per sequence.
+        batch_size: Sequences per batch.
+        seed: Of the draw, and of everything random that follows.
+    """
+
+    split: str = "train"
+    text_column: str | None = None
+    num_samples: int = 512
+    max_seq_length: int = 512
+    batch_size: int = 1
+    seed: int = 42
+
+
+def run_recipe(
+    recipe: str,
+    model: str,
+    dataset: str | None,
+    output_dir: Path,
+    options: CalibrationOptions | None = None,
+) -> Path:
+    """Run a recipe and write the checkpoint; what can be refused is refused before the model loads.
+
+    Args:
+        recipe: Path of a recipe file, or the name of a shipped one.
+        model: Path or hub id of a causal LM.
+        dataset: Path or hub id of calibration text; may be ``None`` for recipes that measure nothing.
+        output_dir: New or empty; holds the whole checkpoint afterwards, or nothing after an error.
+        options: How calibration data is drawn.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        AmoebaError: Recipe, model, data and directory do not fit together; the message says which and what to do.
+    """
+    options = options or CalibrationOptions()
+    checked = check_recipe(find_recipe(recipe))
+    require_new_directory(output_dir)
+    require_elastic_dir(checked, output_dir)
+    check_against_model(checked, load_config(model))
+    batches = calibration_batches(checked, model, dataset, options)
+    with whole_or_nothing(output_dir) as partial:
+        _oneshot(checked, model, batches, partial, options.seed)
+    return output_dir
+
+
+def calibration_batches(
+    recipe: CheckedRecipe, model: str, dataset: str | None, options: CalibrationOptions
+) -> list[Batch] | None:
+    """Tokenise calibration data and check that the recipe's objective can be measured on it.
+
+    Raises:
+        DataError: If the recipe needs data and there is none, or it lacks what the objective needs.
+    """
+    if dataset is None:
+        if recipe.needs_data:
+            raise DataError(f"{recipe.source} measures the model on text, and there is no calibration data; give --dataset")
+        return None
+    from transformers import AutoTokenizer
+
+    from amoeba_plugin.calibration import load_batches
+    from amoeba_plugin.modifiers import DepthShrinkingModifier
+    from amoeba_plugin.plugins import objective_named
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the model '{model}' has no tokenizer that transformers can load ({error})") from error
+    batches = load_batches(
+        dataset,
+        tokenizer,
+        split=options.split,
+        text_column=options.text_column,
+        num_samples=options.num_samples,
+        max_seq_length=options.max_seq_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    depth = recipe.find(DepthShrinkingModifier)
+    if depth is not None and depth.kept_layers is None:
+        objective_named(depth.objective).check(batches)
+    return batches
+
+
+@contextmanager
+def whole_or_nothing(directory: Path) -> Iterator[Path]:
+    """Yield a directory beside the one wanted, which takes its name when the block ends well and vanishes when it does not.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.is_dir():
+            directory.rmdir()
+        partial.rename(directory)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"the disk of {directory} is full; nothing was kept there. Free space or name another --output-dir"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _oneshot(recipe: CheckedRecipe, model: str, batches: list[Batch] | None, output_dir: Path, seed: int) -> None:
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+    from transformers import set_seed
+
+    set_seed(seed)
+    loader = None if batches is None else DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
+    oneshot(model=model, recipe=recipe.source, dataset=loader, output_dir=str(output_dir))
