@@ -57,6 +57,12 @@ class ElasticLinear(nn.Linear):
             output = output + self.compensation[self.compensation_row, : self.active_out]
         return output
 
+    def restore(self) -> None:
+        """Turn it into an ordinary linear of its whole size again, in place."""
+        del self._buffers["compensation"], self.active_out, self.active_in, self.compensation_row
+        self._non_persistent_buffers_set.discard("compensation")
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
     def extra_repr(self) -> str:
         """Show the active size beside the whole one."""
         return f"{super().extra_repr()}, active={self.active_out}x{self.active_in}"
@@ -160,6 +166,13 @@ class ElasticModel:
             yield self.model
         finally:
             self.set_shape(before)
+
+    def release(self) -> None:
+        """Give the whole model back with ordinary linears; its channels stay reordered, which changes no output."""
+        self.set_shape(self.space.largest)
+        for group in self.groups:
+            for linear in (*group.producers, group.consumer):
+                linear.restore()
 
     def _elastic_groups(self) -> tuple[ElasticGroup, ...]:
         groups = self.adapter.channel_groups(self.config)

@@ -1,0 +1,209 @@
+"""Elastic checkpoints: base model reference + strategy + SMOL adapter; every shape is cut from one without training.
+
+::
+
+    DIRECTORY/
+      elastic.json                                   format, version, where the base model is
+      strategy.json, strategy.safetensors            which layers and channels every shape keeps
+      adapter/                                       an ordinary PEFT directory (absent where nothing was trained)
+
+The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, which reorders first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.extraction import extract
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.strategy import SubnetStrategy, write_atomically
+
+FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
+ELASTIC_NAME, ADAPTER_DIRECTORY, PARITY_NAME = "elastic.json", "adapter", "parity.json"
+PARITY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a reloaded checkpoint is from the elastic model at its shape, on one batch of random tokens."""
+
+    shape: str
+    tokens: int
+    max_logit_difference: float
+    mean_kl_divergence: float  # nats per token
+
+
+def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
+    """Put a SMOL adapter on an elastic model; its router follows the active shape.
+
+    Args:
+        elastic: Freshly made; its space and kept layers are written into the configuration.
+        config: Rank, experts and targets; ``widths``, ``depths``, ``kept_layers`` and ``num_layers`` are filled in here.
+    """
+    config.widths = [str(width) for width in elastic.space.widths]
+    config.depths = list(elastic.space.depths)
+    config.kept_layers = {str(depth): list(kept) for depth, kept in elastic.strategy.depth.kept.items()}
+    config.num_layers = len(elastic.layers)
+    peft_model = get_peft_model(elastic.model, config)
+    _follow(elastic, peft_model)
+    return peft_model
+
+
+def save_elastic(elastic: ElasticModel, peft_model: PeftModel | None, directory: Path, base: str) -> None:
+    """Write an elastic checkpoint: all of it or nothing.
+
+    Args:
+        elastic: Gives the strategy.
+        peft_model: Gives the adapter; ``None`` where nothing was trained.
+        directory: New, empty, or an elastic checkpoint, which is replaced.
+        base: Path or hub id under which the base model can be loaded again.
+
+    Raises:
+        ArtifactError: If the directory holds something else.
+    """
+    require_replaceable(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        elastic.strategy.save(partial)
+        if peft_model is not None:
+            with elastic.active(elastic.space.largest):
+                peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY))
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base_model": base,
+            "dtype": str(elastic.model.dtype).removeprefix("torch."),
+            "space": str(elastic.space),
+        }
+        write_atomically(partial / ELASTIC_NAME, json.dumps(document, indent=1).encode())
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.replace(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_replaceable(directory: Path) -> None:
+    """Refuse to write an elastic checkpoint over anything but an older one.
+
+    Raises:
+        ArtifactError: If the path is a file, or a directory that holds something else.
+    """
+    if directory.is_dir() and (not any(directory.iterdir()) or (directory / ELASTIC_NAME).is_file()):
+        return
+    if directory.exists():
+        raise ArtifactError(f"{directory} exists and is no elastic checkpoint; nothing is overwritten: name another directory")
+
+
+def load_elastic(directory: Path, base: str | None = None) -> tuple[ElasticModel, PeftModel | None]:
+    """Load base model, strategy and adapter; the largest shape is active.
+
+    Args:
+        directory: What :func:`save_elastic` wrote.
+        base: Where the base model is now, if it moved.
+
+    Raises:
+        ArtifactError: If the directory is no elastic checkpoint, is damaged, or belongs to another base model.
+    """
+    document = _read_elastic_json(directory / ELASTIC_NAME)
+    strategy = SubnetStrategy.load(directory)
+    reference = base or document["base_model"]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(reference, dtype=document["dtype"])
+    except OSError as error:
+        raise ArtifactError(
+            f"the base model '{reference}' of {directory} cannot be loaded ({error}); say where it is with --base"
+        ) from error
+    elastic = ElasticModel(model.eval(), strategy)
+    adapter = directory / ADAPTER_DIRECTORY
+    if not adapter.is_dir():
+        return elastic, None
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"the adapter in {adapter} is damaged or of another model ({error})") from error
+    _follow(elastic, peft_model)
+    return elastic, peft_model
+
+
+def extract_checkpoint(directory: Path, shape: SubnetShape | str, output: Path, base: str | None = None) -> Parity:
+    """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with ``parity.json`` beside it.
+
+    Raises:
+        ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
+        ArtifactError: If the output directory is not empty, or the elastic checkpoint is damaged.
+    """
+    parsed = SubnetStrategy.load(directory).space.require(shape)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
+    elastic, _ = load_elastic(directory, base)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        extract(elastic, parsed).save_pretrained(partial)
+        _copy_tokenizer(base or elastic.config.name_or_path, partial)
+        parity = measure_parity(elastic, parsed, partial)
+        write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
+        if output.is_dir():
+            output.rmdir()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return parity
+
+
+@torch.no_grad()
+def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:
+    """Reload a checkpoint and compare its logits with the elastic model's at the shape it was cut from."""
+    reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(elastic.config.vocab_size, (1, PARITY_TOKENS), generator=generator).to(elastic.model.device)
+    with elastic.active(shape) as model:
+        expected = model(tokens, use_cache=False).logits.float()
+    found = reloaded.to(tokens.device)(tokens, use_cache=False).logits.float()
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1).flatten(0, 1), expected.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean"
+    )
+    return Parity(str(shape), PARITY_TOKENS, (found - expected).abs().max().item(), divergence.item())
+
+
+def read_space(directory: Path) -> ShapeSpace:
+    """Return the shapes an elastic checkpoint can be cut to, without loading its model."""
+    return SubnetStrategy.load(directory).space
+
+
+def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:
+    elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.kept_layers(shape)))
+
+
+def _copy_tokenizer(reference: str, directory: Path) -> None:
+    try:
+        AutoTokenizer.from_pretrained(reference).save_pretrained(directory)
+    except (OSError, ValueError):  # a base without a tokenizer is legal; its subnet then has none either
+        return
+
+
+def _read_elastic_json(path: Path) -> dict[str, str]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"{path} does not exist: {path.parent} is no elastic checkpoint") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the training") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT or not {"base_model", "dtype"} <= set(document):
+        raise ArtifactError(f"{path} is not a {FORMAT} file; point at a directory that one-for-all training wrote")
+    if document.get("version") != VERSION:
+        raise ArtifactError(f"{path} has format version {document.get('version')}, this amoeba_plugin reads {VERSION}")
+    return document

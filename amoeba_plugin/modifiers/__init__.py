@@ -1,0 +1,31 @@
+"""llm-compressor modifiers: thin, they call the modules of this package. Importing this registers them."""
+
+from llmcompressor.modifiers import ModifierFactory
+
+from amoeba_plugin.modifiers.depth import DepthShrinkingModifier
+from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
+from amoeba_plugin.modifiers.one_for_all import AdapterOptions, OneForAllDistillationModifier
+from amoeba_plugin.modifiers.width import WidthShrinkingModifier
+
+__all__ = [
+    "AdapterOptions",
+    "DepthShrinkingModifier",
+    "OneForAllDistillationModifier",
+    "SubnetExtractionModifier",
+    "WidthShrinkingModifier",
+    "register_with_llmcompressor",
+]
+
+
+def register_with_llmcompressor() -> None:
+    """Make the modifiers known to recipes, under their class names; calling it twice changes nothing."""
+    for modifier in (
+        DepthShrinkingModifier,
+        WidthShrinkingModifier,
+        OneForAllDistillationModifier,
+        SubnetExtractionModifier,
+    ):
+        ModifierFactory.register(modifier.__name__, modifier)
+
+
+register_with_llmcompressor()

@@ -1,0 +1,66 @@
+"""DepthShrinkingModifier: the paper's dynamic program over layers, as a recipe step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, field_validator
+
+from amoeba_plugin.depth import search_depths
+from amoeba_plugin.modifiers.order import require_session_order
+from amoeba_plugin.modifiers.selection import on_main_device, selection_for
+from amoeba_plugin.plugins import objective_named
+from amoeba_plugin.strategy import DepthStrategy
+
+
+class DepthShrinkingModifier(Modifier):
+    """Find, for every depth, which layers to keep (AmoebaLLM, arXiv:2411.10606, section 4.1).
+
+    Sample YAML::
+
+        select_stage:
+          amoeba_select_modifiers:
+            DepthShrinkingModifier: {min_depth: 20, keep_last: 1, objective: loss}
+
+    Attributes:
+        min_depth: Layers the smallest subnet keeps. No default.
+        keep_last: Last layers that are never removed. Default 1, as in the paper.
+        objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's. Default ``loss``.
+        max_batches: Calibration batches used, ``None`` for all. Default ``None``.
+        kept_layers: Per depth, the layers to keep. Given: nothing is searched. Else filled in by the search, so that the
+            recipe written beside a checkpoint repeats its selection.
+    """
+
+    min_depth: int = Field(ge=1)
+    keep_last: int = Field(default=1, ge=0)
+    objective: str = "loss"
+    max_batches: int | None = Field(default=None, ge=1)
+    kept_layers: dict[str, list[int]] | None = None
+
+    @field_validator("objective")
+    @classmethod
+    def _objective_exists(cls, name: str) -> str:
+        objective_named(name)
+        return name
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Search on the calibration data, or take the layers given."""
+        require_session_order(self)
+        selection = selection_for(state)
+        if self.kept_layers is None:
+            with on_main_device(state.model):
+                selection.depth = search_depths(
+                    state.model,
+                    selection.adapter,
+                    objective_named(self.objective),
+                    selection.batches[: self.max_batches],
+                    min_depth=self.min_depth,
+                    keep_last=self.keep_last,
+                )
+            self.kept_layers = {str(depth): list(kept) for depth, kept in selection.depth.kept.items()}
+        else:
+            kept = {int(depth): tuple(layers) for depth, layers in self.kept_layers.items()}
+            selection.depth = DepthStrategy(kept, self.objective)
+        return True

@@ -1,0 +1,48 @@
+"""SubnetExtractionModifier: turn the model into one of its subnets, so that quantization sees only that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from pydantic import field_validator
+
+from amoeba_plugin.extraction import become, extract
+from amoeba_plugin.modifiers.order import require_session_order
+from amoeba_plugin.modifiers.selection import forget_selection, keep_config_on_save, selection_for
+from amoeba_plugin.shape import SubnetShape
+
+
+class SubnetExtractionModifier(Modifier):
+    """Cut one shape, with the adapter folded in, in place.
+
+    Sample YAML::
+
+        SubnetExtractionModifier: {shape: 24x7/8}
+
+    Attributes:
+        shape: DEPTHxWIDTH, a point of the space that selection made. No default.
+    """
+
+    shape: str
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _shape_parses(cls, shape: Any) -> str:
+        return str(SubnetShape.parse(str(shape)))
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Replace the model by its subnet; the object stays the same for whoever holds it."""
+        require_session_order(self)
+        selection = selection_for(state)
+        elastic = selection.require_elastic(state.model)
+        subnet = extract(elastic, self.shape)
+        forget_selection(state.model)
+        become(state.model, subnet)
+        return True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """See to it that the subnet's own configuration is saved."""
+        keep_config_on_save(state.model)
+        return True

@@ -1,0 +1,62 @@
+"""The order in which modifiers can follow one another: select, train, extract, then quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+
+from amoeba_plugin.errors import RecipeError
+
+STAGES = {
+    "DepthShrinkingModifier": 0,
+    "WidthShrinkingModifier": 0,
+    "OneForAllDistillationModifier": 1,
+    "SubnetExtractionModifier": 2,
+}
+EXPECTED = "DepthShrinkingModifier, WidthShrinkingModifier, OneForAllDistillationModifier, SubnetExtractionModifier, quantization"
+
+
+def require_order(modifiers: Sequence[Modifier]) -> None:
+    """Refuse an order that cannot work.
+
+    Args:
+        modifiers: All modifiers of a recipe, in the order in which they run.
+
+    Raises:
+        RecipeError: If one of ours comes twice or too late, if a host's modifier stands before or between ours, or if the
+            result of training would be lost.
+    """
+    names = [type(modifier).__name__ for modifier in modifiers]
+    ours = [name for name in names if name in STAGES]
+    if not ours:
+        return
+    for name in set(ours):
+        if ours.count(name) > 1:
+            raise RecipeError(f"{name} comes {ours.count(name)} times; a recipe has it once")
+    if ours != sorted(ours, key=STAGES.__getitem__):
+        raise RecipeError(f"the order {' -> '.join(ours)} cannot work; the order is {EXPECTED}")
+    last = len(names) - 1 - names[::-1].index(ours[-1])
+    strangers = [name for name in names[:last] if name not in STAGES]
+    if strangers:
+        raise RecipeError(f"{strangers[0]} stands before {ours[-1]}, which changes the model's structure; the order is {EXPECTED}")
+    extracts = "SubnetExtractionModifier" in ours
+    if names[last + 1 :] and not extracts:
+        raise RecipeError(
+            f"{names[last + 1]} follows {ours[-1]} with no SubnetExtractionModifier between them: it would work on the whole "
+            "model and the selection would be lost; add SubnetExtractionModifier with a shape"
+        )
+    trainer = next((modifier for modifier in modifiers if type(modifier).__name__ == "OneForAllDistillationModifier"), None)
+    if not extracts and not getattr(trainer, "elastic_dir", None):
+        raise RecipeError(
+            "this recipe keeps nothing of its selection: add elastic_dir to OneForAllDistillationModifier (an elastic "
+            "checkpoint, any shape later), or SubnetExtractionModifier with a shape"
+        )
+
+
+def require_session_order(modifier: Modifier) -> None:
+    """Check the recipe of the active session, if this modifier belongs to it (a modifier driven by hand is not checked)."""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    if any(each is modifier for each in modifiers):
+        require_order(modifiers)

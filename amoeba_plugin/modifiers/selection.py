@@ -1,0 +1,105 @@
+"""What the modifiers of one recipe hand to one another: batches, strategies, the elastic model, the adapter.
+
+Kept beside the model, not on it: a model that the host saves or copies carries nothing of ours.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from llmcompressor.core import State
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter, require_unquantized
+from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+
+
+@dataclass
+class Selection:
+    """The state of one recipe on one model."""
+
+    adapter: ArchitectureAdapter
+    fingerprint: str
+    batches: list[Batch]
+    depth: DepthStrategy | None = None
+    width: WidthStrategy | None = None
+    elastic: ElasticModel | None = None
+    peft_model: PeftModel | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def require_elastic(self, model: PreTrainedModel) -> ElasticModel:
+        """Return the elastic model, made when it is first asked for: selection is over then."""
+        if self.elastic is None:
+            depth = self.depth or DepthStrategy.whole(len(self.adapter.layers(model)))
+            strategy = SubnetStrategy(depth, self.width or WidthStrategy.whole(), self.fingerprint, self.provenance)
+            self.elastic = ElasticModel(model, strategy)
+        return self.elastic
+
+
+_SELECTIONS: weakref.WeakKeyDictionary[PreTrainedModel, Selection] = weakref.WeakKeyDictionary()
+
+
+def selection_for(state: State) -> Selection:
+    """Return the selection of the model that a session works on.
+
+    Calibration batches are drawn once: every iteration of the host's loader is another order and another subset.
+
+    Raises:
+        ArchitectureError: If the model is quantized already or its architecture is not supported.
+        DataError: If there is no calibration data.
+    """
+    model = state.model
+    if model not in _SELECTIONS:
+        require_unquantized(model)
+        adapter = architecture_for(model.config.model_type)
+        batches = materialise(state.data.calib)
+        _SELECTIONS[model] = Selection(adapter, model_fingerprint(model, adapter), batches)
+    return _SELECTIONS[model]
+
+
+def forget_selection(model: PreTrainedModel) -> Selection | None:
+    """Drop and return what was kept for a model; the recipe is over or the model is something else now."""
+    return _SELECTIONS.pop(model, None)
+
+
+@contextmanager
+def on_main_device(model: PreTrainedModel) -> Iterator[torch.device]:
+    """Run a block with the model on the accelerator where there is one; it goes back to where it was."""
+    before = model.device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator if accelerator is not None and before.type == "cpu" else before
+    model.to(device)
+    try:
+        yield device
+    finally:
+        model.to(before)
+
+
+def keep_config_on_save(model: PreTrainedModel) -> None:
+    """Make llm-compressor save the model's own configuration.
+
+    From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded, so that layers
+    and sizes of the *whole* model would be written beside a subnet's weights. It keeps its hands off a configuration without
+    ``_name_or_path``, so the name is taken away while saving.
+    """
+    save: Callable[..., Any] = model.save_pretrained
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        config: PretrainedConfig = model.config
+        name, config._name_or_path = config._name_or_path, ""
+        try:
+            return save(*args, **kwargs)
+        finally:
+            config._name_or_path = name
+
+    save_pretrained._overridden = True  # type: ignore[attr-defined]  # the host's mark: do not wrap again
+    model.save_pretrained = save_pretrained

@@ -1,0 +1,123 @@
+"""Elastic checkpoints: any shape out of one directory, refused where anything is missing or foreign."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from elastic_models import random_elastic
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from amoeba_plugin import checkpoint
+from amoeba_plugin.checkpoint import attach_smol, extract_checkpoint, load_elastic, save_elastic
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArtifactError, ShapeError
+from amoeba_plugin.smol import SmolConfig
+
+TinyModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def elastic(tiny_model: TinyModel, tmp_path: Path) -> ElasticModel:
+    """An elastic model with a random adapter, saved in ``tmp_path/elastic``, its base in ``tmp_path/base``."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    elastic = random_elastic(model)
+    peft_model = attach_smol(elastic, SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")).eval()
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    save_elastic(elastic, peft_model, tmp_path / "elastic", str(tmp_path / "base"))
+    return elastic
+
+
+def logits(elastic: ElasticModel, shape: object, tokens: Tensor) -> Tensor:
+    with elastic.active(str(shape)) as model, torch.no_grad():
+        found: Tensor = model(tokens, use_cache=False).logits
+    return found
+
+
+def test_a_loaded_checkpoint_computes_the_same_at_every_shape(elastic: ElasticModel, tmp_path: Path) -> None:
+    tokens = torch.arange(10)[None]
+    loaded, peft_model = load_elastic(tmp_path / "elastic")
+    assert peft_model is not None
+    for shape in elastic.space:
+        assert torch.equal(logits(loaded, shape, tokens), logits(elastic, shape, tokens))
+
+
+def test_any_shape_is_extracted_with_its_parity(elastic: ElasticModel, tmp_path: Path) -> None:
+    parity = extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "out")
+    assert parity.max_logit_difference <= 1e-4
+    assert json.loads((tmp_path / "out/parity.json").read_text())["shape"] == "3x1/2"
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+    torch.testing.assert_close(found, logits(elastic, "3x1/2", tokens), atol=1e-4, rtol=0)
+
+
+def test_a_base_that_moved_is_named(elastic: ElasticModel, tmp_path: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ArtifactError, match="say where it is with --base"):
+        load_elastic(tmp_path / "elastic")
+    loaded, _ = load_elastic(tmp_path / "elastic", base=str(tmp_path / "moved"))
+    assert loaded.space == elastic.space
+
+
+def test_another_base_is_refused(elastic: ElasticModel, tiny_model: TinyModel, tmp_path: Path) -> None:
+    tiny_model("llama", seed=7).save_pretrained(tmp_path / "other")
+    with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
+        load_elastic(tmp_path / "elastic", base=str(tmp_path / "other"))
+
+
+def test_a_shape_outside_is_refused_before_the_base_is_loaded(
+    elastic: ElasticModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load_elastic", None)
+    with pytest.raises(ShapeError, match="outside the space"):
+        extract_checkpoint(tmp_path / "elastic", "4x1/4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["elastic.json", "strategy.json", "strategy.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_truncated_file_is_refused(elastic: ElasticModel, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "elastic" / damage
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ArtifactError):
+        load_elastic(tmp_path / "elastic")
+
+
+def test_an_output_that_holds_something_else_is_left_alone(elastic: ElasticModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="nothing is overwritten"):
+        extract_checkpoint(tmp_path / "elastic", "2x1", tmp_path / "out")
+    with pytest.raises(ArtifactError, match="nothing is overwritten"):
+        save_elastic(elastic, None, tmp_path / "out", "base")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(
+    elastic: ElasticModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.stat().st_size for path in (tmp_path / "elastic").iterdir()}
+
+    def no_space(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        save_elastic(elastic, None, tmp_path / "elastic", "elsewhere")
+    assert {path.name: path.stat().st_size for path in (tmp_path / "elastic").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "elastic"]
+
+
+def test_without_an_adapter_the_strategy_alone_is_kept(elastic: ElasticModel, tmp_path: Path) -> None:
+    save_elastic(elastic, None, tmp_path / "bare", str(tmp_path / "base"))
+    loaded, peft_model = load_elastic(tmp_path / "bare")
+    assert peft_model is None
+    assert loaded.space == elastic.space

@@ -1,0 +1,173 @@
+"""ElasticModel: the largest shape is the untouched model, every other one a prefix of the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from elastic_models import KEPT, random_elastic, random_strategy
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amoeba_plugin.elastic import ElasticLinear, ElasticModel
+from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+
+TinyModel = Callable[..., PreTrainedModel]
+FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(tokens, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_the_largest_shape_is_the_model_within_rounding(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
+    model = tiny_model(model_type)
+    before = logits(model, tokens)
+    random_elastic(model)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, tiny_model(model_type).model.layers[0].mlp.up_proj.weight)
+    torch.testing.assert_close(logits(model, tokens), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_with_elastic_depth_alone_the_largest_shape_is_bit_equal(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
+    model = tiny_model(model_type)
+    before = logits(model, tokens)
+    fingerprint = model_fingerprint(model, architecture_for(model_type))
+    elastic = ElasticModel(model, SubnetStrategy(DepthStrategy(KEPT), WidthStrategy.whole(), fingerprint))
+    with elastic.active("2x1"):
+        assert not torch.equal(logits(model, tokens), before)
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_leaving_a_shape_restores_the_one_before_after_an_exception_too(tiny_model: TinyModel, tokens: Tensor) -> None:
+    model = tiny_model("qwen2")
+    elastic = random_elastic(model)
+    before, config = logits(model, tokens), model.config.to_dict()
+    with pytest.raises(KeyError), elastic.active("2x1/2"):
+        assert str(elastic.shape) == "2x1/2"
+        raise KeyError
+    assert elastic.shape == elastic.space.largest
+    assert torch.equal(logits(model, tokens), before)
+    assert model.config.to_dict() == config
+
+
+def test_switching_allocates_no_parameter_memory(tiny_model: TinyModel) -> None:
+    elastic = random_elastic(tiny_model("llama"))
+    before = {name: parameter.data_ptr() for layer in elastic.layers for name, parameter in layer.named_parameters()}
+    for shape in elastic.space:
+        elastic.set_shape(shape)
+    elastic.set_shape(elastic.space.largest)
+    assert before == {name: parameter.data_ptr() for layer in elastic.layers for name, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_a_shape_computes_what_masks_compute(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
+    """Independent reading: zero the consumer's columns of the units that a width drops, in the original order."""
+    strategy = random_strategy(tiny_model(model_type))
+    masked, width = tiny_model(model_type), strategy.space.widths[1]
+    adapter = architecture_for(model_type)
+    with torch.no_grad():
+        for index, layer in enumerate(masked.model.layers):
+            for group in adapter.channel_groups(masked.config):
+                order = strategy.width.order[f"{index}.{group.name}"]
+                for unit in order[strategy.width.units[width][f"{index}.{group.name}"] :].tolist():
+                    size = group.consumer.channels_per_unit
+                    layer.get_submodule(group.consumer.path).weight[:, unit * size : (unit + 1) * size] = 0
+    masked.model.layers = nn.ModuleList([masked.model.layers[index] for index in KEPT[3]])
+    masked.config.num_hidden_layers = 3
+    elastic = ElasticModel(tiny_model(model_type), strategy)
+    with elastic.active(f"3x{width}") as model:
+        torch.testing.assert_close(logits(model, tokens), logits(masked, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_compensation_adds_the_mean_contribution_of_missing_channels(tiny_model: TinyModel) -> None:
+    strategy = random_strategy(tiny_model("llama"), bias_compensation=True)
+    whole = tiny_model("llama").model.layers[2].mlp.down_proj.weight.detach()
+    elastic = ElasticModel(tiny_model("llama"), strategy)
+    width = strategy.space.widths[2]
+    kept = strategy.width.order["2.mlp"][: strategy.width.units[width]["2.mlp"]]
+    missing = torch.ones(whole.shape[1], dtype=torch.bool)
+    missing[kept] = False
+    expected = whole[:, missing] @ strategy.width.mean_input["2.mlp"][missing]
+    with elastic.active(f"4x{width}"):
+        consumer = elastic.layers[2].get_submodule("mlp.down_proj")
+        found = consumer(torch.zeros(1, consumer.active_in))[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_cached_decoding_agrees_step_by_step(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
+    elastic = random_elastic(tiny_model(model_type))
+    for shape in elastic.space:
+        with elastic.active(shape) as model, torch.no_grad():
+            expected, cache = logits(model, tokens), None
+            for position in range(tokens.shape[1]):
+                step = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+                cache = step.past_key_values
+                torch.testing.assert_close(step.logits[:, 0], expected[:, position], atol=1e-4, rtol=1e-4)
+
+
+def test_listeners_hear_the_active_shape_at_once_and_at_every_change(tiny_model: TinyModel) -> None:
+    elastic, heard = random_elastic(tiny_model("llama")), []
+    elastic.on_shape_change(lambda shape: heard.append(str(shape)))
+    with elastic.active("2x3/4"):
+        pass
+    assert heard == ["4x1", "2x3/4", "4x1"]
+
+
+def test_a_shape_outside_leaves_the_active_one(tiny_model: TinyModel) -> None:
+    elastic = random_elastic(tiny_model("llama"))
+    with pytest.raises(ShapeError, match="outside the space"):
+        elastic.set_shape("1x1")
+    assert elastic.shape == elastic.space.largest
+
+
+def test_release_gives_ordinary_linears_back(tiny_model: TinyModel, tokens: Tensor) -> None:
+    model = tiny_model("qwen3")
+    keys = set(model.state_dict())
+    elastic = random_elastic(model, bias_compensation=False)
+    expected = logits(model, tokens)
+    elastic.release()
+    assert not [module for module in model.modules() if isinstance(module, ElasticLinear)]
+    assert set(model.state_dict()) == keys
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_a_model_made_elastic_twice_is_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    fingerprint = model_fingerprint(model, architecture_for("llama"))
+    strategy = SubnetStrategy(DepthStrategy(KEPT), WidthStrategy.whole(), fingerprint)
+    ElasticModel(model, strategy)
+    with pytest.raises(ArchitectureError, match="already elastic"):
+        ElasticModel(model, strategy)
+
+
+def test_a_space_without_the_whole_model_is_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    fingerprint = model_fingerprint(model, architecture_for("llama"))
+    with pytest.raises(ArchitectureError, match="is not the whole model"):
+        ElasticModel(model, SubnetStrategy(DepthStrategy({3: (0, 1, 2)}), WidthStrategy.whole(), fingerprint))
+
+
+def test_an_unsupported_architecture_names_the_supported_ones(tiny_model: TinyModel) -> None:
+    with pytest.raises(ArchitectureError, match="'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"):
+        architecture_for("gpt2")
+
+
+def test_a_quantized_model_is_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    strategy = random_strategy(model)
+    model.config.quantization_config = {"quant_method": "compressed-tensors"}
+    with pytest.raises(ArchitectureError, match="already quantized"):
+        ElasticModel(model, strategy)

@@ -1,0 +1,266 @@
+"""The modifiers in llm-compressor's own `oneshot`: one recipe, then reload what was saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import State, active_session, reset_session
+from llmcompressor.modifiers import ModifierFactory
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.recipe import Recipe
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import amoeba_plugin  # noqa: F401  # registers the modifiers
+from amoeba_plugin.checkpoint import load_elastic
+from amoeba_plugin.elastic import ElasticLinear
+from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError, PluginError, RecipeError
+from amoeba_plugin.modifiers import (
+    DepthShrinkingModifier,
+    OneForAllDistillationModifier,
+    SubnetExtractionModifier,
+    WidthShrinkingModifier,
+    register_with_llmcompressor,
+)
+from amoeba_plugin.modifiers.order import require_order
+
+TinyModel = Callable[..., PreTrainedModel]
+
+DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "keep_last": 1}}
+WIDTH = {"WidthShrinkingModifier": {"widths": ["1", "3/4", "1/2"]}}
+TRAIN = {
+    "OneForAllDistillationModifier": {
+        "adapter": {"r": 4, "num_experts": 3},
+        "max_steps": 3,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.01,
+    }
+}
+EXTRACT = {"SubnetExtractionModifier": {"shape": "3x1/2"}}
+GROUPS_OF_32 = {
+    "group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    }
+}
+QUANTIZATION = {
+    "gptq": {"GPTQModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]}},
+    "w8a8": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}},
+    "w4a16": {"QuantizationModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]}},
+    "awq": {
+        "AWQModifier": {"n_grid": 2},
+        "QuantizationModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]},
+    },
+}
+
+
+def recipe(*groups: dict[str, Any]) -> str:
+    """Write one stage per group, as a YAML text."""
+    stages = {f"s{i}_stage": {f"g{i}_modifiers": json.loads(json.dumps(group))} for i, group in enumerate(groups)}
+    return yaml.safe_dump(stages, sort_keys=False)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_session() -> Any:
+    reset_session()
+    yield
+    reset_session()
+
+
+@pytest.fixture
+def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    return save_base(tiny_model("llama"), tmp_path / "base")
+
+
+def save_base(model: PreTrainedModel, directory: Path) -> Path:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w1").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def data() -> Dataset:
+    rows = torch.randint(0, 97, (8, 16), generator=torch.Generator().manual_seed(3)).tolist()
+    return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 16} for row in rows])
+
+
+def run(base: Path, text: str, data: Dataset | None, output: Path | None = None, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = oneshot(
+        model=str(base),
+        recipe=text,
+        dataset=data,
+        num_calibration_samples=8,
+        max_seq_length=16,
+        output_dir=None if output is None else str(output),
+        **options,
+    )
+    return model
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(12)[None], use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("quantization", list(QUANTIZATION))
+def test_a_whole_recipe_saves_a_checkpoint_that_reloads_equal(
+    base: Path, data: Dataset, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quantization == "awq":  # the host pins memory without asking whether there is an accelerator
+        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args, **kwargs: None)
+    text = recipe(DEPTH | WIDTH, TRAIN, EXTRACT, QUANTIZATION[quantization])
+    model = run(base, text, data, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")
+    assert [config[name] for name in sizes] == [3, 4, 2, 64, 16]
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    again = Recipe.create_instance(str(tmp_path / "out/recipe.yaml"))
+    assert len(again.modifiers) == 3 + 1 + len(QUANTIZATION[quantization])
+    assert again.modifiers[0].kept_layers["3"] == list(sorted(again.modifiers[0].kept_layers["3"]))
+    assert len(again.modifiers[0].kept_layers["3"]) == 3
+
+
+def test_without_quantization_the_subnet_is_a_plain_checkpoint_of_its_own_class(base: Path, data: Dataset, tmp_path: Path) -> None:
+    model = run(base, recipe(DEPTH | WIDTH, {"SubnetExtractionModifier": {"shape": "2x3/4"}}), data, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["architectures"], config["num_attention_heads"]) == (["MistralForCausalLM"], 6)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_the_elastic_checkpoint_of_a_recipe_holds_the_shape_it_extracted(base: Path, data: Dataset, tmp_path: Path) -> None:
+    train = {"OneForAllDistillationModifier": TRAIN["OneForAllDistillationModifier"] | {"elastic_dir": str(tmp_path / "elastic")}}
+    model = run(base, recipe(DEPTH | WIDTH, train, EXTRACT), data)
+    elastic, peft_model = load_elastic(tmp_path / "elastic")
+    assert peft_model is not None
+    with elastic.active("3x1/2"):
+        torch.testing.assert_close(logits(elastic.model), logits(model), atol=1e-5, rtol=0)
+
+
+def test_training_without_extraction_gives_the_whole_model_back(base: Path, data: Dataset, tmp_path: Path) -> None:
+    train = {"OneForAllDistillationModifier": TRAIN["OneForAllDistillationModifier"] | {"elastic_dir": str(tmp_path / "elastic")}}
+    before = logits(AutoModelForCausalLM.from_pretrained(base))
+    model = run(base, recipe(DEPTH | WIDTH, train), data)
+    assert not [module for module in model.modules() if isinstance(module, ElasticLinear)]
+    assert not [name for name, _ in model.named_parameters() if "smol" in name]
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_subnet(base: Path, data: Dataset) -> None:
+    text = recipe(DEPTH | WIDTH, TRAIN, EXTRACT)
+    first = run(base, text, data, shuffle_calibration_samples=False)
+    reset_session()
+    assert torch.equal(logits(first), logits(run(base, text, data, shuffle_calibration_samples=False)))
+
+
+def test_the_adapter_was_trained_and_folded_in(base: Path, data: Dataset) -> None:
+    untrained = run(base, recipe(DEPTH | WIDTH, EXTRACT), data)
+    reset_session()
+    assert not torch.allclose(logits(untrained), logits(run(base, recipe(DEPTH | WIDTH, TRAIN, EXTRACT), data)), atol=1e-3)
+
+
+def test_a_saved_recipe_repeats_its_depths_without_searching(base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amoeba_plugin.modifiers.depth.search_depths", None)
+    kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
+    given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
+    assert run(base, recipe(given, {"SubnetExtractionModifier": {"shape": "2x1"}}), data).config.num_hidden_layers == 2
+
+
+def test_registering_twice_changes_nothing() -> None:
+    register_with_llmcompressor()
+    made = ModifierFactory.create("SubnetExtractionModifier", allow_registered=True, allow_experimental=False, shape="2x1")
+    assert isinstance(made, SubnetExtractionModifier)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DepthShrinkingModifier(min_depth=2, keep_lst=1), "keep_lst"),
+        (lambda: DepthShrinkingModifier(min_depth=0), "greater than or equal to 1"),
+        (lambda: WidthShrinkingModifier(widths=["1", "9/8"]), r"\(0, 1\]"),
+        (lambda: WidthShrinkingModifier(widths=["3/4"]), "lack 1"),
+        (lambda: WidthShrinkingModifier(widths="1"), "no list of shares"),
+        (lambda: OneForAllDistillationModifier(adapter={"num_experts": 2, "top_k": 3}), "top_k 3 of num_experts 2"),
+        (lambda: SubnetExtractionModifier(shape="3by4"), "no subnet shape|not a subnet shape"),
+    ],
+)
+def test_a_bad_field_is_refused_when_the_recipe_is_parsed(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_objective_or_importance_names_the_known_ones() -> None:
+    with pytest.raises(PluginError, match="no objective named 'los'. Did you mean 'loss'"):
+        DepthShrinkingModifier(min_depth=2, objective="los")
+    with pytest.raises(PluginError, match="no importance named 'flapp'. Did you mean 'flap'"):
+        WidthShrinkingModifier(widths=["1"], importance="flapp")
+
+
+def modifiers_of(text: str) -> list[Any]:
+    return list(Recipe.create_instance(text).modifiers)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ((TRAIN, DEPTH, EXTRACT), "cannot work; the order is"),
+        ((DEPTH, EXTRACT, TRAIN), "cannot work; the order is"),
+        ((QUANTIZATION["w8a8"], DEPTH, EXTRACT), "QuantizationModifier stands before SubnetExtractionModifier"),
+        ((DEPTH, TRAIN, QUANTIZATION["w8a8"]), "with no SubnetExtractionModifier between"),
+        ((DEPTH, DEPTH, EXTRACT), "comes 2 times"),
+        ((DEPTH, TRAIN), "keeps nothing of its selection"),
+    ],
+)
+def test_an_order_that_cannot_work_is_refused(groups: tuple[dict[str, Any], ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        require_order(modifiers_of(recipe(*groups)))
+
+
+def test_the_order_is_checked_inside_a_session_before_anything_runs(base: Path, data: Dataset) -> None:
+    with pytest.raises(RecipeError, match="the order is"):
+        run(base, recipe(TRAIN, DEPTH, EXTRACT), data)
+
+
+def test_no_calibration_data_is_refused(base: Path) -> None:
+    with pytest.raises(DataError, match="calibration"):
+        run(base, recipe(DEPTH, EXTRACT), None)
+
+
+def test_a_depth_the_model_has_not_is_refused(base: Path, data: Dataset) -> None:
+    with pytest.raises(RecipeError, match="min_depth"):
+        run(base, recipe({"DepthShrinkingModifier": {"min_depth": 4}}, EXTRACT), data)
+
+
+def test_an_elastic_dir_that_holds_something_else_is_refused_before_training(base: Path, data: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "elastic").mkdir()
+    (tmp_path / "elastic/thesis.txt").write_text("years of work")
+    train = {"OneForAllDistillationModifier": {"max_steps": 10**9, "elastic_dir": str(tmp_path / "elastic")}}
+    with pytest.raises(ArtifactError, match="nothing is overwritten"):
+        run(base, recipe(DEPTH, train), data)
+
+
+def test_a_quantized_model_is_refused(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq"}
+    state = State(model=model)
+    with pytest.raises(ArchitectureError, match="already quantized"):
+        DepthShrinkingModifier(min_depth=2).initialize(state)
+    assert active_session() is not None

@@ -1,0 +1,69 @@
+"""Shapes and spaces: values."""
+
+import random
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amoeba_plugin.errors import ShapeError
+from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
+
+SHAPES = st.builds(
+    lambda depth, top, extra: SubnetShape(depth, Fraction(top, top + extra)),
+    st.integers(1, 200),
+    st.integers(1, 64),
+    st.integers(0, 64),
+)
+
+
+@given(SHAPES)
+def test_a_shape_is_read_back_from_its_text(shape: SubnetShape) -> None:
+    assert SubnetShape.parse(str(shape)) == shape
+
+
+@pytest.mark.parametrize("text", ["24x7/8", "24X0.875", " 24x7/8 "])
+def test_spellings_of_one_shape(text: str) -> None:
+    assert SubnetShape.parse(text) == SubnetShape(24, Fraction(7, 8))
+
+
+def test_a_depth_alone_is_full_width() -> None:
+    assert SubnetShape.parse("24") == SubnetShape(24, Fraction(1))
+
+
+@pytest.mark.parametrize("text", ["", "x1", "0x1", "12x0", "12x9/8", "12x1/0", "12xx1", "a", "1.5x1", "-2x1"])
+def test_what_is_no_shape_says_how_to_write_one(text: str) -> None:
+    with pytest.raises(ShapeError, match="for example 24x7/8"):
+        SubnetShape.parse(text)
+
+
+@pytest.mark.parametrize("width", ["0", "-1/2", "9/8", "nan", "wide", "1/0"])
+def test_what_is_no_width_is_refused(width: str) -> None:
+    with pytest.raises(ShapeError, match="write 1, 7/8 or 0.75"):
+        parse_width(width)
+
+
+def test_a_space_is_a_grid_largest_first() -> None:
+    space = ShapeSpace((8, 12, 10, 8), (Fraction(3, 4), Fraction(1)))
+    assert [str(shape) for shape in space] == ["12x1", "12x3/4", "10x1", "10x3/4", "8x1", "8x3/4"]
+    assert len(space) == 6
+    assert (space.largest, space.smallest) == (SubnetShape(12, Fraction(1)), SubnetShape(8, Fraction(3, 4)))
+
+
+@given(st.integers())
+def test_a_drawn_shape_is_of_the_space_and_the_seed_decides_it(seed: int) -> None:
+    space = ShapeSpace((12, 10, 8), (Fraction(1), Fraction(7, 8)))
+    assert space.sample(random.Random(seed)) == space.sample(random.Random(seed))
+    assert space.sample(random.Random(seed)) in space
+
+
+def test_a_shape_outside_names_the_space() -> None:
+    space = ShapeSpace((12, 8), (Fraction(1), Fraction(3, 4)))
+    with pytest.raises(ShapeError, match=r"shape 10x1 is outside the space depths \{12, 8\} x widths \{1, 3/4\}"):
+        space.require("10x1")
+
+
+def test_an_empty_space_is_refused() -> None:
+    with pytest.raises(ShapeError, match="at least one depth"):
+        ShapeSpace((), (Fraction(1),))

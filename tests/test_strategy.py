@@ -1,0 +1,100 @@
+"""SubnetStrategy on disk: versioned, atomic, refused where it does not belong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from elastic_models import random_strategy
+from transformers import PreTrainedModel
+
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.strategy import JSON_NAME, TENSORS_NAME, SubnetStrategy, model_fingerprint, write_atomically
+
+TinyModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def saved(tiny_model: TinyModel, tmp_path: Path) -> tuple[SubnetStrategy, Path]:
+    strategy = random_strategy(tiny_model("llama"), bias_compensation=True)
+    strategy.save(tmp_path)
+    return strategy, tmp_path
+
+
+def test_a_saved_strategy_loads_equal(saved: tuple[SubnetStrategy, Path]) -> None:
+    strategy, directory = saved
+    loaded = SubnetStrategy.load(directory)
+    assert loaded.depth == strategy.depth
+    assert loaded.fingerprint == strategy.fingerprint
+    assert loaded.width.units == strategy.width.units
+    assert loaded.width.bias_compensation
+    for name in ("order", "mean_input"):
+        expected, found = getattr(strategy.width, name), getattr(loaded.width, name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_truncated_tensor_file_is_refused(saved: tuple[SubnetStrategy, Path]) -> None:
+    tensors = saved[1] / TENSORS_NAME
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match="truncated or of another strategy"):
+        SubnetStrategy.load(saved[1])
+
+
+def test_a_truncated_json_is_refused(saved: tuple[SubnetStrategy, Path]) -> None:
+    document = saved[1] / JSON_NAME
+    document.write_bytes(document.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="truncated or no JSON"):
+        SubnetStrategy.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is not a amoeba_plugin.SubnetStrategy file"),
+        ({"version": 99}, "format version 99, this amoeba_plugin reads 1"),
+        ({"depth": {"kept": {"a": []}, "objective": "", "metric": {}}}, "is damaged"),
+    ],
+)
+def test_a_foreign_json_is_refused(saved: tuple[SubnetStrategy, Path], change: dict[str, object], message: str) -> None:
+    path = saved[1] / JSON_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=message):
+        SubnetStrategy.load(saved[1])
+
+
+def test_a_directory_without_strategy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not exist"):
+        SubnetStrategy.load(tmp_path)
+
+
+def test_a_strategy_of_another_model_is_refused(tiny_model: TinyModel) -> None:
+    strategy = random_strategy(tiny_model("llama", seed=0))
+    with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
+        ElasticModel(tiny_model("llama", seed=1), strategy)
+
+
+def test_the_fingerprint_survives_a_change_of_dtype(tiny_model: TinyModel) -> None:
+    model, adapter = tiny_model("llama"), architecture_for("llama")
+    before = model_fingerprint(model, adapter)
+    assert model_fingerprint(model.to(torch.bfloat16), adapter) == before
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_atomically(path, b"old")
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
