@@ -43,7 +43,8 @@ class SmolConfig(PeftConfig):
         router_seed: Seed of the router's own noise generator.
         router_temperature: Divides the k chosen logits before the softmax.
         router_nonlinearity: Between the router's two layers: "none" (as the reference), "relu", "gelu", "silu", "tanh".
-        init_weights: True: A Kaiming-uniform and B zero; "gaussian": A normal with std 1/r and B zero; False: both random.
+        init_weights: True: A Kaiming-uniform and B zero; "gaussian": A normal with std 1/r and B zero; False: both
+            random.
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         rank_pattern: Module name or regular expression -> rank, overriding ``r``.
         alpha_pattern: Module name or regular expression -> alpha, overriding ``lora_alpha``.
@@ -53,8 +54,8 @@ class SmolConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt; None: all.
         layers_pattern: Name of the layer list that ``layers_to_transform`` counts in.
         modules_to_save: Modules to train in full and to save with the adapter.
-        bias: "none", or train the base model's own biases too: "all" of them, or those of the adapted layers ("smol_only";
-            "lora_only" means the same). They change the base model at every shape at once and stay after merging.
+        bias: "none", or train the base model's own biases too: "all" of them, or those of the adapted layers
+            ("smol_only"; "lora_only" means the same). They change the base model at every shape at once.
         format_version: Version of the saved adapter.
 
     Raises:
@@ -90,7 +91,7 @@ class SmolConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = extend_peft_type("SMOL")
         if self.format_version > FORMAT_VERSION:
             raise AdapterError(
@@ -110,11 +111,15 @@ class SmolConfig(PeftConfig):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give a whole number of at least 1")
         if self.top_k > self.num_experts:
-            raise ConfigError(f"top_k={self.top_k} experts cannot be chosen from num_experts={self.num_experts}; lower top_k")
+            raise ConfigError(
+                f"top_k={self.top_k} experts cannot be chosen from num_experts={self.num_experts}; lower top_k"
+            )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability in [0, 1) is needed")
         if self.router_temperature <= 0:
-            raise ConfigError(f"router_temperature={self.router_temperature}: it divides the logits, give a number above 0")
+            raise ConfigError(
+                f"router_temperature={self.router_temperature}: it divides the logits, give a number above 0"
+            )
         for name, choices in (
             ("combination", COMBINATIONS),
             ("router_nonlinearity", NONLINEARITIES),
@@ -141,7 +146,7 @@ class SmolConfig(PeftConfig):
             widths = {parse_width(width) for width in self.widths}
         except ShapeError as error:
             raise ConfigError(f"widths={self.widths}: {error}") from error
-        if isinstance(self.widths, str) or not widths:
+        if not widths:
             raise ConfigError(f"widths={self.widths!r}: give a list with at least one width, such as ['1', '7/8']")
         self.widths = [str(width) for width in sorted(widths, reverse=True)]
         if self.num_layers is not None and self.num_layers < 1:

@@ -31,12 +31,14 @@ def lora_config(pairs: Mapping[str, LoraPair], config: SmolConfig, target_module
     ``lora_alpha`` and ``r`` are those of most layers, the patterns name the others.
     """
     # scaling = alpha / rank, so alpha = scaling * rank; round-off of s = alpha / r is undone by round()
-    settings = {name: (pair.A.shape[0], round(pair.scaling * pair.A.shape[0], 9)) for name, pair in pairs.items()}
+    settings = {
+        name: (pair.A.shape[0], round(float(pair.scaling * pair.A.shape[0]), 9)) for name, pair in pairs.items()
+    }
     values = list(settings.values())
     rank, alpha = max(set(values), key=values.count)
     return LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=target_modules,
         rank_pattern={name: r for name, (r, _) in settings.items() if r != rank},
         alpha_pattern={name: a for name, (_, a) in settings.items() if a != alpha},
@@ -61,7 +63,10 @@ def write_lora(
     Raises:
         AdapterError: If the adapter also holds whole modules or biases.
     """
-    for what, present in (("whole modules (modules_to_save)", config.modules_to_save), ("biases", config.bias != "none")):
+    for what, present in (
+        ("whole modules (modules_to_save)", config.modules_to_save),
+        ("biases", config.bias != "none"),
+    ):
         if present:
             raise AdapterError(
                 f"the adapter also holds {what}, which a LoRA written here would lose; use merge_and_unload() instead"

@@ -6,9 +6,15 @@ import warnings
 from typing import Any
 
 import peft
+import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -17,22 +23,21 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import get_pattern_key
 
 from amoeba_plugin.errors import PluginError
 
 __all__ = [
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-    "AuxiliaryTrainingWrapper",
+    "DEFAULT_TARGETS",
     "BaseTuner",
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",
     "check_adapters_to_merge",
+    "device_and_dtype",
     "extend_peft_type",
-    "get_pattern_key",
     "get_quantization_kwargs",
     "layer_sizes",
-    "onload_layer",
+    "pattern_value",
     "quantization_extra_repr",
     "register",
     "resolve_quantization_backend",
@@ -83,6 +88,22 @@ def register(name: str, config_class: type[Any], model_class: type[Any]) -> None
         )
     # transformers' delete_adapter computes the prefix as value.lower() + "_"
     register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
+
+
+#: Architecture -> modules that LoRA targets by default; PEFT's own table, so that it follows PEFT.
+DEFAULT_TARGETS: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+def pattern_value(pattern: dict[str, Any], module_name: str, default: Any) -> Any:
+    """Return the value of the first key that is the module's name, its end, or a regular expression for it."""
+    names: Any = list(pattern)
+    return pattern.get(get_pattern_key(names, module_name), default)
+
+
+def device_and_dtype(layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return where a base layer computes and in what type; the type is None if it is no floating-point type."""
+    device, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(layer, layer)  # type: ignore[no-untyped-call]
+    return device, dtype if dtype is not None and dtype.is_floating_point else None
 
 
 def layer_sizes(layer: Any) -> tuple[int, int] | tuple[None, None]:

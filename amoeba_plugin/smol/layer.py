@@ -60,8 +60,8 @@ class ExpertBank(nn.Module):
         Returns:
             A, (rank, in) and B, (out, rank) in the bank's dtype; rank is r for "factors" and k*r for "outputs".
         """
-        a = self.A.unflatten(0, (self.num_experts, self.rank))[..., :in_features].index_select(0, indices)  # (k, r, in)
-        b = self.B[:out_features].unflatten(1, (self.num_experts, self.rank)).index_select(1, indices)  # (out, k, r)
+        a = self.A.view(self.num_experts, self.rank, -1)[..., :in_features].index_select(0, indices)  # (k, r, in)
+        b = self.B.view(-1, self.num_experts, self.rank)[:out_features].index_select(1, indices)  # (out, k, r)
         weighted_b = gates[None, :, None] * b
         if self.combination == "factors":
             # A_eff = sum_k g_k A_k, B_eff = sum_k g_k B_k
@@ -78,8 +78,8 @@ class ExpertBank(nn.Module):
 class SmolLinear(nn.Module, SmolLayer):
     """A linear layer (dense, quantized, or a Conv1D) plus the SMOL update of the active shape.
 
-    ``y = base(x) + s * x A^T B^T`` with A and B mixed by the router. The factors are sliced by the sizes the layer sees, so a
-    base layer that computes with a prefix of its channels needs no further coupling.
+    ``y = base(x) + s * x A^T B^T`` with A and B mixed by the router. The factors are sliced by the sizes the layer
+    sees, so a base layer that computes with a prefix of its channels needs no further coupling.
     """
 
     adapter_layer_names = ("smol_experts",)
@@ -108,6 +108,12 @@ class SmolLinear(nn.Module, SmolLayer):
         """The model's router."""
         return self._router[0]
 
+    def bank(self, adapter: str) -> ExpertBank:
+        """Return the experts of one adapter."""
+        bank = self.smol_experts[adapter]
+        assert isinstance(bank, ExpertBank)
+        return bank
+
     def update_layer(self, adapter_name: str, rank: int, alpha: float, config: SmolConfig) -> None:
         """Add the experts of a new adapter."""
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
@@ -134,7 +140,7 @@ class SmolLinear(nn.Module, SmolLayer):
             if name not in self.smol_experts:
                 continue
             gates, indices = self.router(name)
-            bank = self.smol_experts[name]
+            bank = self.bank(name)
             inputs = self.smol_dropout[name](self._cast_input_dtype(x, bank.A.dtype))
             gates, indices = gates.to(x.device), indices.to(x.device)
             result = result + bank(inputs, gates, indices, result.shape[-1], self.smol_scaling[name])
@@ -148,10 +154,9 @@ class SmolLinear(nn.Module, SmolLayer):
             adapter: Name of the adapter.
             routing: Gates and indices to use; None: the router's, without noise.
         """
-        bank = self.smol_experts[adapter]
+        bank = self.bank(adapter)
         gates, indices = self.router(adapter, deterministic=True) if routing is None else routing
-        a, b = bank.factors(gates.to(bank.A.device), indices.to(bank.A.device))
-        return a, b
+        return bank.factors(gates.to(bank.A.device), indices.to(bank.A.device))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str, routing: tuple[Tensor, Tensor] | None = None) -> Tensor:

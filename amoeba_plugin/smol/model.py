@@ -16,11 +16,12 @@ from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.export import LoraPair, write_lora
 from amoeba_plugin.smol.host import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    DEFAULT_TARGETS,
     BaseTuner,
     NoMatchingPeftModuleError,
-    get_pattern_key,
+    device_and_dtype,
     get_quantization_kwargs,
+    pattern_value,
     resolve_quantization_backend,
 )
 from amoeba_plugin.smol.layer import SmolLinear
@@ -29,7 +30,7 @@ from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
 ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
 
 
-class SmolModel(BaseTuner):  # type: ignore[misc]
+class SmolModel(BaseTuner):
     """A model with SMOL adapters; made by ``get_peft_model(model, SmolConfig(...))``.
 
     >>> peft_model = get_peft_model(model, SmolConfig(depths=[2, 4], widths=["1", "1/2"]))  # doctest: +SKIP
@@ -38,7 +39,7 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
 
     prefix = "smol_"
     tuner_layer_cls = SmolLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = DEFAULT_TARGETS
 
     # The shape
 
@@ -81,7 +82,8 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
         """
         name = self._adapter(adapter)
         gates, indices = self.router(name, deterministic=True)
-        return gates.new_zeros(self.peft_config[name].num_experts).index_put((indices,), gates)
+        mixture: Tensor = gates.new_zeros(self._config(name).num_experts).index_put((indices,), gates)
+        return mixture
 
     def lora_factors(self, shape: SubnetShape | str | None = None, adapter: str | None = None) -> dict[str, LoraPair]:
         """Return the adapter at one shape as plain LoRA pairs, by module name in the base model, at full size.
@@ -117,7 +119,7 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
             AdapterError: If the adapter also holds whole modules or biases, which a LoRA written here would lose.
         """
         name = self._adapter(adapter)
-        write_lora(directory, self.lora_factors(shape, name), self.peft_config[name], self.model)
+        write_lora(directory, self.lora_factors(shape, name), self._config(name), self.model)
 
     def _adapter(self, name: str | None) -> str:
         if name is None:
@@ -125,6 +127,11 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
         if name is None or name not in self.peft_config:
             raise AdapterError(f"there is no adapter '{name}'; the model has {sorted(self.peft_config)}")
         return name
+
+    def _config(self, name: str) -> SmolConfig:
+        config = self.peft_config[name]
+        assert isinstance(config, SmolConfig)
+        return config
 
     # What PEFT calls
 
@@ -140,14 +147,14 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
             raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {sorted(linear)}.") from error
 
-    def _prepare_adapter_config(self, peft_config: SmolConfig, model_config: dict[str, Any]) -> SmolConfig:
-        config: SmolConfig = super()._prepare_adapter_config(peft_config, model_config)
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
         found = count_layers(self.model)
         if config.num_layers is None:
             if found is None and config.depths not in (None, [1]):
                 raise AdapterError(
-                    f"depths={config.depths}: the router needs the number of layers, and a {type(self.model).__name__} has "
-                    "no config.num_hidden_layers; set num_layers"
+                    f"depths={config.depths}: the router needs the number of layers, and a "
+                    f"{type(self.model).__name__} has no config.num_hidden_layers; set num_layers"
                 )
             config.num_layers = found or 1
         elif found is not None and found != config.num_layers:
@@ -160,7 +167,7 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
 
     def _create_and_replace(
         self,
-        peft_config: SmolConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -170,10 +177,8 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         if isinstance(target, ShapeRouter):  # a regular expression of a second adapter can match it
             return
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        rank = peft_config.rank_pattern.get(rank_key, peft_config.r)
-        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        rank = pattern_value(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = pattern_value(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
         if isinstance(target, SmolLinear):
             self._ensure_router(adapter_name, peft_config, target)
             target.update_layer(adapter_name, rank, alpha, peft_config)
@@ -181,8 +186,8 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
         backend = get_quantization_kwargs(self)
         if not isinstance(target, (nn.Linear, Conv1D)) and resolve_quantization_backend(target, **backend) is None:
             raise TypeError(
-                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) and "
-                "`transformers.pytorch_utils.Conv1D` are supported."
+                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) "
+                "and `transformers.pytorch_utils.Conv1D` are supported."
             )
         layer = SmolLinear(target, self._ensure_router(adapter_name, peft_config, target), **backend)
         layer.train(self.model.training)
@@ -193,8 +198,8 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
     def _ensure_router(self, adapter_name: str, config: SmolConfig, target: nn.Module) -> ShapeRouter:
         """Return the router with an entry for the adapter, beside the first layer that is adapted.
 
-        Created here and not before the injection: PEFT would take a model with a tuner layer for one that has adapters, and
-        leave all its parameters trainable.
+        Created here and not before the injection: PEFT would take a model with a tuner layer for one that has adapters,
+        and leave all its parameters trainable.
         """
         router = getattr(self.model, ROUTER_NAME, None)
         if router is None:
@@ -206,9 +211,9 @@ class SmolModel(BaseTuner):  # type: ignore[misc]
             raise AdapterError(f"the model has a '{ROUTER_NAME}' of its own, so SMOL cannot put its router there")
         if adapter_name not in router.smol_router:
             weights = router.add_adapter(adapter_name, config).train(self.model.training)
-            device, dtype = router._get_base_layer_device_and_dtype(_innermost(target))
+            device, dtype = device_and_dtype(_innermost(target))
             if weights.down_weight.device.type != "meta" and device is not None:
-                weights.to(device=device, dtype=dtype if dtype is not None and dtype.is_floating_point else None)
+                weights.to(device=device, dtype=dtype)
                 weights.place()
             router.set_adapter(self.active_adapters)
         return router

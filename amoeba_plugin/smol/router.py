@@ -1,7 +1,8 @@
 """The router: which experts a subnet shape uses, and with what weights.
 
-One router serves the whole model. It lives on the root of the base model under the name ``shape_router``, so that PEFT and
-transformers treat it as one more tuner layer; the name avoids the prefix ``smol_``, which PEFT skips when it deletes adapters.
+One router serves the whole model. It lives on the root of the base model under the name ``shape_router``, so that PEFT
+and transformers treat it as one more tuner layer. The name avoids the prefix ``smol_``: when PEFT deletes an adapter, it
+skips modules with the prefix in their name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class SmolLayer(BaseTunerLayer):  # type: ignore[misc]
+class SmolLayer(BaseTunerLayer):
     """What PEFT visits when it sets, deletes or merges SMOL adapters: the adapted layers and the router."""
 
 
@@ -56,8 +57,8 @@ def shape_feature(kept_layers: Sequence[int], width_index: int, num_layers: int,
 class RouterWeights(nn.Module):
     """The router of one adapter.
 
-    Its parameters are direct ones and in no child module: PEFT strips the adapter's name only from the last two parts of
-    a key, so a nested router would load only under the name it was saved with.
+    Its parameters are direct ones and in no child module: PEFT strips the adapter's name only from the last two parts
+    of a key, so a nested router would load only under the name it was saved with.
     """
 
     def __init__(self, config: SmolConfig) -> None:
@@ -89,7 +90,7 @@ class RouterWeights(nn.Module):
         return RouterState(shape, kept, self._place(feature), self._place(torch.zeros(config.num_experts)))
 
     def draw_noise(self) -> None:
-        """Draw the noise of one forward from the router's own generator (in training; replaced, never written in place)."""
+        """Draw the noise of one forward from the router's own generator; in training only, and never in place."""
         if self.config.router_noise and self.training:
             noise = torch.randn(self.config.num_experts, generator=self.generator)
             self.state = self.state._replace(noise=self._place(noise))
@@ -102,7 +103,7 @@ class RouterWeights(nn.Module):
             )
 
     def logits(self, feature: Tensor, noise: Tensor | None) -> Tensor:
-        """Return the experts' scores, (experts,) fp32, for ``feature`` (num_layers + widths,) and ``noise`` (experts,)."""
+        """Return the experts' scores, (experts,) fp32, for a feature (num_layers + widths,) and noise (experts,)."""
         # z = W_2 act(W_1 f + b_1) + b_2 + eps * softplus(W_n f + b_n), noisy top-k gating (arXiv:1701.06538, eq. 4);
         # the reference has no activation, so its router is linear in f
         hidden = ACTIVATIONS[self.config.router_nonlinearity](_affine(feature, self.down_weight, self.down_bias))
@@ -219,8 +220,8 @@ class ShapeRouter(nn.Module, SmolLayer):
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for non-reentrant gradient checkpointing when several shapes run before one backward.
 
-        The recomputation would otherwise see the last shape, and the gradients of the others would be silently wrong. Pass
-        ``gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": router.checkpoint_context_fn}``.
+        The recomputation would otherwise see the last shape, and the gradients of the others would be silently wrong.
+        Pass ``gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": router.checkpoint_context_fn}``.
         """
         return nullcontext(), self.at({name: self.weights(name).state for name in self.smol_router})
 
@@ -230,12 +231,12 @@ class ShapeRouter(nn.Module, SmolLayer):
     # What BaseTunerLayer expects of a layer with a weight: the router wraps no layer.
 
     @property
-    def weight(self) -> None:
+    def weight(self) -> Any:
         """None: there is no base layer."""
         return None
 
     @property
-    def bias(self) -> None:
+    def bias(self) -> Any:
         """None: there is no base layer."""
         return None
 
@@ -248,8 +249,8 @@ class ShapeRouter(nn.Module, SmolLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note that the adapters are merged, so that the shape stays what it is."""
-        names = self._active() if adapter_names is None else [name for name in adapter_names if name in self.smol_router]
-        self.merged_adapters += [name for name in names if name not in self.merged_adapters]
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters += [n for n in names if n in self.smol_router and n not in self.merged_adapters]
 
     def unmerge(self) -> None:
         """Note that no adapter is merged."""

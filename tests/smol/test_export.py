@@ -75,7 +75,9 @@ def test_stock_peft_needs_no_plugin(
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_targets_that_need_full_names(smol_model: Callable[..., PeftModel], base_model: Any, tokens: Tensor, tmp_path: Path) -> None:
+def test_targets_that_need_full_names(
+    smol_model: Callable[..., PeftModel], base_model: Any, tokens: Tensor, tmp_path: Path
+) -> None:
     model = smol_model(target_modules=r".*layers\.[02].*(q_proj|up_proj)")
     model.to_lora(tmp_path, "2x1")
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]

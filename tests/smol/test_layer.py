@@ -38,14 +38,16 @@ def by_hand(layer: SmolLinear, x: Tensor, out_features: int, adapter: str = "def
     a = [bank.A.detach().double()[e * rank : (e + 1) * rank, : x.shape[-1]] for e in chosen]
     b = [bank.B.detach().double()[:out_features, e * rank : (e + 1) * rank] for e in chosen]
     if config.combination == "factors":
-        delta = sum(g * m for g, m in zip(gates, b)) @ sum(g * m for g, m in zip(gates, a))
+        delta = sum(g * m for g, m in zip(gates, b, strict=True)) @ sum(g * m for g, m in zip(gates, a, strict=True))
     else:
-        delta = sum(g * (m @ n) for g, m, n in zip(gates, b, a))
+        delta = sum(g * (m @ n) for g, m, n in zip(gates, b, a, strict=True))
     return x.double() @ delta.T * config.lora_alpha / rank
 
 
 @pytest.mark.parametrize("combination", ["factors", "outputs"])
-def test_forward_and_delta_equal_the_loop_at_every_shape(smol_model: Callable[..., PeftModel], combination: str) -> None:
+def test_forward_and_delta_equal_the_loop_at_every_shape(
+    smol_model: Callable[..., PeftModel], combination: str
+) -> None:
     model = smol_model(combination=combination)
     layers = [module for module in model.modules() if isinstance(module, SmolLinear)]
     assert len(layers) == 4 * 7

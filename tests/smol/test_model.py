@@ -98,7 +98,9 @@ def test_several_adapters_each_with_its_own_router(
     for shape in SHAPES:
         model.set_shape(shape)
         alone[shape] = model(tokens).logits
-    model.add_adapter("other", smol_config(r=2, depths=[4, 2], widths=["1", "1/2"], target_modules=["q_proj", "up_proj"]))
+    model.add_adapter(
+        "other", smol_config(r=2, depths=[4, 2], widths=["1", "1/2"], target_modules=["q_proj", "up_proj"])
+    )
     randomize(model, seed=5, only="other")
     model.eval()
     assert all(not p.requires_grad for name, p in model.named_parameters() if ".other" in name)
@@ -132,7 +134,7 @@ def test_several_adapters_each_with_its_own_router(
 
 def test_layers_of_one_adapter_only(smol_model: Callable[..., PeftModel], smol_config: Any, tokens: Tensor) -> None:
     model = smol_model(target_modules=["q_proj"], layers_to_transform=[0])
-    model.add_adapter("b", smol_config(target_modules=["up_proj"], exclude_modules=[".*layers.1.*"][:0], init_weights=False))
+    model.add_adapter("b", smol_config(target_modules=["up_proj"], exclude_modules=[], init_weights=False))
     assert len([m for m in model.modules() if isinstance(m, SmolLinear)]) == 1 + 4
     one = model(tokens).logits
     model.set_adapter("b")
@@ -178,7 +180,9 @@ def test_new_adapters_follow_the_mode_of_the_model(base_model: Any, smol_config:
 
 def test_transformers_conv1d(tokens: Tensor, randomize: Any) -> None:
     base = nn.Sequential(Conv1D(6, 5), nn.Linear(6, 3))
-    model = get_peft_model(base, SmolConfig(r=2, target_modules=["0", "1"], init_weights=False, widths=["1", "1/2"])).eval()
+    model = get_peft_model(
+        base, SmolConfig(r=2, target_modules=["0", "1"], init_weights=False, widths=["1", "1/2"])
+    ).eval()
     model.set_shape("1x1/2")
     x = torch.randn(4, 5)
     expected = model(x)
@@ -190,7 +194,11 @@ def test_transformers_conv1d(tokens: Tensor, randomize: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"target_modules": ["nothing"]}, NoMatchingPeftModuleError, r"not found.*Linear layers of this model: \['down_proj"),
+        (
+            {"target_modules": ["nothing"]},
+            NoMatchingPeftModuleError,
+            r"not found.*Linear layers of this model: \['down_proj",
+        ),
         ({"target_modules": ["embed_tokens"]}, TypeError, "Currently, only `torch.nn.Linear`"),
         ({"num_layers": 6}, AdapterError, "for a model with 6 layers, but the model has 4"),
         ({"depths": [5]}, ValueError, "depth 5 exceeds the model's 4 layers"),

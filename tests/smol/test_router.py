@@ -104,7 +104,7 @@ def test_noise_is_in_training_only_and_seeded(smol_model: Callable[..., PeftMode
         return logits
 
     first, again, other = training_run(0), training_run(0), training_run(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], other[0])
 
@@ -138,8 +138,15 @@ def test_without_noise_its_weights_do_not_exist(smol_model: Callable[..., PeftMo
 def test_router_gradient_equals_finite_differences(combination: str) -> None:
     torch.manual_seed(0)
     config = SmolConfig(
-        r=2, num_layers=3, depths=[2, 3], num_experts=4, top_k=3, combination=combination, target_modules=["0"],
-        init_weights=False, router_noise=False,
+        r=2,
+        num_layers=3,
+        depths=[2, 3],
+        num_experts=4,
+        top_k=3,
+        combination=combination,
+        target_modules=["0"],
+        init_weights=False,
+        router_noise=False,
     )
     model = get_peft_model(nn.Sequential(nn.Linear(5, 6)).double(), config, autocast_adapter_dtype=False)
     model = model.double().set_shape("2x1") or model
@@ -151,11 +158,13 @@ def test_router_gradient_equals_finite_differences(combination: str) -> None:
         sizes = [getattr(weights, name).numel() for name in names]
         values = {
             f"base_model.model.shape_router.smol_router.default.{name}": part.view_as(getattr(weights, name))
-            for name, part in zip(names, flat.split(sizes))
+            for name, part in zip(names, flat.split(sizes), strict=True)
         }
         return (torch.func.functional_call(model, values, (x,)) - target).pow(2).mean()
 
-    start = torch.cat([p.detach().flatten() for p in (weights.down_weight, weights.down_bias, weights.up_weight, weights.up_bias)])
+    start = torch.cat(
+        [p.detach().flatten() for p in (weights.down_weight, weights.down_bias, weights.up_weight, weights.up_bias)]
+    )
     assert torch.autograd.gradcheck(loss_at, (start.requires_grad_(),))
 
 
@@ -191,7 +200,9 @@ def test_checkpointing_gives_the_same_gradients(
 
 
 @pytest.mark.parametrize("restore", [True, False])
-def test_several_shapes_before_one_backward(smol_model: Callable[..., PeftModel], tokens: Tensor, restore: bool) -> None:
+def test_several_shapes_before_one_backward(
+    smol_model: Callable[..., PeftModel], tokens: Tensor, restore: bool
+) -> None:
     def run(checkpointing: bool) -> dict[str, Tensor]:
         model = smol_model().train()
         if checkpointing:

@@ -46,7 +46,9 @@ def test_files_and_keys(saved: dict[str, Any]) -> None:
     tensors = load_file(saved["adapter"] / "adapter_model.safetensors")
     assert len(tensors) == 28 * 2 + 6
     assert "base_model.model.model.layers.0.self_attn.q_proj.smol_experts.A" in tensors
-    routers = {key.rpartition(".")[2] for key in tensors if key.startswith("base_model.model.shape_router.smol_router.")}
+    routers = {
+        key.rpartition(".")[2] for key in tensors if key.startswith("base_model.model.shape_router.smol_router.")
+    }
     assert routers == {"down_weight", "down_bias", "up_weight", "up_bias", "noise_weight", "noise_bias"}
     config = json.loads((saved["adapter"] / "adapter_config.json").read_text())
     assert config["peft_type"] == "SMOL"
@@ -67,13 +69,13 @@ def test_peft_model(
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     assert tensors.keys() == saved["tensors"].keys()
     assert all(torch.equal(tensors[key], tensor) for key, tensor in saved["tensors"].items())
-    for logits, expected in zip(logits_at(model, tokens), saved["logits"]):
+    for logits, expected in zip(logits_at(model, tokens), saved["logits"], strict=True):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)  # a mapped file may take another matmul kernel
 
 
 def test_auto_peft_model(saved: dict[str, Any], tokens: Tensor) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(saved["adapter"]).eval()
-    for logits, expected in zip(logits_at(model, tokens), saved["logits"]):
+    for logits, expected in zip(logits_at(model, tokens), saved["logits"], strict=True):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
@@ -88,7 +90,7 @@ def test_transformers_loads_and_saves(saved: dict[str, Any], base_model: Any, to
     loaded.load_adapter(saved["adapter"], adapter_name="mine")
     auto = AutoModelForCausalLM.from_pretrained(saved["adapter"]).eval()
     for model in (loaded, auto):
-        for shape, expected in zip(SHAPES, saved["logits"]):
+        for shape, expected in zip(SHAPES, saved["logits"], strict=True):
             model.shape_router.set_shape(shape)
             torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-6)
     loaded.save_pretrained(tmp_path / "again")
