@@ -1,0 +1,269 @@
+"""Which layers to keep at every depth: the paper's dynamic program, and the published selectors it is compared with."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
+from amoeba_plugin.calibration import Batch
+from amoeba_plugin.errors import DataError, RecipeError
+from amoeba_plugin.objectives import Objective, Score, better, evaluating, model_inputs
+from amoeba_plugin.strategy import DepthStrategy
+
+
+def search_depths(
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    objective: Objective,
+    batches: Sequence[Batch],
+    *,
+    min_depth: int,
+    keep_last: int = 1,
+    progress: bool = True,
+) -> DepthStrategy:
+    """Find the layers to keep at every depth down to ``min_depth`` (AmoebaLLM, arXiv:2411.10606, section 4.1).
+
+    With N layers allowed to go and M of them to go at most, this scores the model N*M - M(M-1)/2 times.
+
+    Args:
+        model: A causal LM with all its layers; its layers and configuration are restored, after an exception too.
+        adapter: Its architecture.
+        objective: What to make best; equal values are decided by its loss.
+        batches: From ``materialise``; the same ones for every candidate.
+        min_depth: Layers of the shallowest subnet.
+        keep_last: Last layers that are never removed.
+        progress: Show a progress bar.
+
+    Returns:
+        Kept layers and metric for each depth, the whole model's included. Depths need not be nested.
+
+    Raises:
+        RecipeError: If no layer, or too many, would be removed.
+        DataError: If the batches lack what the objective needs, or it cannot tell candidates apart.
+    """
+    num_layers = len(adapter.layers(model))
+    candidates, most = _require_removable(num_layers, min_depth, keep_last)
+    objective.check(batches)
+    with _Trial.of(model, adapter, batches) as trial:
+        whole = objective.measure(model, batches)
+        if not math.isfinite(whole.value):
+            raise DataError(
+                f"{objective.name} of the whole model is {whole.value}: nothing can be compared with it; "
+                "check the weights, their dtype (float16 overflows), and the calibration data"
+            )
+        with tqdm(total=candidates * most - most * (most - 1) // 2, desc="depth search", disable=not progress) as bar:
+
+            def evaluate(removed: frozenset[int]) -> Score:
+                score = trial.measure(objective, removed)
+                bar.update()
+                return score
+
+            table = shrink(candidates, most, evaluate, objective)
+    kept = {num_layers: tuple(range(num_layers))}
+    metric = {num_layers: whole.value}
+    for count, (removed, score) in table.items():
+        kept[num_layers - count] = tuple(index for index in range(num_layers) if index not in removed)
+        metric[num_layers - count] = score.value
+    return DepthStrategy(kept, objective.name, metric)
+
+
+def shrink(
+    candidates: int, most: int, evaluate: Callable[[frozenset[int]], Score], objective: Objective
+) -> dict[int, tuple[frozenset[int], Score]]:
+    """Run the dynamic program over layers ``candidates - 1`` to 0.
+
+    State (n, m): of the first n layers visited m are removed, all others are active. Keeping a layer costs nothing,
+    removing it costs one evaluation.
+
+    Args:
+        candidates: N, layers that may go: indices 0 to N - 1.
+        most: M, the most layers to remove.
+        evaluate: Scores the model without a set of layers.
+        objective: Says which score is better.
+
+    Returns:
+        For m from 1 to M the removed layers and their score.
+
+    Raises:
+        DataError: If no score is finite, or all are the same.
+    """
+    best: dict[int, tuple[frozenset[int], Score]] = {}
+    seen: list[Score] = []
+    for visited in range(1, candidates + 1):
+        layer = candidates - visited  # from the last candidate towards layer 0
+        before = {0: frozenset[int]()} | {count: removed for count, (removed, _) in best.items()}
+        for count in range(1, min(visited, most) + 1):
+            # S[n,m] = S[n-1,m-1] + {n-th layer} where that is strictly better than S[n-1,m], else S[n-1,m]
+            removed = before[count - 1] | {layer}
+            score = evaluate(removed)
+            seen.append(score)
+            if count not in best or better(objective, score, best[count][1]):
+                best[count] = removed, score
+    if not any(math.isfinite(score.value) for score in seen):
+        raise DataError(
+            f"{objective.name} is NaN or infinite without any of the layers; check weights, dtype and calibration data"
+        )
+    if len(seen) > 1 and len(set(seen)) == 1:
+        raise DataError(
+            f"{objective.name} is {seen[0].value} for all {len(seen)} candidates: it cannot tell layers apart; "
+            "give more or other calibration data, or another objective"
+        )
+    return best
+
+
+def _require_removable(num_layers: int, min_depth: int, keep_last: int) -> tuple[int, int]:
+    if not 1 <= min_depth < num_layers:
+        raise RecipeError(
+            f"min_depth {min_depth} is impossible: the model has {num_layers} layers; take 1..{num_layers - 1}, "
+            "or leave DepthShrinkingModifier out to keep all layers"
+        )
+    if not 0 <= keep_last <= min_depth:
+        raise RecipeError(
+            f"keep_last {keep_last} is impossible with min_depth {min_depth}: layers never removed are among those "
+            f"kept; take 0..{min_depth}"
+        )
+    return num_layers - keep_last, num_layers - min_depth
+
+
+@dataclass
+class _Trial:
+    """Scores a model without some of its layers; a context that gives the model back whole and in its own mode.
+
+    Layers before the first removed one compute the same for all candidates that share it, and the dynamic program
+    visits such candidates in a row. Their output is computed once and handed in as ``inputs_embeds``.
+    """
+
+    model: PreTrainedModel
+    adapter: ArchitectureAdapter
+    batches: Sequence[Batch]
+    layers: tuple[nn.Module, ...]
+    config: PretrainedConfig
+    resumable: bool
+    start: int = 0
+    started: Sequence[Batch] = ()
+
+    @classmethod
+    @contextmanager
+    def of(cls, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Iterator[_Trial]:
+        layers, config = tuple(adapter.layers(model)), copy_config(model.config)
+        try:
+            with evaluating(model):
+                yield cls(model, adapter, batches, layers, config, _takes_states(model, adapter), 0, batches)
+        finally:
+            adapter.set_layers(model, layers, range(len(layers)), config)
+
+    def measure(self, objective: Objective, removed: frozenset[int]) -> Score:
+        kept = [index for index in range(len(self.layers)) if index not in removed]
+        start = min(min(removed), kept[-1]) if self.resumable else 0
+        if start != self.start:
+            self.start, self.started = start, self._states_before(start)
+        self._activate([index for index in kept if index >= start])
+        return objective.measure(self.model, self.started)
+
+    def _activate(self, indices: Sequence[int]) -> None:
+        self.adapter.set_layers(self.model, [self.layers[index] for index in indices], indices, self.config)
+
+    def _states_before(self, start: int) -> Sequence[Batch]:
+        if start == 0:
+            return self.batches
+        self._activate(range(start))
+        batches = []
+        for batch in self.batches:
+            with _watched(self.layers[start - 1]) as flow:
+                self.adapter.decoder(self.model)(**model_inputs(batch, self.model.device), use_cache=False)
+            rest = {name: value for name, value in batch.items() if name not in ("input_ids", "inputs_embeds")}
+            batches.append({**rest, "inputs_embeds": flow[0][1].to(batch["labels"].device)})
+        return batches
+
+
+def _takes_states(model: PreTrainedModel, adapter: ArchitectureAdapter) -> bool:
+    # Some decoders scale their embeddings first (Gemma): states handed in as inputs_embeds would be scaled again.
+    states = torch.linspace(-1, 1, 2 * model.config.hidden_size).view(1, 2, -1).to(model.device, model.dtype)
+    with evaluating(model), _watched(adapter.layers(model)[0]) as flow:
+        adapter.decoder(model)(inputs_embeds=states, use_cache=False)
+    return torch.equal(flow[0][0], states)
+
+
+@contextmanager
+def _watched(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect a decoder layer's input and output states, (batch, positions, hidden), of every call in a block."""
+    flow: list[tuple[Tensor, Tensor]] = []
+
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        flow.append((states, output if isinstance(output, Tensor) else output[0]))
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield flow
+    finally:
+        handle.remove()
+
+
+def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:
+    """Return for each layer 1 - mean cosine over tokens of input and output (ShortGPT, arXiv:2403.03853, eq. 1)."""
+    layers = adapter.layers(model)
+    similarity, tokens = [0.0] * len(layers), 0
+    with evaluating(model):
+        for batch in batches:
+            present = batch["attention_mask"].bool()
+            tokens += int(present.sum())
+            for index, (states, output) in enumerate(_layer_flow(model, adapter, batch)):
+                # BI_i = 1 - E_t[ x_t . y_t / (|x_t| |y_t|) ], in fp32
+                cosine = functional.cosine_similarity(states.float(), output.float(), dim=-1)
+                similarity[index] += cosine[present.to(cosine.device)].double().sum().item()
+    if not tokens:
+        raise DataError(
+            "no token to measure block influence on: the calibration data is empty or all padding; pass texts"
+        )
+    return [1 - total / tokens for total in similarity]
+
+
+def _layer_flow(model: PreTrainedModel, adapter: ArchitectureAdapter, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    with ExitStack() as stack:
+        flows = [stack.enter_context(_watched(layer)) for layer in adapter.layers(model)]
+        adapter.decoder(model)(**model_inputs(batch, model.device), use_cache=False)
+    return [flow[0] for flow in flows]
+
+
+def block_influence_depths(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch], depths: Sequence[int]
+) -> DepthStrategy:
+    """Remove the layers of least block influence first (ShortGPT); nested. No metric is measured."""
+    influence = block_influence(model, adapter, batches)
+    ranked = sorted(range(len(influence)), key=lambda index: influence[index], reverse=True)
+    return _selected("block_influence", len(ranked), depths, lambda depth: ranked[:depth])
+
+
+def last_layers_depths(num_layers: int, depths: Sequence[int]) -> DepthStrategy:
+    """Remove the deepest layers but the very last (Gromov et al., arXiv:2403.17887, section 4.4); nested."""
+    return _selected("last_layers", num_layers, depths, lambda depth: [*range(depth - 1), num_layers - 1])
+
+
+def random_depths(num_layers: int, depths: Sequence[int], seed: int) -> DepthStrategy:
+    """Remove layers drawn at random, anew for every depth; the same seed draws the same."""
+
+    def draw(depth: int) -> list[int]:
+        return random.Random(f"{seed}.{depth}").sample(range(num_layers), depth)
+
+    return _selected("random", num_layers, depths, draw)
+
+
+def _selected(name: str, num_layers: int, depths: Sequence[int], keep: Callable[[int], Sequence[int]]) -> DepthStrategy:
+    outside = [depth for depth in depths if not 1 <= depth <= num_layers]
+    if outside:
+        raise RecipeError(f"depths {outside} are impossible: the model has {num_layers} layers; take 1..{num_layers}")
+    wanted = sorted({*depths, num_layers}, reverse=True)
+    return DepthStrategy({depth: tuple(sorted(keep(depth))) for depth in wanted}, name)

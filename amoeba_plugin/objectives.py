@@ -1,0 +1,262 @@
+"""Objectives: one number with a unit and a direction, measured on a model and materialised batches.
+
+A calibration batch is a dict of tensors: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, positions)
+int64, ``labels`` being -100 where nothing is predicted. Logits at position t predict the label at t + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from amoeba_plugin.architecture import text_model
+from amoeba_plugin.errors import DataError
+from amoeba_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from amoeba_plugin.calibration import Batch
+
+IGNORED = -100  # the label of a position that is no target; the convention of torch and transformers
+LOGITS_AT_ONCE = 2**25  # 128 MB in fp32: a whole batch of a 150k vocabulary would take gigabytes
+MODEL_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+# Fields of configurations whose class computes more than one linear between the last hidden state and the logits.
+RESCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an objective measured: ``value`` in its own unit, and the ``loss`` in nats per token that breaks ties."""
+
+    value: float
+    loss: float
+
+
+class Objective(ABC):
+    """A number to make as large or as small as possible. Subclass it and hand it over by ``amoeba_objectives``.
+
+    Attributes:
+        name: The name it is registered under.
+        unit: Unit of ``Score.value``, for reports.
+        larger_is_better: Its direction.
+    """
+
+    name: str
+    unit: str
+    larger_is_better: bool
+
+    @abstractmethod
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Refuse batches that lack what :meth:`measure` needs, before anything expensive is done with them.
+
+        Raises:
+            DataError: Saying what is missing.
+        """
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        """Score a model, which is not changed.
+
+        A batch may carry ``inputs_embeds``, (batch, positions, hidden), in place of ``input_ids``: the search over
+        depths runs the layers before the first removed one only once. Hand the model what :func:`model_inputs` selects.
+        """
+
+
+def better(objective: Objective, a: Score, b: Score) -> bool:
+    """Tell whether ``a`` is strictly better than ``b``.
+
+    Equal values are decided by the smaller loss; NaN and infinite ones are worst.
+
+    >>> better(PerTokenLoss(), Score(2.0, 2.0), Score(float("nan"), float("nan")))
+    True
+    """
+    return _badness(objective, a) < _badness(objective, b)
+
+
+def _badness(objective: Objective, score: Score) -> tuple[float, float]:
+    value = -score.value if objective.larger_is_better else score.value
+    return (value if math.isfinite(value) else math.inf, score.loss if math.isfinite(score.loss) else math.inf)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block without gradients and in evaluation mode; every module gets its own mode back in the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Select from a batch what a model's ``forward`` takes, moved to its device; labels and bookkeeping stay behind."""
+    return {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
+
+
+def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the cross-entropy of every target token.
+
+    Logits are made and cast to fp32 for a few positions at a time, and for positions with a target only.
+
+    Returns:
+        (batch, positions - 1), fp32, nats; entry t belongs to label t + 1 and is 0 where that label is -100.
+    """
+    states, head = _states_and_head(text_model(model), batch)
+    targets = batch["labels"][:, 1:].to(states.device)
+    predicted = targets != IGNORED
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    # loss_t = -log softmax(logits_t)[label_{t+1}], in fp32 whatever the model's dtype
+    parts = [
+        functional.cross_entropy(head(few).float(), labels, reduction="none")
+        for few, labels in zip(
+            torch.split(states[:, :-1][predicted], at_once), torch.split(targets[predicted], at_once), strict=True
+        )
+    ]
+    losses = torch.zeros(targets.shape, device=states.device)
+    losses[predicted] = torch.cat(parts)
+    return losses
+
+
+def _states_and_head(model: Any, batch: Batch) -> tuple[Tensor, nn.Module]:
+    """Return states (batch, positions, ·) and the module that maps them to logits."""
+    inputs = model_inputs(batch, model.device)
+    if any(getattr(model.config, name, None) is not None for name in RESCALED_LOGITS):
+        return model(**inputs, use_cache=False).logits, nn.Identity()
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
+
+
+def target_counts(batch: Batch) -> Tensor:
+    """Return how many tokens of each row are predicted: (batch,), int64."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+
+
+class PerTokenLoss(Objective):
+    """Mean cross-entropy of all target tokens of all batches together, in nats."""
+
+    name = "loss"
+    unit = "nats per token"
+    larger_is_better = False
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Require one target token at least."""
+        if not batches:
+            raise DataError(f"objective {self.name}: there are no batches; give a data set with text")
+        missing = sorted({"labels"} - batches[0].keys())
+        if missing:
+            raise DataError(
+                f"objective {self.name} needs the column {missing[0]}; the data has {', '.join(batches[0])}"
+            )
+        if not any(int(target_counts(batch).sum()) for batch in batches):
+            raise DataError(
+                f"objective {self.name}: no position of the {len(batches)} batches has a label to predict; "
+                "give sequences of two tokens or more, with labels other than -100"
+            )
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        """Return the loss as value and as tie-breaker."""
+        loss = self._mean_loss(model, batches)
+        return Score(loss, loss)
+
+    def _mean_loss(self, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+        self.check(batches)
+        with evaluating(model):
+            total = sum(target_losses(model, batch).double().sum().item() for batch in batches)
+        return total / sum(int(target_counts(batch).sum()) for batch in batches)
+
+
+class Perplexity(PerTokenLoss):
+    """The exponential of the mean loss per token; ranks models as the loss does."""
+
+    name = "perplexity"
+    unit = "perplexity"
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        """Return exp(loss), infinite where it overflows."""
+        loss = self._mean_loss(model, batches)
+        try:
+            return Score(math.exp(loss), loss)
+        except OverflowError:
+            return Score(math.inf, loss)
+
+
+class MultipleChoiceAccuracy(Objective):
+    """Share of questions whose true continuation is likelier, per token, than every other choice.
+
+    A row is one choice: context and continuation, ``labels`` on the continuation only. The columns ``question`` (an
+    integer that the choices of a question share) and ``is_answer`` (0 or 1) are (batch,). Choices of one question may be
+    in different batches.
+    """
+
+    name = "accuracy"
+    unit = "share of questions answered right"
+    larger_is_better = True
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Require the two columns, one answer and another choice per question, and a target token in every row."""
+        if not batches:
+            raise DataError("objective accuracy: there are no batches; give a multiple-choice data set")
+        for number, batch in enumerate(batches):
+            missing = [column for column in ("labels", "question", "is_answer") if column not in batch]
+            if missing:
+                raise DataError(
+                    f"objective accuracy needs the columns labels, question and is_answer; batch {number} lacks "
+                    f"{', '.join(missing)} (it has {', '.join(batch)}). Give a multiple-choice data set, or take the "
+                    "objective loss"
+                )
+            if not bool((target_counts(batch) > 0).all()):
+                raise DataError(
+                    f"objective accuracy: a choice in batch {number} has no label to predict; "
+                    "labels must hold the continuation's tokens, and sequences must not be cut before it"
+                )
+        answers: dict[int, list[int]] = defaultdict(list)
+        for question, is_answer in zip(_column(batches, "question"), _column(batches, "is_answer"), strict=True):
+            answers[question].append(is_answer)
+        for question, flags in answers.items():
+            if len(flags) < 2 or sum(flag != 0 for flag in flags) != 1:
+                raise DataError(
+                    f"objective accuracy: question {question} has {len(flags)} choices of which {sum(map(bool, flags))} "
+                    "are answers; each question needs two choices or more and exactly one answer"
+                )
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        """Return the share answered right, and the mean loss per token of the true choices."""
+        self.check(batches)
+        with evaluating(model):
+            sums = [target_losses(model, batch).double().sum(dim=1).tolist() for batch in batches]
+        nats = [value for batch_sums in sums for value in batch_sums]
+        tokens = [count for batch in batches for count in target_counts(batch).tolist()]
+        answer: dict[int, float] = {}
+        others: dict[int, list[float]] = defaultdict(list)
+        answer_nats = answer_tokens = 0.0
+        rows = zip(_column(batches, "question"), _column(batches, "is_answer"), nats, tokens, strict=True)
+        for question, is_answer, row_nats, row_tokens in rows:
+            if is_answer:
+                answer[question] = row_nats / row_tokens
+                answer_nats, answer_tokens = answer_nats + row_nats, answer_tokens + row_tokens
+            else:
+                others[question].append(row_nats / row_tokens)
+        # Strictly below every other choice: a tie, or NaN, is no answer, and the order of choices cannot matter.
+        right = sum(all(answer[question] < other for other in others[question]) for question in answer)
+        return Score(right / len(answer), answer_nats / answer_tokens)
+
+
+def _column(batches: Sequence[Batch], name: str) -> list[int]:
+    return [int(value) for batch in batches for value in batch[name].flatten().tolist()]
+
+
+@hookimpl
+def amoeba_objectives() -> Mapping[str, Objective]:
+    """Return ``loss``, ``perplexity`` and ``accuracy``."""
+    return {objective.name: objective for objective in (PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy())}

@@ -1,0 +1,266 @@
+"""Which units every width keeps: scores of channels, made comparable, and shared out over layers.
+
+A unit is what a group shrinks by: a KV group with its query heads, or an MLP neuron. Kept sets are nested: each width
+keeps a prefix of one order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_key
+from amoeba_plugin.calibration import ActivationStats
+from amoeba_plugin.errors import DataError, RecipeError
+from amoeba_plugin.importance import Importance
+from amoeba_plugin.strategy import WidthStrategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankedGroup:
+    """One group of one layer: what its units are worth and what they cost."""
+
+    key: str
+    group: ChannelGroup
+    scores: Tensor  # (units,) fp64, comparable over layers and groups
+    cost: int  # parameters of one unit, biases not counted
+
+    @property
+    def order(self) -> Tensor:
+        """(units,) int64, most important first; equal scores in the order of their indices."""
+        return torch.argsort(self.scores, descending=True, stable=True)
+
+
+def rank_widths(
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    stats: Mapping[str, ActivationStats],
+    *,
+    widths: Sequence[Fraction],
+    importance: Importance,
+    allocation: Literal["uniform", "global"] = "uniform",
+    round_to: Mapping[str, int] | int = 1,
+    bias_compensation: bool = False,
+) -> WidthStrategy:
+    """Order the units of every group by importance and decide how many each width keeps.
+
+    Args:
+        model: The dense model, not changed.
+        adapter: Its architecture.
+        stats: By ``group_key``, from ``collect_statistics``; may lack groups where nothing needs them.
+        widths: Shares kept, in (0, 1]. 1 keeps everything, whatever ``round_to`` is.
+        importance: Scores channels.
+        allocation: ``uniform`` keeps the same number of units in every layer: the share of that group's units.
+            ``global`` is the paper's: one threshold over the units of all layers, so that the share counts the
+            parameters of units, and layers differ; every group keeps its best unit at least.
+        round_to: Consumer's channels that kept sizes are multiples of (the nearest one), for all groups or by group
+            name. With ``global`` it moves the share away from the one asked for.
+        bias_compensation: Also store every channel's mean input.
+
+    Returns:
+        The strategy, widths largest first.
+
+    Raises:
+        RecipeError: If a width, an allocation or a rounding is impossible.
+        DataError: If statistics are missing, or scores are not finite.
+    """
+    shares = _require_widths(widths)
+    steps = _rounding_steps(adapter.channel_groups(model.config), round_to)
+    if importance.needs_statistics or bias_compensation:
+        _require_statistics(model, adapter, stats, importance, bias_compensation)
+    ranked = [
+        rank_group(layer, group_key(index, group), group, stats.get(group_key(index, group)), importance)
+        for index, layer in enumerate(adapter.layers(model))
+        for group in adapter.channel_groups(model.config)
+    ]
+    if allocation == "uniform":
+        units = {share: _uniform_units(ranked, share, steps) for share in shares}
+    elif allocation == "global":
+        units = {share: _global_units(ranked, share, steps) for share in shares}
+    else:
+        raise RecipeError(f"allocation '{allocation}' does not exist; take uniform or global")
+    for wider, narrower in pairwise(shares):
+        if units[wider] == units[narrower]:
+            logger.warning(
+                "widths %s and %s keep the same units: rounding leaves no size between them", wider, narrower
+            )
+    return WidthStrategy(
+        units,
+        {each.key: each.order.cpu() for each in ranked},
+        {each.key: stats[each.key].mean.float().cpu() for each in ranked} if bias_compensation else {},
+        importance.name,
+        allocation,
+        bias_compensation,
+    )
+
+
+def rank_group(
+    layer: nn.Module, key: str, group: ChannelGroup, stats: ActivationStats | None, importance: Importance
+) -> RankedGroup:
+    """Score the units of one group of one layer.
+
+    Raises:
+        DataError: If a score is NaN or infinite.
+    """
+    weight = _linear(layer, group.consumer.path).weight.detach()
+    channel_scores = importance.score(stats or ActivationStats.empty(group.channels), weight).double().cpu()
+    if not bool(torch.isfinite(channel_scores).all()):
+        raise DataError(
+            f"importance {importance.name} of {key} is NaN or infinite; check the weights and the calibration data"
+        )
+    if importance.square_attention and group.name == "attention":
+        channel_scores = channel_scores.square()
+    # score(unit) = mean of its channels' standardised scores  (FLAP, arXiv:2312.11983, section 4.2)
+    scores = standardised(channel_scores).view(group.units, -1).mean(dim=1)
+    weights = [_linear(layer, axis.path).weight for axis in (*group.producers, group.consumer)]
+    return RankedGroup(key, group, scores, sum(weight.numel() // group.units for weight in weights))
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Return (channels,) scores with mean 0 and standard deviation 1; zeros where all are the same.
+
+    >>> standardised(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([-1.,  0.,  1.])
+    """
+    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
+    return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
+
+
+def nearest_size(units: int, share: Fraction, step: int) -> int:
+    """Return the multiple of ``step`` units nearest to a share of them.
+
+    Of two equally near the larger one; 0 if there is none above 0.
+
+    >>> nearest_size(8, Fraction(5, 8), 2), nearest_size(4, Fraction(1, 16), 1), nearest_size(4, Fraction(1), 3)
+    (6, 1, 4)
+    """
+    if share == 1:
+        return units
+    nearest = math.floor(share * units / step + Fraction(1, 2))
+    size = min(nearest, units // step) * step
+    return max(size, 1) if step == 1 else size
+
+
+def _uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for each in ranked:
+        name, units, step = each.group.name, each.group.units, steps[each.group.name]
+        size = nearest_size(units, share, step)
+        if not size:
+            per_unit = each.group.consumer.channels_per_unit
+            possible = ", ".join(str(count * per_unit) for count in range(step, units + 1, step))
+            raise RecipeError(
+                f"width {share} of {name} is {share * each.group.channels} of {each.group.channels} channels, of which "
+                f"round_to leaves nothing; sizes possible are {possible} channels: take a larger "
+                f"width or a smaller round_to for {name}"
+            )
+        sizes[each.key] = size
+    return sizes
+
+
+def _global_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+    if share == 1:
+        return {each.key: each.group.units for each in ranked}
+    counts = global_prefix([each.scores for each in ranked], [each.cost for each in ranked], share)
+    sizes = {}
+    for each, count in zip(ranked, counts, strict=True):
+        units, step = each.group.units, steps[each.group.name]
+        # a group that the threshold leaves whole stays whole; all others keep one step at least
+        sizes[each.key] = max(nearest_size(units, Fraction(count, units), step), step)
+    return sizes
+
+
+def global_prefix(scores: Sequence[Tensor], costs: Sequence[int], share: Fraction) -> list[int]:
+    """Keep the best units of all groups together until their cost is nearest to a share of the whole cost.
+
+    The best unit of every group comes first, so that no layer loses all its heads or neurons; the cost is then within
+    half a unit of what was asked for, unless those alone cost more.
+
+    Args:
+        scores: Per group (units,), comparable.
+        costs: Per group the parameters of one unit.
+        share: Of the sum of all costs.
+
+    Returns:
+        Units kept per group; for a smaller share never more.
+    """
+    first = [torch.where(torch.arange(len(each)) == each.argmax(), math.inf, each) for each in scores]
+    owner = torch.cat([torch.full((len(each),), index) for index, each in enumerate(scores)])
+    order = torch.argsort(torch.cat(first), descending=True, stable=True)
+    # threshold: the position where cumulative cost is nearest to share * total  (FLAP, AL-AM)
+    cumulative = torch.tensor(costs)[owner[order]].cumsum(dim=0)
+    target = share * int(cumulative[-1])
+    distance = [abs(cost - target) for cost in cumulative.tolist()]
+    count = max(distance.index(min(distance)) + 1, len(scores))
+    return torch.bincount(owner[order[:count]], minlength=len(scores)).tolist()
+
+
+def _rounding_steps(groups: Sequence[ChannelGroup], round_to: Mapping[str, int] | int) -> dict[str, int]:
+    """Return per group the units that a kept size is a multiple of."""
+    names = [group.name for group in groups]
+    wanted = dict.fromkeys(names, round_to) if isinstance(round_to, int) else dict(round_to)
+    unknown = sorted(wanted.keys() - set(names))
+    if unknown:
+        raise RecipeError(f"round_to names {', '.join(unknown)}; this model's groups are {', '.join(names)}")
+    steps = {}
+    for group in groups:
+        channels, per_unit = wanted.get(group.name, 1), group.consumer.channels_per_unit
+        if channels < 1:
+            raise RecipeError(
+                f"round_to {channels} for {group.name} is impossible; take 1 (no rounding) or more channels"
+            )
+        step = math.lcm(channels, per_unit) // per_unit
+        if step > group.units:
+            raise RecipeError(
+                f"round_to {channels} for {group.name} cannot be met: its {group.channels} channels go in units of "
+                f"{per_unit}, and no multiple of both fits; take {per_unit} or 1"
+            )
+        steps[group.name] = step
+    return steps
+
+
+def _require_widths(widths: Sequence[Fraction]) -> list[Fraction]:
+    if not widths:
+        raise RecipeError("widths are empty; give shares of channels in (0, 1], for example 1, 7/8, 3/4")
+    outside = [str(width) for width in widths if not 0 < width <= 1]
+    if outside:
+        raise RecipeError(
+            f"widths {', '.join(outside)} are impossible: a share of channels lies in (0, 1]; write 1, 7/8 or 0.75"
+        )
+    return sorted({Fraction(width) for width in widths}, reverse=True)
+
+
+def _require_statistics(
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    stats: Mapping[str, ActivationStats],
+    importance: Importance,
+    bias_compensation: bool,
+) -> None:
+    for index in range(len(adapter.layers(model))):
+        for group in adapter.channel_groups(model.config):
+            key = group_key(index, group)
+            found = len(stats[key].mean) if key in stats else None
+            if found != group.channels:
+                asker = f"importance {importance.name}" if importance.needs_statistics else "bias_compensation"
+                raise DataError(
+                    f"{asker} needs statistics of {key} over {group.channels} channels, there are "
+                    f"{'none' if found is None else f'{found} channels'}; collect them on this model"
+                )
+
+
+def _linear(layer: nn.Module, path: str) -> nn.Linear:
+    linear = layer.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
