@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
 class AmoebaGroup(TyperGroup):
     """Turns what a user can put right into one red message and exit code 2; ``--debug`` shows the traceback."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> object:  # typer's own copy of click's Context, which has no public name
         """Run the command."""
         try:
             return super().invoke(ctx)
@@ -65,7 +65,9 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """From one pretrained LM and one recipe to quantized subnets of any shape."""
 
@@ -122,13 +124,19 @@ def check(
     if model is not None:
         check_against_model(checked, load_config(model))
     Console().print(_modifier_table(checked))
-    _done(f"{checked.source} can run" + (f" on {model}" if model else "; add --model to check it against a model's sizes"))
+    _done(
+        f"{checked.source} can run" + (f" on {model}" if model else "; add --model to check it against a model's sizes")
+    )
 
 
 @app.command()
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where report and checkpoints go.")] = Path("amoeba_demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A shortened schedule: shows that it works, not how well.")] = False,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where report and checkpoints go.")] = Path(
+        "amoeba_demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A shortened schedule: shows that it works, not how well.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
 ) -> None:
     """Compress the model that comes with the package and report what was gained and lost."""

@@ -36,7 +36,8 @@ def require_new_directory(directory: Path, replaceable: str | None = None) -> No
     if replaceable is not None and _is_ours(directory / replaceable):
         return
     raise ArtifactError(
-        f"{directory} exists and holds something else; nothing is overwritten: name another --output-dir, or empty this one"
+        f"{directory} exists and holds something else, and nothing is overwritten; "
+        "name another --output-dir, or empty this one"
     )
 
 
@@ -85,14 +86,14 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
         config: The model's; weights are not needed.
 
     Raises:
-        ArchitectureError: If the architecture is not supported, the model is quantized already, or no stock class holds the shape.
+        ArchitectureError: If the architecture is not supported, the model quantized, or no stock class holds the shape.
         RecipeError: If ``min_depth``, ``round_to`` or a group size does not fit the model.
         ShapeError: If the shape to extract is outside the space.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ArchitectureError(
-            "the model is already quantized (config.quantization_config): selection, extraction and quantization work on "
-            "full-precision weights; give the original model"
+            "the model is already quantized (config.quantization_config), and everything here works on full-precision "
+            "weights; give the original model"
         )
     if recipe.is_structural:
         config = _subnet_config(recipe, config)
@@ -126,7 +127,9 @@ def _subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretraine
             f"{possible.start} to {layers}; extract one of these"
         )
     biased = frozenset(units[shape.width]) if width is not None and width.bias_compensation else frozenset()
-    return adapter.subnet_config(config, range(shape.depth), units[shape.width], biased if shape.width != 1 else frozenset())
+    return adapter.subnet_config(
+        config, range(shape.depth), units[shape.width], biased if shape.width != 1 else frozenset()
+    )
 
 
 def kept_units(groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int]) -> dict[str, int]:
@@ -173,8 +176,8 @@ def _require_divisible(
         where = ", ".join(f"{path} ({columns} inputs)" for columns, path in odd.items())
         common = max(each for each in _divisors(size) if all(columns % each == 0 for columns in odd))
         raise RecipeError(
-            f"{recipe.source}: {name} quantizes in groups of {size} input channels, which do not divide {where}; "
-            f"set WidthShrinkingModifier.round_to to a multiple of {size}, or group_size to {common} (in config_groups), "
+            f"{recipe.source}: {name} quantizes in groups of {size} input channels, which do not divide {where}; set "
+            f"WidthShrinkingModifier.round_to to a multiple of {size}, or group_size to {common} (in config_groups), "
             "or a scheme without groups (W8A8), or add these modules to ignore"
         )
 

@@ -1,7 +1,7 @@
 """Recipes: the ones that come with the package, and the check of a recipe file before anything loads.
 
-llm-compressor ignores what it does not recognise: a stage that does not end in ``_stage``, a list where a mapping belongs,
-a key given twice. Everything of that kind is refused here, with the line it stands on.
+llm-compressor ignores what it does not recognise: a stage that does not end in ``_stage``, a list where a mapping
+belongs, a key given twice. Everything of that kind is refused here, with the line it stands on.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def _require_distinct_keys(node: yaml.Node, source: str, visited: set[int]) -> N
             raise RecipeError(f"{source}, line {line}: a key must be a plain word")
         if key.value in seen:
             raise RecipeError(
-                f"{source}, line {line}: '{key.value}' was given in line {seen[key.value]} already, and only the last one "
-                "would count; remove one, or put the second modifier of a kind into another group"
+                f"{source}, line {line}: '{key.value}' was given in line {seen[key.value]} already, and only the last "
+                "one would count; remove one, or put the second modifier of a kind into another group"
             )
         seen[key.value] = line
         _require_distinct_keys(value, source, visited)
@@ -179,8 +179,8 @@ def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:
     kind = "a list" if isinstance(node, yaml.SequenceNode) else f"'{node.value}'" if node.value else "nothing"
     advice = "; write {} for no fields" if of == "a field" else ""
     raise RecipeError(
-        f"{what} (line {node.start_mark.line + 1}) holds {kind} where a mapping belongs, from the name of {of} to its content"
-        f"{advice}. llm-compressor would ignore it or stop; a recipe reads {SKELETON}"
+        f"{what} (line {node.start_mark.line + 1}) holds {kind} where a mapping belongs, from the name of "
+        f"{of} to its content{advice}. llm-compressor would ignore it or stop; a recipe reads {SKELETON}"
     )
 
 
@@ -205,25 +205,27 @@ def _children(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]
 def _value(node: yaml.MappingNode) -> dict[str, Any]:
     loader = yaml.SafeLoader("")
     try:
-        value: dict[str, Any] = loader.construct_document(node)  # type: ignore[no-untyped-call]
+        value: dict[str, Any] = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise RecipeError(f"line {node.start_mark.line + 1} holds what is not plain data: {error}") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     return value
 
 
 def _require_suffix(key: yaml.ScalarNode, suffix: str, kind: str, source: str) -> None:
     if not key.value.endswith(suffix) or key.value == suffix:
         raise RecipeError(
-            f"{source}, line {key.start_mark.line + 1}: the {kind} '{key.value}' would be ignored by llm-compressor, because "
-            f"its name does not end in '{suffix}'; name it '{key.value.strip('_') or 'some'}{suffix}'"
+            f"{source}, line {key.start_mark.line + 1}: the {kind} '{key.value}' would be ignored by llm-compressor, "
+            f"because its name does not end in '{suffix}'; name it '{key.value.strip('_') or 'some'}{suffix}'"
         )
 
 
 def _require_content(children: list[Any], key: yaml.ScalarNode, kind: str, source: str) -> None:
     if not children:
-        raise RecipeError(f"{source}, line {key.start_mark.line + 1}: '{key.value}' holds no {kind}; fill it or remove it")
+        raise RecipeError(
+            f"{source}, line {key.start_mark.line + 1}: '{key.value}' holds no {kind}; fill it or remove it"
+        )
 
 
 def _require_distinct_groups(entries: tuple[_Entry, ...], source: str) -> None:
@@ -231,8 +233,8 @@ def _require_distinct_groups(entries: tuple[_Entry, ...], source: str) -> None:
     for entry in entries:
         if stages.setdefault(entry.group, entry.stage) != entry.stage:
             raise RecipeError(
-                f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in {entry.stage}; the "
-                "recipe saved beside a checkpoint would lose one of them: give the groups different names"
+                f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in "
+                f"{entry.stage}; the recipe saved beside a checkpoint would lose one of them: give them different names"
             )
 
 
@@ -246,10 +248,14 @@ def _create(entry: _Entry, source: str) -> Any:
             f"Known: {', '.join(sorted(names))}"
         )
     if "group" in entry.fields:
-        raise RecipeError(f"{where}: 'group' is no field; a modifier's group is the key it stands under ('{entry.group}')")
+        raise RecipeError(
+            f"{where}: 'group' is no field; a modifier's group is the key it stands under ('{entry.group}')"
+        )
     dead = [name for name in DEAD_FIELDS if entry.fields.get(name) is not None]
     if dead and kind.__module__.startswith(f"{__package__}."):
-        raise RecipeError(f"{where}: '{dead[0]}' has no effect, modifiers run once, in the order of the recipe; remove it")
+        raise RecipeError(
+            f"{where}: '{dead[0]}' has no effect, modifiers run once, in the order of the recipe; remove it"
+        )
     _require_known_fields(kind, entry.fields, where)
     return _instantiate(kind, entry, where)
 
@@ -284,7 +290,9 @@ def _require_known_fields(kind: type[Any], fields: Mapping[str, Any], where: str
     known = {name: info for name, info in kind.model_fields.items() if name != "group" and not name.endswith("_")}
     for name, value in fields.items():
         if name not in known:
-            raise RecipeError(f"{where}: '{name}' is no field.{_hint(name, known)} Fields: {', '.join(_own_first(kind, known))}")
+            raise RecipeError(
+                f"{where}: '{name}' is no field.{_hint(name, known)} Fields: {', '.join(_own_first(kind, known))}"
+            )
         annotation = known[name].annotation
         if isinstance(value, Mapping) and isinstance(annotation, type) and issubclass(annotation, BaseModel):
             _require_known_fields(annotation, value, f"{where}.{name}")
@@ -342,8 +350,8 @@ def _check_shape(recipe: CheckedRecipe) -> None:
     depth, width = recipe.find(DepthShrinkingModifier), recipe.find(WidthShrinkingModifier)
     if depth is not None and depth.keep_last > depth.min_depth:
         raise RecipeError(
-            f"{recipe.source}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet cannot keep more "
-            "last layers than it has layers; lower keep_last or raise min_depth"
+            f"{recipe.source}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet cannot "
+            "keep more last layers than it has layers; lower keep_last or raise min_depth"
         )
     extraction = recipe.find(SubnetExtractionModifier)
     if extraction is None:
@@ -358,11 +366,12 @@ def _check_shape(recipe: CheckedRecipe) -> None:
     if shape.width not in widths:
         known = ", ".join(str(each) for each in sorted(widths, reverse=True))
         raise ShapeError(
-            f"{recipe.source}: shape {shape} is outside the space: the widths are {known}; extract one of these, or add "
-            f'"{shape.width}" to WidthShrinkingModifier.widths'
+            f"{recipe.source}: shape {shape} is outside the space: the widths are {known}; extract one of these, or "
+            f'add "{shape.width}" to WidthShrinkingModifier.widths'
         )
     if width is not None and width.allocation == "global" and shape.width != 1:
         raise RecipeError(
-            f"{recipe.source}: allocation global gives every layer its own width, which no stock checkpoint can express; "
-            f"set allocation: uniform, or extract {shape.depth}x1, or leave SubnetExtractionModifier out and set elastic_dir"
+            f"{recipe.source}: allocation global gives every layer its own width, which no stock checkpoint can "
+            f"express; set allocation: uniform, or extract {shape.depth}x1, or leave SubnetExtractionModifier out and "
+            "set elastic_dir"
         )

@@ -82,7 +82,9 @@ def calibration_batches(
     """
     if dataset is None:
         if recipe.needs_data:
-            raise DataError(f"{recipe.source} measures the model on text, and there is no calibration data; give --dataset")
+            raise DataError(
+                f"{recipe.source} measures the model on text, and there is no calibration data; give --dataset"
+            )
         return None
     from transformers import AutoTokenizer
 
@@ -112,7 +114,7 @@ def calibration_batches(
 
 @contextmanager
 def whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """Yield a directory beside the one wanted, which takes its name when the block ends well and vanishes when it does not.
+    """Yield a directory that takes the wanted name when the block ends well, and vanishes when it does not.
 
     Raises:
         ArtifactError: If the disk is full.
@@ -141,5 +143,7 @@ def _oneshot(recipe: CheckedRecipe, model: str, batches: list[Batch] | None, out
     from transformers import set_seed
 
     set_seed(seed)
-    loader = None if batches is None else DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
+    loader: DataLoader[Batch] | None = None
+    if batches is not None:
+        loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
     oneshot(model=model, recipe=recipe.source, dataset=loader, output_dir=str(output_dir))
