@@ -1,0 +1,368 @@
+"""The dynamic program against a recursive reading of the recurrence, on models whose layers are really deleted."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amoeba_plugin import depth
+from amoeba_plugin.depth import (
+    block_influence,
+    block_influence_depths,
+    last_layers_depths,
+    random_depths,
+    search_depths,
+    shrink,
+)
+from amoeba_plugin.errors import DataError, RecipeError
+from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.strategy import DepthStrategy
+
+Batch = dict[str, Tensor]
+TinyModel = Callable[..., PreTrainedModel]
+RandomBatches = Callable[..., list[Batch]]
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+
+
+def deleted(model: PreTrainedModel, removed: frozenset[int]) -> PreTrainedModel:
+    """Return a copy of a model that never had some layers."""
+    model = copy.deepcopy(model)
+    kept = [index for index in range(len(model.model.layers)) if index not in removed]
+    model.model.layers = nn.ModuleList([model.model.layers[index] for index in kept])
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[index] for index in kept]
+    model.config.num_hidden_layers = len(kept)
+    return model
+
+
+def recurrence(
+    candidates: int, most: int, scored: Callable[[frozenset[int]], tuple[float, float]]
+) -> dict[int, tuple[frozenset[int], tuple[float, float]]]:
+    """Restate the recurrence top-down; ``scored`` returns (badness, badness among equals)."""
+
+    @cache
+    def cell(n: int, m: int) -> tuple[frozenset[int], tuple[float, float]]:
+        if m == 0:
+            return frozenset(), (math.nan, math.nan)  # its metric is never read
+        removed = cell(n - 1, m - 1)[0] | {candidates - n}
+        score = scored(removed)
+        if n > m and not score < cell(n - 1, m)[1]:
+            return cell(n - 1, m)
+        return removed, score
+
+    return {m: cell(candidates, m) for m in range(1, most + 1)}
+
+
+@torch.no_grad()
+def plain_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    nats, tokens = 0.0, 0
+    for batch in batches:
+        logits = model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits[:, :-1].double()
+        picked = logits.log_softmax(-1).gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+        mask = batch["labels"][:, 1:] != -100
+        nats, tokens = nats - picked[mask].sum().item(), tokens + int(mask.sum())
+    return nats / tokens
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "min_depth", "keep_last", "overrides"),
+    [
+        ("llama", 5, 2, 1, {}),
+        ("llama", 6, 1, 0, {}),
+        ("mistral", 5, 3, 3, {"sliding_window": 5}),
+        ("qwen2", 5, 2, 1, SLIDING),
+        ("qwen3", 6, 2, 2, SLIDING),
+    ],
+)
+def test_the_search_is_the_recurrence_on_models_whose_layers_are_deleted(
+    tiny_model: TinyModel,
+    random_batches: RandomBatches,
+    model_type: str,
+    layers: int,
+    min_depth: int,
+    keep_last: int,
+    overrides: dict[str, Any],
+) -> None:
+    model = tiny_model(model_type, seed=layers, layers=layers, **overrides)
+    batches = random_batches(2, 2, 14, lengths=(14, 9))
+    found = search_depths(
+        model,
+        architecture_for(model_type),
+        PerTokenLoss(),
+        batches,
+        min_depth=min_depth,
+        keep_last=keep_last,
+        progress=False,
+    )
+
+    def scored(removed: frozenset[int]) -> tuple[float, float]:
+        loss = plain_loss(deleted(model, removed), batches)
+        return loss, loss
+
+    wanted = recurrence(layers - keep_last, layers - min_depth, scored)
+    assert found.objective == "loss"
+    assert list(found.kept) == list(found.metric) == list(range(layers, min_depth - 1, -1))
+    assert found.kept[layers] == tuple(range(layers))
+    assert found.metric[layers] == pytest.approx(plain_loss(model, batches), rel=1e-6)
+    for count, (removed, (loss, _)) in wanted.items():
+        assert found.kept[layers - count] == tuple(i for i in range(layers) if i not in removed)
+        assert found.metric[layers - count] == pytest.approx(loss, rel=1e-6)
+        assert set(range(layers - keep_last, layers)) <= set(found.kept[layers - count])
+
+
+class Tabulated(Objective):
+    """Scores drawn for each set of kept layers, without a look at the data."""
+
+    name, unit, larger_is_better = "tabulated", "points", True
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        pass
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        raise NotImplementedError
+
+
+@given(st.integers(1, 7), st.data(), st.integers(0, 10_000), st.booleans())
+def test_the_program_is_the_recurrence_on_any_table(candidates: int, data: st.DataObject, seed: int, nan: bool) -> None:
+    most = data.draw(st.integers(1, candidates))
+    asked: list[frozenset[int]] = []
+    values = [0.25, 0.5, 0.75, *([math.nan, math.inf] if nan else [])]  # few values: ties are common
+
+    def evaluate(removed: frozenset[int]) -> Score:
+        rng = random.Random(f"{seed} {sorted(removed)}")
+        asked.append(removed)
+        return Score(rng.choice(values), rng.choice([1.0, 2.0, 3.0, math.nan]))
+
+    def scored(removed: frozenset[int]) -> tuple[float, float]:
+        score = evaluate(removed)
+        return tuple(x if math.isfinite(x) else math.inf for x in (-score.value, score.loss))
+
+    try:
+        table = shrink(candidates, most, evaluate, Tabulated())
+    except DataError:
+        return  # nothing finite, or all the same
+    assert len(asked) == candidates * most - most * (most - 1) // 2
+    wanted = recurrence(candidates, most, scored)
+    assert {count: removed for count, (removed, _) in table.items()} == {
+        m: removed for m, (removed, _) in wanted.items()
+    }
+    assert all(len(removed) == count for count, (removed, _) in table.items())
+
+
+@pytest.mark.parametrize(
+    ("candidates", "most", "evaluations"), [(31, 12, 306), (31, 16, 376), (32, 16, 392), (32, 12, 318)]
+)
+def test_the_paper_s_settings_take_the_evaluations_it_counts(candidates: int, most: int, evaluations: int) -> None:
+    asked = []
+    shrink(candidates, most, lambda removed: asked.append(removed) or Score(float(sum(removed)), 0.0), Tabulated())
+    assert len(asked) == evaluations
+
+
+def test_ties_of_accuracy_are_broken_by_loss() -> None:
+    losses = {frozenset({1}): 3.0, frozenset({0}): 2.0}
+    table = shrink(2, 1, lambda removed: Score(0.5, losses[removed]), MultipleChoiceAccuracy())
+    assert table[1] == (frozenset({0}), Score(0.5, 2.0))
+
+
+def test_accuracy_drives_the_search_through_the_model(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
+    model, batches = tiny_model("llama", seed=1), random_batches(8, 4)
+    for number, batch in enumerate(batches):
+        batch["question"], batch["is_answer"] = torch.full((4,), number), torch.tensor([0, 0, 1, 0])
+    found = search_depths(
+        model, architecture_for("llama"), MultipleChoiceAccuracy(), batches, min_depth=2, progress=False
+    )
+    for kept, metric in zip(found.kept.values(), found.metric.values(), strict=True):
+        subnet = deleted(model, frozenset(range(4)) - frozenset(kept))
+        assert MultipleChoiceAccuracy().measure(subnet, batches).value == metric
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_reusing_states_changes_nothing(
+    tiny_model: TinyModel, random_batches: RandomBatches, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    def found() -> DepthStrategy:
+        model = tiny_model(model_type, layers=6, **(SLIDING if model_type == "qwen2" else {}))
+        batches = random_batches(2, lengths=(12, 8))
+        adapter = architecture_for(model_type)
+        return search_depths(model, adapter, PerTokenLoss(), batches, min_depth=1, keep_last=0, progress=False)
+
+    resumed = found()
+    monkeypatch.setattr(depth, "_takes_states", lambda model, adapter: False)
+    assert found() == resumed
+
+
+def test_a_decoder_that_scales_its_embeddings_is_run_from_the_start(tiny_model: TinyModel) -> None:
+    model, adapter = tiny_model("llama"), architecture_for("llama")
+    assert depth._takes_states(model, adapter)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] * 8, *args[1:]))
+    assert not depth._takes_states(model, adapter)
+
+
+class Failing(PerTokenLoss):
+    """Breaks in the middle of the search."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        self.calls -= 1
+        if not self.calls:
+            raise KeyboardInterrupt
+        return super().measure(model, batches)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 100])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_the_model_is_restored_after_an_exception_too(
+    tiny_model: TinyModel, random_batches: RandomBatches, model_type: str, calls: int
+) -> None:
+    model = tiny_model(model_type, **(SLIDING if model_type == "qwen2" else {})).train()
+    layers, config = list(model.model.layers), model.config.to_dict()
+
+    def search() -> None:
+        search_depths(
+            model, architecture_for(model_type), Failing(calls), random_batches(), min_depth=2, progress=False
+        )
+
+    if calls == 100:
+        search()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            search()
+    assert all(now is before for now, before in zip(model.model.layers, layers, strict=True))
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(4))
+    assert model.config.to_dict() == config
+    assert all(module.training for module in model.modules())
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+class Given(PerTokenLoss):
+    """Scores in the order they are asked for; the whole model first."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = iter(values)
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        value = next(self.values)
+        return Score(value, value)
+
+
+def given_search(tiny_model: TinyModel, random_batches: RandomBatches, *values: float) -> DepthStrategy:
+    model = tiny_model("llama", layers=3)
+    return search_depths(
+        model, architecture_for("llama"), Given(*values), random_batches(), min_depth=1, keep_last=0, progress=False
+    )
+
+
+def test_nan_is_worst_even_in_a_cell_that_has_no_other(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
+    # asked in this order: {2}; {1}, {1,2}; {0}, and {0} with the best single removed before (layer 1)
+    found = given_search(tiny_model, random_batches, 1.0, math.nan, 2.0, math.nan, math.inf, 3.0)
+    assert found.kept == {3: (0, 1, 2), 2: (0, 2), 1: (2,)}
+    assert found.metric == {3: 1.0, 2: 2.0, 1: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([math.nan], "loss of the whole model is nan: nothing can be compared with it"),
+        ([1.0] + [math.nan] * 5, "loss is NaN or infinite without any of the layers"),
+        ([1.0] + [2.0] * 5, "loss is 2.0 for all 5 candidates: it cannot tell layers apart"),
+    ],
+)
+def test_an_objective_that_says_nothing_is_refused(
+    tiny_model: TinyModel, random_batches: RandomBatches, values: list[float], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        given_search(tiny_model, random_batches, *values)
+
+
+@pytest.mark.parametrize(
+    ("min_depth", "keep_last", "message"),
+    [
+        (4, 1, r"min_depth 4 is impossible: the model has 4 layers; take 1\.\.3"),
+        (0, 0, r"min_depth 0 is impossible: the model has 4 layers; take 1\.\.3"),
+        (2, 3, r"keep_last 3 is impossible with min_depth 2: .* take 0\.\.2"),
+        (2, -1, r"keep_last -1 is impossible"),
+    ],
+)
+def test_impossible_depths_are_refused_before_anything_runs(
+    tiny_model: TinyModel, random_batches: RandomBatches, min_depth: int, keep_last: int, message: str
+) -> None:
+    model, adapter = tiny_model("llama"), architecture_for("llama")
+    with pytest.raises(RecipeError, match=message):
+        search_depths(model, adapter, Failing(1), random_batches(), min_depth=min_depth, keep_last=keep_last)
+
+
+def test_the_objective_s_check_comes_first(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(DataError, match="lacks question, is_answer"):
+        search_depths(model, architecture_for("llama"), MultipleChoiceAccuracy(), random_batches(), min_depth=2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_block_influence_equals_a_loop_over_tokens(
+    tiny_model: TinyModel, random_batches: RandomBatches, model_type: str
+) -> None:
+    model = tiny_model(model_type)
+    batches = random_batches(2, 2, 10, lengths=(10, 6))
+    sums, tokens = [0.0] * 4, 0
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            with torch.no_grad():
+                states = model(ids[None, : int(mask.sum())], use_cache=False, output_hidden_states=True).hidden_states
+            last: list[Tensor] = []  # hidden_states ends with the normed output
+            handle = model.model.norm.register_forward_pre_hook(lambda module, args, last=last: last.append(args[0]))
+            with torch.no_grad():
+                model(ids[None, : int(mask.sum())], use_cache=False)
+            handle.remove()
+            flows = [(x[0], y[0]) for x, y in pairwise([*states[:-1], *last])]
+            tokens += int(mask.sum())
+            for index, (x, y) in enumerate(flows):
+                for t in range(len(x)):
+                    sums[index] += (x[t] @ y[t] / (x[t].norm() * y[t].norm())).item()
+    wanted = [1 - total / tokens for total in sums]
+    found = block_influence(model, architecture_for(model_type), batches)
+    assert found == pytest.approx(wanted, abs=1e-5)
+    ranked = sorted(range(4), key=wanted.__getitem__)
+    strategy = block_influence_depths(model, architecture_for(model_type), batches, [3, 2])
+    assert strategy.kept == {4: (0, 1, 2, 3), 3: tuple(sorted(ranked[1:])), 2: tuple(sorted(ranked[2:]))}
+    assert strategy.metric == {}
+
+
+def test_block_influence_needs_tokens(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
+    with pytest.raises(DataError, match="no token to measure block influence on"):
+        block_influence(tiny_model("llama"), architecture_for("llama"), random_batches(1, lengths=(0, 0)))
+
+
+def test_the_last_layers_go_but_the_very_last() -> None:
+    assert last_layers_depths(6, [5, 3, 1]).kept == {6: (0, 1, 2, 3, 4, 5), 5: (0, 1, 2, 3, 5), 3: (0, 1, 5), 1: (5,)}
+
+
+def test_random_layers_follow_the_seed() -> None:
+    depths = list(range(1, 12))
+    drawn = random_depths(12, depths, seed=1).kept
+    assert drawn == random_depths(12, depths, seed=1).kept
+    assert drawn != random_depths(12, depths, seed=2).kept
+    for count, kept in drawn.items():
+        assert len(set(kept)) == len(kept) == count
+        assert kept == tuple(sorted(kept))
+        assert set(kept) <= set(range(12))
+    assert random_depths(12, [5], seed=1).kept[5] == drawn[5]  # whatever other depths are asked for
+
+
+def test_depths_a_model_does_not_have_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"depths \[0, 7\] are impossible: the model has 6 layers; take 1\.\.6"):
+        last_layers_depths(6, [7, 3, 0][::-1])

@@ -1,0 +1,120 @@
+"""Hooks: what a stranger hands over is found by name, and a wrong name is answered with the right ones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pluggy
+import pytest
+from torch import Tensor
+
+from amoeba_plugin import hookspecs
+from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.architectures.llama import LlamaFamily
+from amoeba_plugin.calibration import ActivationStats
+from amoeba_plugin.errors import ArchitectureError, PluginError
+from amoeba_plugin.hookspecs import hookimpl
+from amoeba_plugin.importance import Importance
+from amoeba_plugin.objectives import Objective, PerTokenLoss
+from amoeba_plugin.plugins import architecture_for, importance_named, objective_named, plugin_manager
+
+
+class Stranger(LlamaFamily):
+    model_types = ("strange",)
+
+
+def smallest_first(stats: ActivationStats, weight: Tensor) -> Tensor:
+    return -weight.float().abs().sum(dim=0)
+
+
+@pytest.fixture
+def install() -> Iterator[Callable[..., None]]:
+    """Register plugins made of functions by hook name; they are gone after the test."""
+    installed: list[Any] = []
+
+    def install(name: str, **hooks: Callable[..., Any]) -> None:
+        plugin = SimpleNamespace(**{hook: hookimpl(function) for hook, function in hooks.items()})
+        plugin_manager().register(plugin, name)
+        installed.append(plugin)
+
+    yield install
+    for plugin in installed:
+        plugin_manager().unregister(plugin)
+
+
+def test_hook_amoeba_architectures(install: Callable[..., None]) -> None:
+    stranger = Stranger()
+
+    def hook() -> Sequence[ArchitectureAdapter]:
+        return (stranger,)
+
+    install("their_package", amoeba_architectures=hook)
+    assert architecture_for("strange") is stranger
+    assert type(architecture_for("qwen3")) is LlamaFamily
+
+
+def test_hook_amoeba_importances(install: Callable[..., None]) -> None:
+    theirs = Importance("smallest", smallest_first, needs_statistics=False)
+
+    def hook() -> Mapping[str, Importance]:
+        return {"smallest": theirs}
+
+    install("their_package", amoeba_importances=hook)
+    assert importance_named("smallest") is theirs
+    assert importance_named("flap").name == "flap"
+
+
+def test_hook_amoeba_objectives(install: Callable[..., None]) -> None:
+    theirs = PerTokenLoss()
+
+    def hook() -> Mapping[str, Objective]:
+        return {"theirs": theirs}
+
+    install("their_package", amoeba_objectives=hook)
+    assert objective_named("theirs") is theirs
+    assert objective_named("accuracy").larger_is_better
+
+
+def test_every_hook_has_a_test_and_a_contract() -> None:
+    specs = {name: each for name, each in vars(hookspecs).items() if hasattr(each, f"{hookspecs.PROJECT}_spec")}
+    assert specs
+    assert {f"test_hook_{name}" for name in specs} <= globals().keys()
+    assert all(inspect.getdoc(spec) for spec in specs.values())
+
+
+def test_built_in_names() -> None:
+    assert [importance_named(name).name for name in ("flap", "flap_ifv", "flap_wifn", "wanda", "magnitude")]
+    assert [objective_named(name).name for name in ("loss", "perplexity", "accuracy")]
+    assert {type(architecture_for(name)) for name in ("llama", "mistral", "qwen2", "qwen3")} == {LlamaFamily}
+
+
+def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
+    with pytest.raises(
+        PluginError, match=r"no importance named 'flab'\. Did you mean 'flap'\? Known: .*wanda \(from amoeba_plugin"
+    ):
+        importance_named("flab")
+    with pytest.raises(PluginError, match=r"no objective named 'beauty'\. Known: accuracy .*, loss .*, perplexity"):
+        objective_named("beauty")
+    with pytest.raises(ArchitectureError, match="'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"):
+        architecture_for("gpt2")
+
+
+def test_a_name_given_twice_is_refused_with_both_givers(install: Callable[..., None]) -> None:
+    install("their_package", amoeba_importances=lambda: {"flap": Importance("flap", smallest_first)})
+    with pytest.raises(PluginError, match="importance 'flap' is registered twice, by .* and by ") as raised:
+        importance_named("wanda")
+    assert "their_package" in str(raised.value)
+    assert "amoeba_plugin.importance" in str(raised.value)
+
+
+def test_a_plugin_with_a_misspelt_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(manager: pluggy.PluginManager, group: str) -> int:
+        manager.register(SimpleNamespace(amoeba_importance=hookimpl(lambda: {})), "their_package")
+        return 1
+
+    monkeypatch.setattr(pluggy.PluginManager, "load_setuptools_entrypoints", load)
+    with pytest.raises(PluginError, match="unknown hook"):
+        plugin_manager.__wrapped__()
