@@ -170,6 +170,7 @@ class ElasticModel:
     def release(self) -> None:
         """Give the whole model back with ordinary linears; its channels stay reordered, which changes no output."""
         self.set_shape(self.space.largest)
+        self._listeners.clear()
         for group in self.groups:
             for linear in (*group.producers, group.consumer):
                 linear.restore()

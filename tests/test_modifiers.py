@@ -58,7 +58,7 @@ QUANTIZATION = {
     "w8a8": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}},
     "w4a16": {"QuantizationModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]}},
     "awq": {
-        "AWQModifier": {"n_grid": 2},
+        "AWQModifier": {"n_grid": 4},
         "QuantizationModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]},
     },
 }

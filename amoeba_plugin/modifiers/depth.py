@@ -50,7 +50,7 @@ class DepthShrinkingModifier(Modifier):
         require_session_order(self)
         selection = selection_for(state)
         if self.kept_layers is None:
-            with on_main_device(state.model):
+            with on_main_device(state.model), selection.timed("depth search"):
                 selection.depth = search_depths(
                     state.model,
                     selection.adapter,

@@ -10,7 +10,8 @@ from pydantic import field_validator
 
 from amoeba_plugin.extraction import become, extract
 from amoeba_plugin.modifiers.order import require_session_order
-from amoeba_plugin.modifiers.selection import forget_selection, keep_config_on_save, selection_for
+from amoeba_plugin.modifiers.saving import save_as_it_is
+from amoeba_plugin.modifiers.selection import forget_selection, selection_for
 from amoeba_plugin.shape import SubnetShape
 
 
@@ -44,5 +45,5 @@ class SubnetExtractionModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """See to it that the subnet's own configuration is saved."""
-        keep_config_on_save(state.model)
+        save_as_it_is(state.model)
         return True

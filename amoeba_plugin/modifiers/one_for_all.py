@@ -12,13 +12,13 @@ from llmcompressor.modifiers import Modifier
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from amoeba_plugin.calibration import Batch, load_batches
 from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import RecipeError
-from amoeba_plugin.modifiers.order import require_session_order
+from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import forget_selection, on_main_device, selection_for
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
@@ -123,18 +123,17 @@ class OneForAllDistillationModifier(Modifier):
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
         if self.max_steps:
-            selection.peft_model = self._train(elastic, selection.batches)
+            with selection.timed("one-for-all training"):
+                selection.peft_model = self._train(elastic, selection.batches)
         if self.elastic_dir is not None:
             save_elastic(elastic, selection.peft_model, Path(self.elastic_dir), elastic.config.name_or_path)
+        if not extraction_follows(self):  # before the host's pipelines wrap the modules' forward methods
+            _give_back(state.model)
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Where no subnet was extracted, give the whole model back as it was: its adapter is in the elastic checkpoint."""
-        selection = forget_selection(state.model)
-        if selection is not None and selection.elastic is not None:
-            if selection.peft_model is not None:
-                selection.peft_model.unload()
-            selection.elastic.release()
+        """Leave nothing behind where the recipe ended early."""
+        _give_back(state.model)
         return True
 
     def _train(self, elastic: ElasticModel, calibration: list[Batch]) -> PeftModel:
@@ -188,4 +187,15 @@ class OneForAllDistillationModifier(Modifier):
             save_strategy="no",
             report_to=[],
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.accelerator.is_available(),
         )
+
+
+def _give_back(model: PreTrainedModel) -> None:
+    """Make the whole model an ordinary one again, where no subnet was extracted: its adapter is in the elastic checkpoint."""
+    selection = forget_selection(model)
+    if selection is None or selection.elastic is None:
+        return
+    selection.elastic.release()
+    if selection.peft_model is not None:
+        selection.peft_model.unload()

@@ -60,3 +60,10 @@ def require_session_order(modifier: Modifier) -> None:
     modifiers = active_session().lifecycle.recipe.modifiers
     if any(each is modifier for each in modifiers):
         require_order(modifiers)
+
+
+def extraction_follows(modifier: Modifier) -> bool:
+    """Tell whether the active session's recipe cuts a subnet after this modifier."""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    place = next((place for place, each in enumerate(modifiers) if each is modifier), len(modifiers))
+    return any(type(each).__name__ == "SubnetExtractionModifier" for each in modifiers[place + 1 :])

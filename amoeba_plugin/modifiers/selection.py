@@ -5,8 +5,9 @@ Kept beside the model, not on it: a model that the host saves or copies carries 
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from llmcompressor.core import State
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, require_unquantized
 from amoeba_plugin.calibration import Batch, materialise
@@ -35,6 +36,13 @@ class Selection:
     elastic: ElasticModel | None = None
     peft_model: PeftModel | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note in the provenance how many seconds a step took."""
+        started = time.perf_counter()
+        yield
+        self.provenance.setdefault("seconds", {})[what] = time.perf_counter() - started
 
     def require_elastic(self, model: PreTrainedModel) -> ElasticModel:
         """Return the elastic model, made when it is first asked for: selection is over then."""
@@ -82,24 +90,3 @@ def on_main_device(model: PreTrainedModel) -> Iterator[torch.device]:
         yield device
     finally:
         model.to(before)
-
-
-def keep_config_on_save(model: PreTrainedModel) -> None:
-    """Make llm-compressor save the model's own configuration.
-
-    From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded, so that layers
-    and sizes of the *whole* model would be written beside a subnet's weights. It keeps its hands off a configuration without
-    ``_name_or_path``, so the name is taken away while saving.
-    """
-    save: Callable[..., Any] = model.save_pretrained
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        config: PretrainedConfig = model.config
-        name, config._name_or_path = config._name_or_path, ""
-        try:
-            return save(*args, **kwargs)
-        finally:
-            config._name_or_path = name
-
-    save_pretrained._overridden = True  # type: ignore[attr-defined]  # the host's mark: do not wrap again
-    model.save_pretrained = save_pretrained

@@ -60,7 +60,7 @@ class WidthShrinkingModifier(Modifier):
         """Collect statistics on the dense model and rank."""
         require_session_order(self)
         selection = selection_for(state)
-        with on_main_device(state.model):
+        with on_main_device(state.model), selection.timed("width ranking"):
             statistics = collect_statistics(state.model, selection.adapter, selection.batches)
             selection.width = rank_widths(
                 state.model,

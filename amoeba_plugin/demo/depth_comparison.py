@@ -1,0 +1,70 @@
+"""The dynamic program against published ways to choose layers, at the same depths and on the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from amoeba_plugin.calibration import Batch
+from amoeba_plugin.depth import block_influence_depths, last_layers_depths, random_depths
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.plugins import architecture_for, objective_named
+from amoeba_plugin.report import DepthRow
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+
+
+def compare_depth_selectors(
+    model: PreTrainedModel,
+    searched: DepthStrategy,
+    calibration: Sequence[Batch],
+    held_out: Sequence[Batch],
+    depths: Sequence[int],
+    random_selections: int,
+    seed: int,
+) -> list[DepthRow]:
+    """Measure every selector's layers, before any training.
+
+    Args:
+        model: The dense model; left as it was.
+        searched: What the dynamic program found on ``calibration``.
+        calibration: The data that selectors see; gives ``DepthRow.objective``.
+        held_out: Gives ``DepthRow.held_out_loss``.
+        depths: Depths to compare at.
+        random_selections: How many random choices to measure at each depth.
+        seed: Of the random ones.
+    """
+    adapter = architecture_for(model.config.model_type)
+    layers = len(adapter.layers(model))
+    strategies: dict[str, DepthStrategy] = {
+        "dynamic program": searched,
+        "Block Influence": block_influence_depths(model, adapter, calibration, depths),
+        "last layers": last_layers_depths(layers, depths),
+        **{f"random {draw + 1}": random_depths(layers, depths, seed + draw) for draw in range(random_selections)},
+    }
+    rows = []
+    for depth, (name, strategy) in tqdm([(d, item) for d in depths for item in strategies.items()], desc="depth selectors"):
+        loss = _losses(model, strategy.kept[depth], {"calibration": calibration, "held out": held_out})
+        rows.append(
+            DepthRow(
+                selector=name,
+                depth=depth,
+                kept_layers=list(strategy.kept[depth]),
+                objective=loss["calibration"],
+                held_out_loss=loss["held out"],
+            )
+        )
+    return rows
+
+
+def _losses(model: PreTrainedModel, kept: tuple[int, ...], data: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+    adapter = architecture_for(model.config.model_type)
+    whole = tuple(range(len(adapter.layers(model))))
+    strategy = DepthStrategy({len(whole): whole, len(kept): kept})
+    elastic = ElasticModel(model, SubnetStrategy(strategy, WidthStrategy.whole(), model_fingerprint(model, adapter)))
+    try:
+        with elastic.active(f"{len(kept)}x1"):
+            return {name: objective_named("loss").measure(model, batches).value for name, batches in data.items()}
+    finally:
+        elastic.release()

@@ -1,0 +1,59 @@
+"""What llm-compressor's save gets wrong for a model that changed its structure, put right in one place.
+
+1. From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded: layers and sizes of
+   the *whole* model beside a subnet's weights. It keeps its hands off a configuration without ``_name_or_path``, so the name is
+   taken away while saving.
+2. ``recipe.yaml`` is dumped with Python object tags for enumerations (``actorder`` of GPTQ), which no parser of recipes
+   accepts. It is written again with their plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.strategy import write_atomically
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def save_as_it_is(model: PreTrainedModel) -> None:
+    """Make ``model.save_pretrained``, which the host has wrapped, write the model's own configuration and a plain recipe."""
+    save: Callable[..., Any] = model.save_pretrained
+
+    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        config: PretrainedConfig = model.config
+        name, config._name_or_path = config._name_or_path, ""
+        try:
+            result = save(save_directory, *args, **kwargs)
+        finally:
+            config._name_or_path = name
+        plain_recipe(Path(save_directory) / RECIPE_NAME)
+        return result
+
+    save_pretrained._overridden = True  # type: ignore[attr-defined]  # the host's mark: do not wrap again
+    model.save_pretrained = save_pretrained
+
+
+def plain_recipe(path: Path) -> None:
+    """Write a recipe file again without Python object tags; one that has none is left alone."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if "!!python/" in text:
+        plain = yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader: it makes no objects
+        write_atomically(path, yaml.safe_dump(plain, sort_keys=False).encode())
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a tagged enumeration or tuple as the plain value inside; imports and calls nothing."""
+
+
+def _plain_value(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
+    values = loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else []
+    return list(values) if tag == "tuple" else (values[0] if values else None)
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain_value)
