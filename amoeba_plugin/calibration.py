@@ -277,11 +277,17 @@ def _read_rows(dataset: str, split: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # builders of the data sets library raise anything, from any parser
-        reason = str(error).strip() or type(error).__name__
         raise DataError(
-            f"data set {dataset}, split {split}, cannot be read: {reason}. Give a directory written by save_to_disk, "
-            f"a file ({', '.join(FILE_FORMATS)}), or the id of a data set on the hub"
+            f"data set {dataset}, split {split}, cannot be read: {_reason(error)}. Give a directory written by "
+            f"save_to_disk, a file ({', '.join(FILE_FORMATS)}), or the id of a data set on the hub"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    # What the library says of a file without rows is for its authors: "list index out of range", "StopIteration".
+    if isinstance(error, IndexError | StopIteration) or "corresponds to no data" in str(error):
+        return "it is empty"
+    return str(error).strip() or type(error).__name__
 
 
 def _text_column(rows: Any, dataset: str, wanted: str | None) -> str:

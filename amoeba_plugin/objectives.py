@@ -195,8 +195,8 @@ class MultipleChoiceAccuracy(Objective):
     """Share of questions whose true continuation is likelier, per token, than every other choice.
 
     A row is one choice: context and continuation, ``labels`` on the continuation only. The columns ``question`` (an
-    integer that the choices of a question share) and ``is_answer`` (0 or 1) are (batch,). Choices of one question may be
-    in different batches.
+    integer that the choices of a question share) and ``is_answer`` (0 or 1) are (batch,). Choices of one question may
+    be in different batches.
     """
 
     name = "accuracy"
@@ -226,8 +226,8 @@ class MultipleChoiceAccuracy(Objective):
         for question, flags in answers.items():
             if len(flags) < 2 or sum(flag != 0 for flag in flags) != 1:
                 raise DataError(
-                    f"objective accuracy: question {question} has {len(flags)} choices of which {sum(map(bool, flags))} "
-                    "are answers; each question needs two choices or more and exactly one answer"
+                    f"objective accuracy: question {question} has {len(flags)} choices of which "
+                    f"{sum(map(bool, flags))} are answers; each question needs two choices or more and exactly one answer"
                 )
 
     def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
