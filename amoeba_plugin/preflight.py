@@ -167,14 +167,14 @@ def _require_divisible(
 ) -> None:
     from compressed_tensors.utils import match_named_modules
 
-    odd: dict[int, str] = {}
+    odd: dict[str, int] = {}  # inputs by the linear's name, which is the same in every layer
     for path, module in match_named_modules(_weightless(config), scheme.targets, ignore):
         columns = getattr(module, "in_features", size)
         if columns % size:
-            odd.setdefault(columns, path)
+            odd[path.rpartition(".")[2]] = columns
     if odd:
-        where = ", ".join(f"{path} ({columns} inputs)" for columns, path in odd.items())
-        common = max(each for each in _divisors(size) if all(columns % each == 0 for columns in odd))
+        where = ", ".join(f"{linear} ({columns} inputs)" for linear, columns in odd.items())
+        common = max(each for each in _divisors(size) if all(columns % each == 0 for columns in odd.values()))
         raise RecipeError(
             f"{recipe.source}: {name} quantizes in groups of {size} input channels, which do not divide {where}; set "
             f"WidthShrinkingModifier.round_to to a multiple of {size}, or group_size to {common} (in config_groups), "

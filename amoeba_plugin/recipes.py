@@ -106,7 +106,7 @@ def check_recipe(recipe: str | Path) -> CheckedRecipe:
     """Read a recipe and check everything that can be checked without a model.
 
     Args:
-        recipe: Path of a YAML or JSON file, or the text itself (recognised by a line break or a colon).
+        recipe: Path of a YAML or JSON file, or the text itself (a string with a line break or a colon and a space).
 
     Returns:
         The recipe with its modifiers made; no session was started, nothing was loaded.
@@ -126,7 +126,7 @@ def check_recipe(recipe: str | Path) -> CheckedRecipe:
 
 
 def _read(recipe: str | Path) -> tuple[str, str]:
-    if isinstance(recipe, str) and ("\n" in recipe or ":" in recipe) and not Path(recipe).is_file():
+    if isinstance(recipe, str) and ("\n" in recipe or ": " in recipe):
         return "<text>", recipe
     path = Path(recipe)
     if path.suffix.lower() not in SUFFIXES:
@@ -341,7 +341,30 @@ def _check_together(recipe: CheckedRecipe) -> None:
         raise RecipeError(f"{recipe.source}: {error}") from error
     except ValueError as error:
         raise RecipeError(f"{recipe.source}: {str(error).partition('Value error, ')[2] or error}") from error
+    _check_training(recipe)
     _check_shape(recipe)
+
+
+def _check_training(recipe: CheckedRecipe) -> None:
+    from transformers.trainer_utils import SchedulerType
+
+    from amoeba_plugin.modifiers import OneForAllDistillationModifier
+    from amoeba_plugin.training import OneForAllOptions
+
+    training = recipe.find(OneForAllDistillationModifier)
+    if training is None:
+        return
+    where = f"{recipe.source}: OneForAllDistillationModifier"
+    schedules = {each.value: each for each in SchedulerType}
+    if training.lr_scheduler_type not in schedules:
+        raise RecipeError(
+            f"{where}: lr_scheduler_type '{training.lr_scheduler_type}' does not exist."
+            f"{_hint(training.lr_scheduler_type, schedules)} Possible: {', '.join(schedules)}"
+        )
+    try:
+        OneForAllOptions(loss=training.loss, temperature=training.temperature)
+    except AmoebaError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _check_shape(recipe: CheckedRecipe) -> None:

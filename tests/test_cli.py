@@ -1,0 +1,261 @@
+"""The command line: what it answers at once, what it refuses, and that a recipe runs from end to end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import amoeba_plugin
+from amoeba_plugin.cli import app
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.recipes import check_recipe, shipped_recipes
+from amoeba_plugin.run import CalibrationOptions, calibration_batches, whole_or_nothing
+
+RECIPE = {
+    "select_stage": {
+        "a_modifiers": {
+            "DepthShrinkingModifier": {"min_depth": 2},
+            "WidthShrinkingModifier": {"widths": ["1", "3/4"]},
+        }
+    },
+    "finetune_stage": {
+        "b_modifiers": {
+            "OneForAllDistillationModifier": {
+                "adapter": {"r": 2, "num_experts": 2},
+                "max_steps": 1,
+                "gradient_accumulation_steps": 1,
+                "elastic_dir": "ELASTIC",
+            }
+        }
+    },
+    "extract_stage": {"c_modifiers": {"SubnetExtractionModifier": {"shape": "3x3/4"}}},
+    "quantize_stage": {
+        "d_modifiers": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}}
+    },
+}
+
+TinyModel = Callable[..., PreTrainedModel]
+Files = dict[str, Path]
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: str | Path) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    last = result.stderr.splitlines()[-1]  # progress bars of loading data may come before
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.fixture
+def files(tiny_model: TinyModel, tmp_path: Path) -> Files:
+    """A tiny model with a tokenizer, a text and a recipe, on disk; ``out`` and ``elastic`` do not exist yet."""
+    model, text, recipe = tmp_path / "model", tmp_path / "text.jsonl", tmp_path / "recipe.yaml"
+    tiny_model("llama").save_pretrained(model)
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w1", model_max_length=64
+    ).save_pretrained(model)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 97, (12, 24), generator=generator).tolist()
+    text.write_text("".join(json.dumps({"text": " ".join(f"w{number}" for number in row)}) + "\n" for row in rows))
+    elastic = tmp_path / "elastic"
+    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False).replace("ELASTIC", str(elastic)))
+    return {"model": model, "text": text, "recipe": recipe, "elastic": elastic, "out": tmp_path / "out"}
+
+
+def run_arguments(files: Files, **changed: str | Path) -> list[str | Path]:
+    chosen = {**files, **changed}
+    return [
+        "run", chosen["recipe"], "--model", chosen["model"], "--dataset", chosen["text"], "--output-dir", chosen["out"],
+        "--num-calibration-samples", "8", "--max-seq-length", "16", "--batch-size", "2",
+    ]  # fmt: skip
+
+
+def logits(directory: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 19)[None], use_cache=False).logits.float()
+
+
+def test_help_names_the_commands():
+    text = invoke("--help").output
+    for command in ("run", "extract", "check", "demo", "recipes"):
+        assert command in text
+
+
+def test_the_version_is_the_packages():
+    assert invoke("--version").output.strip() == f"amoeba_plugin {amoeba_plugin.__version__}"
+
+
+def test_the_command_line_itself_imports_nothing_heavy():
+    """Whatever the package does when it is imported, help and version need none of it."""
+    program = (
+        "import sys, types; package = types.ModuleType('amoeba_plugin'); "
+        f"package.__path__ = [{str(Path(amoeba_plugin.__file__).parent)!r}]; sys.modules['amoeba_plugin'] = package; "
+        "import amoeba_plugin.cli; "
+        "print([n for n in ('torch', 'transformers', 'peft', 'llmcompressor', 'matplotlib') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_shipped_recipes_are_listed_shown_and_copied(tmp_path: Path):
+    shipped = shipped_recipes()
+    assert all(name in invoke("recipes", "list").output for name in shipped)
+    for name, path in shipped.items():
+        assert invoke("recipes", "show", name).output == path.read_text()
+    assert invoke("recipes", "copy", "demo", tmp_path).exit_code == 0
+    assert (tmp_path / "demo.yaml").read_text() == shipped["demo"].read_text()
+    assert "nothing is overwritten" in refused("recipes", "copy", "qwen3", tmp_path / "demo.yaml")
+    assert (tmp_path / "demo.yaml").read_text() == shipped["demo"].read_text()
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    assert "Did you mean 'demo'" in refused("recipes", "show", "demos")
+
+
+def test_check_shows_the_modifiers(files: Files):
+    result = invoke("check", files["recipe"], "--model", files["model"])
+    assert result.exit_code == 0, result.output
+    assert "SubnetExtractionModifier" in result.stdout
+    assert "can run on" in result.stderr
+
+
+def test_debug_shows_where_an_error_came_from():
+    result = CliRunner().invoke(app, ["--debug", "recipes", "show", "demos"])
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "RecipeError"
+
+
+@pytest.fixture
+def no_model_loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail the test that loads weights."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    return
+
+
+@pytest.mark.usefixtures("no_model_loads")
+class TestBeforeAnythingLoads:
+    def test_a_bad_recipe_is_refused(self, files: Files):
+        files["recipe"].write_text(files["recipe"].read_text().replace("min_depth", "mindepth"))
+        assert "Did you mean 'min_depth'" in refused(*run_arguments(files))
+        assert not files["out"].exists()
+
+    @pytest.mark.parametrize("what", ["directory", "file"])
+    def test_an_output_that_holds_something_else_is_refused_and_kept(self, files: Files, what: str):
+        kept = files["out"] / "thesis.txt" if what == "directory" else files["out"]
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("years of work")
+        assert "nothing is overwritten" in refused(*run_arguments(files))
+        assert "nothing is overwritten" in refused("demo", "--output-dir", files["out"])
+        assert kept.read_text() == "years of work"
+
+    def test_an_elastic_dir_that_holds_something_else_is_refused(self, files: Files):
+        files["elastic"].mkdir()
+        (files["elastic"] / "thesis.txt").write_text("years of work")
+        assert "no elastic checkpoint" in refused(*run_arguments(files))
+
+    def test_one_directory_for_two_things_is_refused(self, files: Files):
+        assert "name two directories" in refused(*run_arguments(files, out=files["elastic"]))
+
+    def test_a_model_that_is_not_there_is_refused(self, files: Files):
+        assert "cannot be loaded" in refused(*run_arguments(files, model=files["out"]))
+
+    def test_an_unsupported_architecture_is_refused(self, files: Files):
+        AutoConfig.for_model("gpt2").save_pretrained(files["model"])
+        assert "supported are llama" in refused(*run_arguments(files))
+
+    def test_a_quantized_model_is_refused(self, files: Files):
+        path = files["model"] / "config.json"
+        config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        path.write_text(json.dumps(config))
+        assert "already quantized" in refused(*run_arguments(files))
+
+    def test_no_data_is_refused(self, files: Files):
+        assert "give --dataset" in refused("run", files["recipe"], "--model", files["model"], "-o", files["out"])
+
+    @pytest.mark.parametrize("content", ["", '{"text": ""}\n', '{"text": "w5"}\n'])
+    def test_an_empty_or_too_short_data_set_is_refused(self, files: Files, content: str):
+        files["text"].write_text(content)
+        refused(*run_arguments(files))
+        assert not files["out"].exists()
+
+    def test_an_objective_the_data_cannot_serve_is_refused(self, files: Files):
+        files["recipe"].write_text(
+            files["recipe"].read_text().replace("min_depth: 2", "min_depth: 2\n      objective: accuracy")
+        )
+        assert "question" in refused(*run_arguments(files))
+
+    def test_a_shape_outside_an_elastic_checkpoint_is_refused(self, files: Files):
+        assert "elastic" in refused("extract", files["model"], "--shape", "2x1", "-o", files["out"])
+
+
+def test_run_then_extract(files: Files):
+    """A recipe runs; `oneshot` gives the same checkpoint; any other shape comes from the elastic checkpoint."""
+    result = invoke(*run_arguments(files))
+    assert result.exit_code == 0, result.output
+    assert (files["out"] / "recipe.yaml").is_file()
+    check_recipe(files["out"] / "recipe.yaml")
+    config = AutoConfig.from_pretrained(files["out"])
+    assert (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size) == (3, 6, 96)
+
+    again = files["out"].with_name("oneshot")
+    options = CalibrationOptions(num_samples=8, max_seq_length=16, batch_size=2)
+    batches = calibration_batches(check_recipe(files["recipe"]), str(files["model"]), str(files["text"]), options)
+    from llmcompressor import oneshot
+
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    oneshot(model=str(files["model"]), recipe=str(files["recipe"]), dataset=loader, output_dir=str(again))
+    assert torch.equal(logits(files["out"]), logits(again))
+
+    other = files["out"].with_name("other")
+    result = invoke("extract", files["elastic"], "--shape", "2x1", "-o", other)
+    assert result.exit_code == 0, result.output
+    assert AutoConfig.from_pretrained(other).num_hidden_layers == 2
+    assert "outside the space" in refused("extract", files["elastic"], "--shape", "1x1", "-o", files["out"] / "x")
+
+
+def test_an_error_half_way_leaves_nothing(files: Files, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, output_dir: str, **kwargs: object) -> None:
+        (Path(output_dir) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llmcompressor.oneshot", full)
+    assert "is full" in refused(*run_arguments(files))
+    assert not list(files["out"].parent.glob("*out*"))
+
+
+def test_whole_or_nothing(tmp_path: Path):
+    with whole_or_nothing(tmp_path / "new") as partial:
+        (partial / "file").write_text("content")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "file").read_text() == "content"
+    with pytest.raises(KeyError), whole_or_nothing(tmp_path / "other") as partial:
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    with pytest.raises(OSError, match="permission"), whole_or_nothing(tmp_path / "other"):
+        raise PermissionError(errno.EACCES, "permission denied")
+    with pytest.raises(ArtifactError, match="full"), whole_or_nothing(tmp_path / "other"):
+        raise OSError(errno.ENOSPC, "No space left on device")
