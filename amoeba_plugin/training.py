@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.progress import SubnetProgress
 from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.trainer import OneForAllOptions, OneForAllTrainer
 
@@ -62,6 +64,9 @@ def train_one_for_all(
             data_collator=PaddingCollator(pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0),
             callbacks=callbacks,
         )
+        if not arguments.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(SubnetProgress(elastic.space))
         return trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
 
 

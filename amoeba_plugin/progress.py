@@ -1,0 +1,37 @@
+"""The progress bar of one-for-all training: time left, and the losses of largest and smallest subnet beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from amoeba_plugin.shape import ShapeSpace
+
+
+class SubnetProgress(ProgressCallback):
+    """Trainer's progress bar, which shows two losses where Trainer would print every number that was logged.
+
+    Args:
+        space: Its largest and smallest shapes are shown.
+    """
+
+    def __init__(self, space: ShapeSpace) -> None:
+        super().__init__()
+        self._shown = [str(space.largest), str(space.smallest)]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the losses on the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and logs is not None:
+            losses = {shape: logs[f"loss/{shape}"] for shape in self._shown if f"loss/{shape}" in logs}
+            if losses:
+                self.training_bar.set_description("one-for-all training")
+                self.training_bar.set_postfix_str(", ".join(f"loss {shape} {loss:.3f}" for shape, loss in losses.items()))
