@@ -1,0 +1,126 @@
+"""The project as a whole: what the wheel holds, that layers and documents agree with the code."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import amoeba_plugin
+from amoeba_plugin import hookspecs, modifiers
+from amoeba_plugin.recipes import shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SKIPPED = {".git", ".venv", "amoeba_demo", "build", "dist", "__pycache__"}
+
+
+def project_files(*suffixes: str) -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode == 0 and listed.stdout:
+        paths = [ROOT / line for line in listed.stdout.splitlines()]
+    else:  # not a checkout
+        paths = [path for path in ROOT.rglob("*") if not SKIPPED.intersection(path.relative_to(ROOT).parts)]
+    return [path for path in paths if path.is_file() and path.suffix in suffixes]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return zipfile.ZipFile(next(directory.glob("*.whl")))
+
+
+def test_the_wheel_holds_the_recipes(wheel: zipfile.ZipFile):
+    for name, path in shipped_recipes().items():
+        assert wheel.read(f"amoeba_plugin/_recipes/{name}.yaml") == path.read_bytes()
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile):
+    held = set(wheel.namelist())
+    package = [
+        path for path in project_files(".py", ".j2", ".typed", ".json", ".safetensors") if "amoeba_plugin" in path.parts
+    ]
+    assert {path.relative_to(ROOT).as_posix() for path in package} <= held
+    assert not [name for name in held if name.startswith(("tests/", "recipes/"))]
+
+
+def test_an_unpacked_wheel_finds_its_recipes(wheel: zipfile.ZipFile, tmp_path: Path):
+    wheel.extractall(tmp_path)
+    program = (
+        "import sys, types; package = types.ModuleType('amoeba_plugin'); "
+        f"package.__path__ = [{str(tmp_path / 'amoeba_plugin')!r}]; sys.modules['amoeba_plugin'] = package; "
+        "from amoeba_plugin.recipes import shipped_recipes; print(sorted(shipped_recipes().items()))"
+    )
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {program}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for name in shipped_recipes():
+        assert str(tmp_path / "amoeba_plugin" / "_recipes" / f"{name}.yaml") in done.stdout
+
+
+def test_the_version_is_said_once():
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", amoeba_plugin.__version__)
+    assert f"## [{amoeba_plugin.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_layers_hold():
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("module", ["amoeba_plugin", "amoeba_plugin.modifiers", "amoeba_plugin.smol"])
+def test_exported_names_exist_and_are_sorted(module: str):
+    loaded = importlib.import_module(module)
+    assert list(loaded.__all__) == sorted(loaded.__all__)
+    assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
+
+
+def test_every_hook_is_documented():
+    hooks = [name for name in vars(hookspecs) if name.startswith("amoeba_")]
+    assert hooks
+    for hook in hooks:
+        assert f"### `{hook}`" in README
+
+
+def test_every_modifier_and_each_of_its_fields_is_documented():
+    for name in modifiers.__all__:
+        modifier = getattr(modifiers, name)
+        if not hasattr(modifier, "model_fields"):
+            continue
+        own = set(modifier.model_fields) - set(modifier.__mro__[1].model_fields)
+        documented = README.partition(f"### `{name}`")[2].partition("\n### ")[0].partition("\n## ")[0]
+        assert {field for field in own if f"`{field}`" not in documented} == set(), name
+        assert {field for field in own if f"{field}:" not in (modifier.__doc__ or "")} == set(), name
+
+
+def test_every_shipped_recipe_is_documented():
+    for name in shipped_recipes():
+        assert f"`{name}`" in README
+
+
+def test_links_inside_the_readme_lead_somewhere():
+    headings = re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    private = re.compile(r"/(?:home|Users|work|root)/[\w.-]+")
+    for path in project_files(".py", ".md", ".toml", ".txt", ".yaml", ".j2", ".json", ".cfg"):
+        text = path.read_text(errors="ignore")
+        if path.name == "tokenizer.json" or path == Path(__file__):
+            continue
+        assert private.findall(text) == [], path
