@@ -227,7 +227,7 @@ class MultipleChoiceAccuracy(Objective):
             if len(flags) < 2 or sum(flag != 0 for flag in flags) != 1:
                 raise DataError(
                     f"objective accuracy: question {question} has {len(flags)} choices of which "
-                    f"{sum(map(bool, flags))} are answers; each question needs two choices or more and exactly one answer"
+                    f"{sum(map(bool, flags))} are answers; a question needs two choices or more, one of them the answer"
                 )
 
     def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
