@@ -24,6 +24,7 @@ from peft.utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import QuantizationBackend
 
 from amoeba_plugin.errors import PluginError
 
@@ -32,6 +33,7 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",
+    "QuantizationBackend",
     "check_adapters_to_merge",
     "device_and_dtype",
     "extend_peft_type",
@@ -102,11 +104,15 @@ def pattern_value(pattern: dict[str, Any], module_name: str, default: Any) -> An
 
 def device_and_dtype(layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
     """Return where a base layer computes and in what type; the type is None if it is no floating-point type."""
-    device, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(layer, layer)  # type: ignore[no-untyped-call]
+    device, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(layer, layer)
+    if device is None:  # a packed layer has no weight
+        device = next((parameter.device for parameter in layer.parameters()), None)
     return device, dtype if dtype is not None and dtype.is_floating_point else None
 
 
 def layer_sizes(layer: Any) -> tuple[int, int] | tuple[None, None]:
     """Return (in, out) features of a dense or quantized linear layer, (None, None) if it is no such layer."""
+    if isinstance(layer, torch.nn.Linear) and not hasattr(layer, "weight"):  # packed: PEFT would look at its weight
+        return layer.in_features, layer.out_features
     sizes: tuple[int, int] | tuple[None, None] = _get_in_out_features(layer)
     return sizes

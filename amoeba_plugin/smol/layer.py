@@ -15,10 +15,12 @@ from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.host import (
     check_adapters_to_merge,
+    device_and_dtype,
     layer_sizes,
     quantization_extra_repr,
     resolve_quantization_backend,
 )
+from amoeba_plugin.smol.packed import PackedBackend, PackedLinear
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
 
 
@@ -92,7 +94,10 @@ class SmolLinear(nn.Module, SmolLayer):
         if sizes[0] is None or sizes[1] is None:
             raise AdapterError(f"SMOL cannot adapt a {type(base_layer).__name__}; target linear layers only")
         self.in_features, self.out_features = sizes
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        packed = isinstance(self.get_base_layer(), PackedLinear)
+        self.quantization_backend = (
+            PackedBackend() if packed else resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        )
         self.smol_experts = nn.ModuleDict()
         self.smol_dropout = nn.ModuleDict()
         self.smol_scaling: dict[str, float] = {}  # s, as scale_layer left it
@@ -123,7 +128,7 @@ class SmolLinear(nn.Module, SmolLayer):
         # s = alpha / r, or alpha / sqrt(r): rank-stabilized LoRA (arXiv:2312.03732)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         self.smol_scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device_and_dtype(self.get_base_layer())[0])
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

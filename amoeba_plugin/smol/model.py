@@ -25,6 +25,7 @@ from amoeba_plugin.smol.host import (
     resolve_quantization_backend,
 )
 from amoeba_plugin.smol.layer import SmolLinear
+from amoeba_plugin.smol.packed import keep_packed
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
 
 ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
@@ -164,6 +165,9 @@ class SmolModel(BaseTuner):
             )
         config.__post_init__()  # the depths and kept layers can be checked now
         return config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        keep_packed(model)
 
     def _create_and_replace(
         self,

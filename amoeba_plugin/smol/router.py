@@ -1,8 +1,8 @@
 """The router: which experts a subnet shape uses, and with what weights.
 
-One router serves the whole model. It lives on the root of the base model under the name ``shape_router``, so that PEFT
-and transformers treat it as one more tuner layer. The name avoids the prefix ``smol_``: when PEFT deletes an adapter, it
-skips modules with the prefix in their name.
+One router serves the whole model. It lives on the root of the base model under the name ``shape_router``, so that
+PEFT and transformers treat it as one more tuner layer. The name avoids the prefix ``smol_``: when PEFT deletes an
+adapter, it skips modules with the prefix in their name.
 """
 
 from __future__ import annotations

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elastic_models import random_elastic
 from peft import get_peft_model
 from torch import Tensor
 
 from amoeba_plugin.smol import SmolConfig, SmolLinear
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from elastic_models import random_elastic
 
 
 @pytest.mark.parametrize("combination", ["factors", "outputs"])
