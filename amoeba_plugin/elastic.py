@@ -111,12 +111,12 @@ class ElasticModel:
         strategy.require_model(model, self.adapter)
         self.config = copy_config(model.config)
         self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
+        self._require_whole_largest()
         self.groups = self._elastic_groups()
         self._listeners: list[Callable[[SubnetShape], None]] = []
         for group in self.groups:
             _reorder(group, strategy.width)
         self._shape = self.space.largest
-        self._require_whole_largest()
 
     @property
     def space(self) -> ShapeSpace:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.errors import ArtifactError, RecipeError
 from amoeba_plugin.shape import ShapeSpace
 
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 1
@@ -41,6 +42,28 @@ class DepthStrategy:
     kept: Mapping[int, tuple[int, ...]]
     objective: str = ""
     metric: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def given(cls, kept: Mapping[str, Sequence[int]], num_layers: int, objective: str = "") -> DepthStrategy:
+        """Return a strategy written by hand or by an earlier run.
+
+        Args:
+            kept: Per depth, as text, the layers to keep; the whole model is added where it is missing.
+            num_layers: Layers of the model.
+            objective: What chose them, for people.
+
+        Raises:
+            RecipeError: If a depth does not keep as many different layers of the model as it says.
+        """
+        strategy = {num_layers: tuple(range(num_layers))}
+        for depth, layers in kept.items():
+            chosen = tuple(sorted(set(layers)))
+            if str(len(layers)) != str(depth) or len(chosen) != len(layers) or not set(chosen) <= set(range(num_layers)):
+                raise RecipeError(
+                    f"kept_layers: depth {depth} keeps {list(layers)}; name {depth} different layers out of 0..{num_layers - 1}"
+                )
+            strategy[int(depth)] = chosen
+        return cls(strategy, objective)
 
     @classmethod
     def whole(cls, num_layers: int) -> DepthStrategy:
@@ -114,7 +137,7 @@ class SubnetStrategy:
             "depth": {
                 "objective": self.depth.objective,
                 "kept": {str(depth): list(layers) for depth, layers in self.depth.kept.items()},
-                "metric": {str(depth): value for depth, value in self.depth.metric.items()},
+                "metric": {str(depth): _finite_or_none(value) for depth, value in self.depth.metric.items()},
             },
             "width": {
                 "importance": self.width.importance,
@@ -125,7 +148,7 @@ class SubnetStrategy:
             "provenance": dict(self.provenance),
         }
         write_atomically(directory / TENSORS_NAME, data)
-        write_atomically(directory / JSON_NAME, json.dumps(document, indent=1).encode())
+        write_atomically(directory / JSON_NAME, json.dumps(document, indent=1, allow_nan=False).encode())
 
     @classmethod
     def load(cls, directory: Path) -> SubnetStrategy:
@@ -152,7 +175,7 @@ class SubnetStrategy:
             DepthStrategy(
                 {int(key): tuple(layers) for key, layers in depth["kept"].items()},
                 depth["objective"],
-                {int(key): float(value) for key, value in depth["metric"].items()},
+                {int(key): math.nan if value is None else float(value) for key, value in depth["metric"].items()},
             ),
             WidthStrategy(
                 {Fraction(key): dict(units) for key, units in width["units"].items()},
@@ -192,6 +215,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no word for what overflowed
 
 
 def _read_document(path: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from elastic_models import random_strategy
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.errors import ArtifactError, RecipeError
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.strategy import JSON_NAME, TENSORS_NAME, SubnetStrategy, model_fingerprint, write_atomically
+from amoeba_plugin.strategy import JSON_NAME, TENSORS_NAME, DepthStrategy, SubnetStrategy, model_fingerprint, write_atomically
 
 TinyModel = Callable[..., PreTrainedModel]
 
@@ -98,3 +100,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path, monk
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_metric_that_overflowed_is_still_json(tiny_model: TinyModel, tmp_path: Path) -> None:
+    strategy = random_strategy(tiny_model("llama"))
+    replace(strategy, depth=replace(strategy.depth, metric={3: math.inf, 2: 1.5})).save(tmp_path)
+    metric = SubnetStrategy.load(tmp_path).depth.metric
+    assert json.loads((tmp_path / JSON_NAME).read_text())["depth"]["metric"] == {"3": None, "2": 1.5}
+    assert math.isnan(metric[3])
+    assert metric[2] == 1.5
+
+
+@pytest.mark.parametrize("kept", [{"3": [0, 1]}, {"2": [1, 1]}, {"2": [0, 4]}, {"2": [-1, 0]}, {"two": [0, 1]}])
+def test_layers_given_by_hand_must_be_layers(kept: dict[str, list[int]]) -> None:
+    with pytest.raises(RecipeError, match="different layers out of 0..3"):
+        DepthStrategy.given(kept, 4)
+
+
+def test_layers_given_by_hand_are_ordered_and_the_whole_is_added() -> None:
+    assert DepthStrategy.given({"2": [3, 0]}, 4).kept == {4: (0, 1, 2, 3), 2: (0, 3)}

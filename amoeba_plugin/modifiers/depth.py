@@ -61,6 +61,6 @@ class DepthShrinkingModifier(Modifier):
                 )
             self.kept_layers = {str(depth): list(kept) for depth, kept in selection.depth.kept.items()}
         else:
-            kept = {int(depth): tuple(layers) for depth, layers in self.kept_layers.items()}
-            selection.depth = DepthStrategy(kept, self.objective)
+            layers = len(selection.adapter.layers(state.model))
+            selection.depth = DepthStrategy.given(self.kept_layers, layers, self.objective)
         return True

@@ -61,7 +61,8 @@ class WidthShrinkingModifier(Modifier):
         require_session_order(self)
         selection = selection_for(state)
         with on_main_device(state.model), selection.timed("width ranking"):
-            statistics = collect_statistics(state.model, selection.adapter, selection.batches)
+            needed = importance_named(self.importance).needs_statistics or self.bias_compensation
+            statistics = collect_statistics(state.model, selection.adapter, selection.batches) if needed else {}
             selection.width = rank_widths(
                 state.model,
                 selection.adapter,
