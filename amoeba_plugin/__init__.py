@@ -1,22 +1,46 @@
 """AmoebaLLM for PEFT and llm-compressor: fine-tune once, derive subnets of any shape.
 
-Importing this registers SMOL with PEFT and the modifiers with llm-compressor.
+Importing this makes SMOL known to PEFT and the modifiers to llm-compressor; what is heavy is imported when it is used.
 """
 
-from amoeba_plugin import modifiers as _modifiers  # noqa: F401  # registers the modifiers with llm-compressor
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from amoeba_plugin._version import __version__
-from amoeba_plugin.checkpoint import extract_checkpoint, load_elastic, save_elastic
-from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import AmoebaError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
-from amoeba_plugin.smol import SmolConfig, SmolModel
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
+
+if TYPE_CHECKING:
+    from amoeba_plugin.checkpoint import extract_checkpoint, load_elastic, save_elastic
+    from amoeba_plugin.elastic import ElasticModel
+    from amoeba_plugin.extraction import extract
+    from amoeba_plugin.smol import SmolConfig, SmolModel
+    from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
+    from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+
+_LAZY = {
+    "DepthStrategy": "strategy",
+    "ElasticModel": "elastic",
+    "OneForAllOptions": "training",
+    "OneForAllTrainer": "training",
+    "SmolConfig": "smol",
+    "SmolModel": "smol",
+    "SubnetStrategy": "strategy",
+    "WidthStrategy": "strategy",
+    "extract": "extraction",
+    "extract_checkpoint": "checkpoint",
+    "load_elastic": "checkpoint",
+    "save_elastic": "checkpoint",
+    "train_one_for_all": "training",
+}
 
 __all__ = [
     "AmoebaError",
     "DepthStrategy",
     "ElasticModel",
+    "OneForAllOptions",
+    "OneForAllTrainer",
     "ShapeSpace",
     "SmolConfig",
     "SmolModel",
@@ -28,4 +52,18 @@ __all__ = [
     "extract_checkpoint",
     "load_elastic",
     "save_elastic",
+    "train_one_for_all",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_with_hosts()
