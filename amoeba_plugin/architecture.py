@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,8 +34,8 @@ class ChannelGroup:
     Example, Llama with 8 query heads and 4 KV heads of 32 channels: one attention unit is a KV group.
 
     >>> ChannelGroup("attention", 4, (ChannelAxis("self_attn.q_proj", 64), ChannelAxis("self_attn.k_proj", 32),
-    ...              ChannelAxis("self_attn.v_proj", 32)), ChannelAxis("self_attn.o_proj", 64)).consumer.channels_per_unit
-    64
+    ...              ChannelAxis("self_attn.v_proj", 32)), ChannelAxis("self_attn.o_proj",
+    64)).consumer.channels_per_unit 64
     """
 
     name: str
@@ -55,7 +55,8 @@ def group_key(layer: int, group: ChannelGroup) -> str:
 
 
 class ArchitectureAdapter(ABC):
-    """Names and sizes of one family of decoders. Subclass it and hand it over by the hook ``register_architectures``."""
+    """Names and sizes of one family of decoders. Subclass it and hand it over by the hook
+    ``register_architectures``."""
 
     model_types: tuple[str, ...]
 
@@ -94,7 +95,9 @@ class ArchitectureAdapter(ABC):
             raise ArchitectureError(f"the decoder's layers are a {type(layers).__name__}, not a ModuleList")
         return layers
 
-    def set_layers(self, model: PreTrainedModel, layers: Sequence[nn.Module], indices: Sequence[int], whole: PretrainedConfig) -> None:
+    def set_layers(
+        self, model: PreTrainedModel, layers: Sequence[nn.Module], indices: Sequence[int], whole: PretrainedConfig
+    ) -> None:
         """Exchange the layer list; cache indices and the configuration follow. No module is copied.
 
         Args:
@@ -111,8 +114,8 @@ class ArchitectureAdapter(ABC):
     def set_layer_index(self, layer: nn.Module, position: int) -> None:
         """Tell a decoder layer at which position its keys and values are cached."""
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = position
 
 
 def set_config_depth(config: PretrainedConfig, indices: Sequence[int], whole: PretrainedConfig) -> None:
@@ -130,7 +133,8 @@ def copy_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def text_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside wrappers that offer ``get_base_model`` (PEFT's)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def require_unquantized(model: PreTrainedModel) -> None:
@@ -143,8 +147,9 @@ def require_unquantized(model: PreTrainedModel) -> None:
     scheme = next((name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")), None)
     if method is not None or scheme is not None:
         raise ArchitectureError(
-            f"the model is already quantized ({'config.quantization_config' if method is not None else scheme}): selection and "
-            "extraction work on full-precision weights; load the original model, and put quantization after extraction in the recipe"
+            f"the model is already quantized ({'config.quantization_config' if method is not None else scheme}): "
+            "selection and extraction work on full-precision weights; load the original model, and put quantization "
+            "after extraction in the recipe"
         )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
@@ -49,7 +50,8 @@ def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
 
     Args:
         elastic: Freshly made; its space and kept layers are written into the configuration.
-        config: Rank, experts and targets; ``widths``, ``depths``, ``kept_layers`` and ``num_layers`` are filled in here.
+        config: Rank, experts and targets; ``widths``, ``depths``, ``kept_layers`` and ``num_layers`` are filled in
+            here.
     """
     config.widths = [str(width) for width in elastic.space.widths]
     config.depths = list(elastic.space.depths)
@@ -103,7 +105,9 @@ def require_replaceable(directory: Path) -> None:
     if directory.is_dir() and (not any(directory.iterdir()) or (directory / ELASTIC_NAME).is_file()):
         return
     if directory.exists():
-        raise ArtifactError(f"{directory} exists and is no elastic checkpoint; nothing is overwritten: name another directory")
+        raise ArtifactError(
+            f"{directory} exists and is no elastic checkpoint; nothing is overwritten: name another directory"
+        )
 
 
 def load_elastic(directory: Path, base: str | None = None) -> tuple[ElasticModel, PeftModel | None]:
@@ -138,7 +142,8 @@ def load_elastic(directory: Path, base: str | None = None) -> tuple[ElasticModel
 
 
 def extract_checkpoint(directory: Path, shape: SubnetShape | str, output: Path, base: str | None = None) -> Parity:
-    """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with ``parity.json`` beside it.
+    """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with ``parity.json`` beside
+    it.
 
     Raises:
         ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
@@ -152,7 +157,7 @@ def extract_checkpoint(directory: Path, shape: SubnetShape | str, output: Path, 
     shutil.rmtree(partial, ignore_errors=True)
     try:
         extract(elastic, parsed).save_pretrained(partial)
-        _copy_tokenizer(base or elastic.config.name_or_path, partial)
+        _copy_tokenizer(base or str(elastic.config.name_or_path), partial)
         parity = measure_parity(elastic, parsed, partial)
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
         if output.is_dir():
@@ -172,9 +177,12 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
     tokens = torch.randint(elastic.config.vocab_size, (1, PARITY_TOKENS), generator=generator).to(elastic.model.device)
     with elastic.active(shape) as model:
         expected = model(tokens, use_cache=False).logits.float()
-    found = reloaded.to(tokens.device)(tokens, use_cache=False).logits.float()
+    found = nn.Module.to(reloaded, tokens.device)(tokens, use_cache=False).logits.float()
     divergence = torch.nn.functional.kl_div(
-        found.log_softmax(-1).flatten(0, 1), expected.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean"
+        found.log_softmax(-1).flatten(0, 1),
+        expected.log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
     )
     return Parity(str(shape), PARITY_TOKENS, (found - expected).abs().max().item(), divergence.item())
 
@@ -202,7 +210,11 @@ def _read_elastic_json(path: Path) -> dict[str, str]:
         raise ArtifactError(f"{path} does not exist: {path.parent} is no elastic checkpoint") from error
     except ValueError as error:
         raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the training") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT or not {"base_model", "dtype"} <= set(document):
+    if (
+        not isinstance(document, dict)
+        or document.get("format") != FORMAT
+        or not {"base_model", "dtype"} <= set(document)
+    ):
         raise ArtifactError(f"{path} is not a {FORMAT} file; point at a directory that one-for-all training wrote")
     if document.get("version") != VERSION:
         raise ArtifactError(f"{path} has format version {document.get('version')}, this amoeba_plugin reads {VERSION}")

@@ -1,8 +1,8 @@
 """ElasticModel: a model of which exactly one subnet shape is active; switching copies no parameter.
 
 Channels are reordered once by importance (which changes no output), so every width is a prefix of every weight:
-``ElasticLinear`` computes with views ``weight[:out, :in]``. Depth is the layer list, exchanged. (The idea is that of ELMS,
-arXiv:2409.09071, section 3: permutation-consistent units.)
+``ElasticLinear`` computes with views ``weight[:out, :in]``. Depth is the layer list, exchanged. (The idea is that of
+ELMS, arXiv:2409.09071, section 3: permutation-consistent units.)
 """
 
 from __future__ import annotations
@@ -200,8 +200,9 @@ def _elastic_linear(layer: nn.Module, path: str) -> ElasticLinear:
     linear = layer.get_submodule(path)
     if type(linear) is not nn.Linear:
         raise ArchitectureError(
-            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear: the model is quantized, "
-            "already elastic, or carries an adapter; load it in full precision and make it elastic before anything else"
+            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear: the model is "
+            "quantized, already elastic, or carries an adapter; load it in full precision and make it elastic "
+            "before anything else"
         )
     return ElasticLinear.convert(linear)
 

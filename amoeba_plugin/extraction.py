@@ -1,7 +1,7 @@
 """One shape of an elastic model, as an ordinary transformers model that knows nothing of this package.
 
-Channels are cut by torch-pruning, the adapter is folded in, and the result is built as the stock class that can hold it.
-Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
+Channels are cut by torch-pruning, the adapter is folded in, and the result is built as the stock class that can hold
+it. Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str) -> PreTrainedModel:
         _fill_rest(subnet, elastic)
     subnet.tie_weights()
     subnet.generation_config = elastic.model.generation_config
-    return subnet.eval()
+    subnet.eval()
+    return subnet
 
 
 def subnet_config(elastic: ElasticModel, shape: SubnetShape) -> PretrainedConfig:
@@ -59,10 +60,13 @@ def subnet_config(elastic: ElasticModel, shape: SubnetShape) -> PretrainedConfig
             if units.setdefault(group.name, count) != count:
                 raise ShapeError(
                     f"shape {shape} keeps {units[group.name]} {group.name} units in one layer and {count} in another "
-                    "(allocation: global); stock classes want one size. Select with allocation: uniform to export checkpoints"
+                    "(allocation: global); stock classes want one size. Select with allocation: uniform to export "
+                    "checkpoints"
                 )
     compensated = elastic.strategy.width.bias_compensation and shape.width != 1
-    config = elastic.adapter.subnet_config(elastic.config, kept, units, frozenset(units) if compensated else frozenset())
+    config = elastic.adapter.subnet_config(
+        elastic.config, kept, units, frozenset(units) if compensated else frozenset()
+    )
     config.name_or_path = elastic.config.name_or_path
     return config
 
@@ -79,19 +83,19 @@ def become(model: PreTrainedModel, subnet: PreTrainedModel) -> None:
         model.__dict__["save_pretrained"] = override
 
 
-def cut_linear(linear: nn.Module, delta: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def cut_linear(linear: nn.Linear, delta: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of a linear at its active size.
 
     Args:
-        linear: An :class:`ElasticLinear` (cut to its active prefix), or any module with ``weight``.
+        linear: An :class:`ElasticLinear` (cut to its active prefix), or an ordinary linear, taken whole.
         delta: What an adapter adds to the whole weight, same shape as it; added in fp32.
 
     Returns:
         (active_out, active_in) and (active_out,) or ``None``; copies.
     """
     if not isinstance(linear, ElasticLinear):
-        weight, bias = linear.weight.detach().clone(), getattr(linear, "bias", None)
-        bias = None if bias is None else bias.detach().clone()
+        weight = linear.weight.detach().clone()
+        bias = None if linear.bias is None else linear.bias.detach().clone()
         return (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)), bias
     plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     plain.weight, plain.bias = linear.weight, linear.bias
@@ -107,8 +111,9 @@ def cut_linear(linear: nn.Module, delta: Tensor | None = None) -> tuple[Tensor, 
 
 
 def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are not in a checkpoint: they must be real
-        model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    # Buffers (rotary frequencies) are not in a checkpoint: they must be real.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(like.device)
@@ -144,7 +149,9 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
         weight, bias = cut_linear(source, delta)
         tensors = {"weight": weight, "bias": bias}
     else:
-        tensors = {name: parameter.detach().clone() for name, parameter in source._parameters.items() if parameter is not None}
+        tensors = {
+            name: parameter.detach().clone() for name, parameter in source._parameters.items() if parameter is not None
+        }
     for name, expected in target._parameters.items():
         if expected is None:
             if tensors.get(name) is not None:
@@ -155,8 +162,9 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
             tensor = torch.zeros(expected.shape, dtype=weight.dtype, device=weight.device)
         if tensor is None or tensor.shape != expected.shape:
             raise ArchitectureError(
-                f"{where}.{name}: asked for {tuple(expected.shape)}, got {None if tensor is None else tuple(tensor.shape)}; "
-                "the architecture adapter's channel groups do not describe this model"
+                f"{where}.{name}: asked for {tuple(expected.shape)}, got "
+                f"{None if tensor is None else tuple(tensor.shape)}; the architecture adapter's channel groups do not "
+                "describe this model"
             )
         setattr(target, name, nn.Parameter(tensor.contiguous()))
 
@@ -164,5 +172,6 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
 def _adapter_delta(layer: BaseTunerLayer) -> Tensor | None:
     if layer.merged or layer.disable_adapters:
         return None
-    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
+    # Every LoRA-like layer of PEFT has it, though the base class does not name it.
+    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]  # type: ignore[attr-defined]
     return torch.stack(deltas).sum(0) if deltas else None

@@ -45,7 +45,9 @@ def architecture_for(model_type: str) -> ArchitectureAdapter:
     Raises:
         ArchitectureError: If nobody registered it; the message names the supported ones.
     """
-    adapters = _collect("architecture", "amoeba_architectures", lambda given: {t: a for a in given for t in a.model_types})
+    adapters = _collect(
+        "architecture", "amoeba_architectures", lambda given: {t: a for a in given for t in a.model_types}
+    )
     if model_type not in adapters:
         raise ArchitectureError(
             f"architecture '{model_type}' is not supported; supported are {', '.join(sorted(adapters))}. "

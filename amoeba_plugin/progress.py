@@ -30,8 +30,9 @@ class SubnetProgress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Put the losses on the bar."""
-        if state.is_world_process_zero and self.training_bar is not None and logs is not None:
+        bar: Any = self.training_bar
+        if state.is_world_process_zero and bar is not None and logs is not None:
             losses = {shape: logs[f"loss/{shape}"] for shape in self._shown if f"loss/{shape}" in logs}
             if losses:
-                self.training_bar.set_description("one-for-all training")
-                self.training_bar.set_postfix_str(", ".join(f"loss {shape} {loss:.3f}" for shape, loss in losses.items()))
+                bar.set_description("one-for-all training")
+                bar.set_postfix_str(", ".join(f"loss {shape} {loss:.3f}" for shape, loss in losses.items()))

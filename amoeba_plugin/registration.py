@@ -1,8 +1,8 @@
 """Registers with PEFT and llm-compressor when *they* are imported, so that importing this package costs nothing.
 
-``import amoeba_plugin`` alone must be enough for ``peft.PeftModel.from_pretrained`` and ``llmcompressor.oneshot`` to know what is
-ours. Importing both hosts to tell them takes seconds, and a PEFT user has no need of llm-compressor. So a finder waits in
-``sys.meta_path`` for either name, lets Python import the host, and registers right after.
+``import amoeba_plugin`` alone must be enough for ``peft.PeftModel.from_pretrained`` and ``llmcompressor.oneshot`` to
+know what is ours. Importing both hosts to tell them takes seconds, and a PEFT user has no need of llm-compressor. So a
+finder waits in ``sys.meta_path`` for either name, lets Python import the host, and registers right after.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ class SubnetShape:
         try:
             return cls(int(depth), parse_width(width or "1"))
         except ValueError as error:
-            raise ShapeError(f"'{text}' is not a subnet shape ({error}); write DEPTHxWIDTH, for example 24x7/8") from error
+            raise ShapeError(
+                f"'{text}' is not a subnet shape ({error}); write DEPTHxWIDTH, for example 24x7/8"
+            ) from error
 
     def __str__(self) -> str:
         return f"{self.depth}x{self.width}"

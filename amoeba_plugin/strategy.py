@@ -1,7 +1,9 @@
-"""SubnetStrategy: which layers every depth keeps and in which order every group's units are kept; on disk and in memory.
+"""SubnetStrategy: which layers every depth keeps and in which order every group's units are kept; on disk and in
+memory.
 
-``strategy.json`` holds all a person may want to read, ``strategy.safetensors`` the orders and mean inputs. Both are written
-atomically, the JSON last: a killed run leaves the old pair or no JSON, and the JSON names the digest of its tensors.
+``strategy.json`` holds all a person may want to read, ``strategy.safetensors`` the orders and mean inputs. Both are
+written atomically, the JSON last: a killed run leaves the old pair or no JSON, and the JSON names the digest of its
+tensors.
 """
 
 from __future__ import annotations
@@ -58,9 +60,14 @@ class DepthStrategy:
         strategy = {num_layers: tuple(range(num_layers))}
         for depth, layers in kept.items():
             chosen = tuple(sorted(set(layers)))
-            if str(len(layers)) != str(depth) or len(chosen) != len(layers) or not set(chosen) <= set(range(num_layers)):
+            if (
+                str(len(layers)) != str(depth)
+                or len(chosen) != len(layers)
+                or not set(chosen) <= set(range(num_layers))
+            ):
                 raise RecipeError(
-                    f"kept_layers: depth {depth} keeps {list(layers)}; name {depth} different layers out of 0..{num_layers - 1}"
+                    f"kept_layers: depth {depth} keeps {list(layers)}; name {depth} different layers out of "
+                    f"0..{num_layers - 1}"
                 )
             strategy[int(depth)] = chosen
         return cls(strategy, objective)
@@ -119,8 +126,9 @@ class SubnetStrategy:
         found = model_fingerprint(model, adapter)
         if found != self.fingerprint:
             raise ArtifactError(
-                f"this strategy belongs to a model with fingerprint {self.fingerprint[:12]}, the model given has {found[:12]}: "
-                "other weights or another architecture. Load the model the selection ran on, or repeat the selection"
+                f"this strategy belongs to a model with fingerprint {self.fingerprint[:12]}, the model given has "
+                f"{found[:12]}: other weights or another architecture. Load the model the selection ran on, "
+                "or repeat the selection"
             )
 
     def save(self, directory: Path) -> None:
@@ -225,7 +233,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist: not an elastic checkpoint, or its selection was interrupted") from error
+        raise ArtifactError(
+            f"{path} does not exist: not an elastic checkpoint, or its selection was interrupted"
+        ) from error
     except ValueError as error:
         raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the selection") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

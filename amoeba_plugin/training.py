@@ -91,7 +91,7 @@ def _as_found(elastic: ElasticModel, model: nn.Module) -> Iterator[None]:
             parameter.grad = None
         elastic.model.config.use_cache = use_cache
         if elastic.model.is_gradient_checkpointing and not checkpointing:
-            elastic.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+            elastic.model.gradient_checkpointing_disable()
         for name in FORWARD_NAMES:
             vars(model).pop(name, None)
         vars(model).update(wrapped)

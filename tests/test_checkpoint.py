@@ -83,7 +83,9 @@ def test_a_shape_outside_is_refused_before_the_base_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["elastic.json", "strategy.json", "strategy.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "damage", ["elastic.json", "strategy.json", "strategy.safetensors", "adapter/adapter_model.safetensors"]
+)
 def test_a_truncated_file_is_refused(elastic: ElasticModel, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "elastic" / damage
     path.write_bytes(path.read_bytes()[:60])

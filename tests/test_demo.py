@@ -50,7 +50,9 @@ def test_blocks_give_the_text_back(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [token for row in blocks["input_ids"] for token in row[1:]]
     assert file.text.startswith(tokenizer.decode(ids))
     assert all(row[0] == tokenizer.bos_token_id for row in blocks["input_ids"])
-    assert all(row[0] == -100 and row[1:] == ids[1:] for row, ids in zip(blocks["labels"], blocks["input_ids"], strict=True))
+    assert all(
+        row[0] == -100 and row[1:] == ids[1:] for row, ids in zip(blocks["labels"], blocks["input_ids"], strict=True)
+    )
 
 
 def test_the_shipped_model_is_small_and_of_the_stated_architecture(model: PreTrainedModel) -> None:
@@ -78,7 +80,9 @@ def test_the_shipped_model_was_trained(model: PreTrainedModel, tokenizer: PreTra
 
 def test_questions_have_one_answer_and_choices_of_one_context(tokenizer: PreTrainedTokenizerBase) -> None:
     batches = multiple_choice(part_files("held_out"), tokenizer, questions=6, seed=1, batch_size=8)
-    ids, question, answer = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "question", "is_answer"))
+    ids, question, answer = (
+        torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "question", "is_answer")
+    )
     assert len(ids) == 6 * CHOICES
     for each in range(6):
         rows = ids[question == each]
@@ -87,13 +91,17 @@ def test_questions_have_one_answer_and_choices_of_one_context(tokenizer: PreTrai
         assert len({tuple(row.tolist()) for row in rows}) == CHOICES
 
 
-def test_the_dense_model_answers_far_more_than_chance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_dense_model_answers_far_more_than_chance(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     questions = multiple_choice(part_files("held_out"), tokenizer, questions=40, seed=3)
     assert objective_named("accuracy").measure(model, questions).value >= 0.6
 
 
 def test_a_shortened_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = replace(QUICK, held_out_blocks=4, questions=4, training_steps=1, training_blocks=16, shapes=("12x1", "8x3/4"))
+    short = replace(
+        QUICK, held_out_blocks=4, questions=4, training_steps=1, training_blocks=16, shapes=("12x1", "8x3/4")
+    )
     monkeypatch.setattr(demo, "QUICK", short)
     run_demo(tmp_path / "out", quick=True, seed=1)
     report = read_report(tmp_path / "out/report.json")

@@ -35,12 +35,16 @@ def test_the_largest_shape_is_the_model_within_rounding(tiny_model: TinyModel, t
     model = tiny_model(model_type)
     before = logits(model, tokens)
     random_elastic(model)
-    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, tiny_model(model_type).model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(
+        model.model.layers[0].mlp.up_proj.weight, tiny_model(model_type).model.layers[0].mlp.up_proj.weight
+    )
     torch.testing.assert_close(logits(model, tokens), before, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILY)
-def test_with_elastic_depth_alone_the_largest_shape_is_bit_equal(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
+def test_with_elastic_depth_alone_the_largest_shape_is_bit_equal(
+    tiny_model: TinyModel, tokens: Tensor, model_type: str
+) -> None:
     model = tiny_model(model_type)
     before = logits(model, tokens)
     fingerprint = model_fingerprint(model, architecture_for(model_type))
@@ -68,7 +72,9 @@ def test_switching_allocates_no_parameter_memory(tiny_model: TinyModel) -> None:
     for shape in elastic.space:
         elastic.set_shape(shape)
     elastic.set_shape(elastic.space.largest)
-    assert before == {name: parameter.data_ptr() for layer in elastic.layers for name, parameter in layer.named_parameters()}
+    assert before == {
+        name: parameter.data_ptr() for layer in elastic.layers for name, parameter in layer.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("model_type", FAMILY)

@@ -76,7 +76,15 @@ def adapted(model: PreTrainedModel, bias_compensation: bool) -> ElasticModel:
 
 @pytest.mark.parametrize(
     ("model_type", "bias_compensation"),
-    [("llama", False), ("llama", True), ("mistral", False), ("mistral", True), ("qwen2", False), ("qwen2", True), ("qwen3", False)],
+    [
+        ("llama", False),
+        ("llama", True),
+        ("mistral", False),
+        ("mistral", True),
+        ("qwen2", False),
+        ("qwen2", True),
+        ("qwen3", False),
+    ],
 )
 def test_elastic_equals_extracted_equals_reloaded_at_every_shape(
     tiny_model: TinyModel, tokens: Tensor, tmp_path: Path, model_type: str, bias_compensation: bool
@@ -131,7 +139,10 @@ def check_config(subnet: PreTrainedModel) -> None:
 def test_the_class_is_the_models_own_or_an_identical_one_that_holds_the_sizes(
     tiny_model: TinyModel, model_type: str, shape: str, compensated: bool, class_name: str
 ) -> None:
-    assert type(extract(random_elastic(tiny_model(model_type), bias_compensation=compensated), shape)).__name__ == class_name
+    assert (
+        type(extract(random_elastic(tiny_model(model_type), bias_compensation=compensated), shape)).__name__
+        == class_name
+    )
 
 
 def test_the_elastic_model_is_left_as_it_was_and_shares_no_memory(tiny_model: TinyModel, tokens: Tensor) -> None:

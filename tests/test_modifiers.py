@@ -86,7 +86,9 @@ def save_base(model: PreTrainedModel, directory: Path) -> Path:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w1").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w1").save_pretrained(
+        directory
+    )
     return directory
 
 
@@ -135,7 +137,9 @@ def test_a_whole_recipe_saves_a_checkpoint_that_reloads_equal(
     assert len(again.modifiers[0].kept_layers["3"]) == 3
 
 
-def test_without_quantization_the_subnet_is_a_plain_checkpoint_of_its_own_class(base: Path, data: Dataset, tmp_path: Path) -> None:
+def test_without_quantization_the_subnet_is_a_plain_checkpoint_of_its_own_class(
+    base: Path, data: Dataset, tmp_path: Path
+) -> None:
     model = run(base, recipe(DEPTH | WIDTH, {"SubnetExtractionModifier": {"shape": "2x3/4"}}), data, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["architectures"], config["num_attention_heads"]) == (["MistralForCausalLM"], 6)
@@ -143,8 +147,13 @@ def test_without_quantization_the_subnet_is_a_plain_checkpoint_of_its_own_class(
     assert torch.equal(logits(reloaded), logits(model))
 
 
-def test_the_elastic_checkpoint_of_a_recipe_holds_the_shape_it_extracted(base: Path, data: Dataset, tmp_path: Path) -> None:
-    train = {"OneForAllDistillationModifier": TRAIN["OneForAllDistillationModifier"] | {"elastic_dir": str(tmp_path / "elastic")}}
+def test_the_elastic_checkpoint_of_a_recipe_holds_the_shape_it_extracted(
+    base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    train = {
+        "OneForAllDistillationModifier": TRAIN["OneForAllDistillationModifier"]
+        | {"elastic_dir": str(tmp_path / "elastic")}
+    }
     model = run(base, recipe(DEPTH | WIDTH, train, EXTRACT), data)
     elastic, peft_model = load_elastic(tmp_path / "elastic")
     assert peft_model is not None
@@ -153,7 +162,10 @@ def test_the_elastic_checkpoint_of_a_recipe_holds_the_shape_it_extracted(base: P
 
 
 def test_training_without_extraction_gives_the_whole_model_back(base: Path, data: Dataset, tmp_path: Path) -> None:
-    train = {"OneForAllDistillationModifier": TRAIN["OneForAllDistillationModifier"] | {"elastic_dir": str(tmp_path / "elastic")}}
+    train = {
+        "OneForAllDistillationModifier": TRAIN["OneForAllDistillationModifier"]
+        | {"elastic_dir": str(tmp_path / "elastic")}
+    }
     before = logits(AutoModelForCausalLM.from_pretrained(base))
     model = run(base, recipe(DEPTH | WIDTH, train), data)
     assert not [module for module in model.modules() if isinstance(module, ElasticLinear)]
@@ -171,10 +183,14 @@ def test_the_same_seed_gives_the_same_subnet(base: Path, data: Dataset) -> None:
 def test_the_adapter_was_trained_and_folded_in(base: Path, data: Dataset) -> None:
     untrained = run(base, recipe(DEPTH | WIDTH, EXTRACT), data)
     reset_session()
-    assert not torch.allclose(logits(untrained), logits(run(base, recipe(DEPTH | WIDTH, TRAIN, EXTRACT), data)), atol=1e-3)
+    assert not torch.allclose(
+        logits(untrained), logits(run(base, recipe(DEPTH | WIDTH, TRAIN, EXTRACT), data)), atol=1e-3
+    )
 
 
-def test_a_saved_recipe_repeats_its_depths_without_searching(base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_recipe_repeats_its_depths_without_searching(
+    base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("amoeba_plugin.modifiers.depth.search_depths", None)
     kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
     given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
@@ -183,7 +199,9 @@ def test_a_saved_recipe_repeats_its_depths_without_searching(base: Path, data: D
 
 def test_registering_twice_changes_nothing() -> None:
     register_with_llmcompressor()
-    made = ModifierFactory.create("SubnetExtractionModifier", allow_registered=True, allow_experimental=False, shape="2x1")
+    made = ModifierFactory.create(
+        "SubnetExtractionModifier", allow_registered=True, allow_experimental=False, shape="2x1"
+    )
     assert isinstance(made, SubnetExtractionModifier)
 
 
@@ -249,7 +267,9 @@ def test_a_depth_the_model_has_not_is_refused(base: Path, data: Dataset) -> None
         run(base, recipe({"DepthShrinkingModifier": {"min_depth": 4}}, EXTRACT), data)
 
 
-def test_an_elastic_dir_that_holds_something_else_is_refused_before_training(base: Path, data: Dataset, tmp_path: Path) -> None:
+def test_an_elastic_dir_that_holds_something_else_is_refused_before_training(
+    base: Path, data: Dataset, tmp_path: Path
+) -> None:
     (tmp_path / "elastic").mkdir()
     (tmp_path / "elastic/thesis.txt").write_text("years of work")
     train = {"OneForAllDistillationModifier": {"max_steps": 10**9, "elastic_dir": str(tmp_path / "elastic")}}

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArtifactError, RecipeError
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.strategy import JSON_NAME, TENSORS_NAME, DepthStrategy, SubnetStrategy, model_fingerprint, write_atomically
+from amoeba_plugin.strategy import (
+    JSON_NAME,
+    TENSORS_NAME,
+    DepthStrategy,
+    SubnetStrategy,
+    model_fingerprint,
+    write_atomically,
+)
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -13,7 +13,8 @@ from amoeba_plugin.errors import ArchitectureError
 # Fields that mean the same in every class of the family and move along when a subnet changes its class.
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "pad_token_id",
     "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout", "dtype",
 )  # fmt: skip
 
@@ -61,8 +62,8 @@ class LlamaFamily(ArchitectureAdapter):
     ) -> PretrainedConfig:
         """Keep the model's class where it can hold the subnet, else take an identical one that can.
 
-        Llama wants ``hidden_size % heads == 0`` and has one switch for all attention biases; Mistral computes the same and
-        wants neither; SeedOss computes the same and has a separate switch for the output bias.
+        Llama wants ``hidden_size % heads == 0`` and has one switch for all attention biases; Mistral computes the same
+        and wants neither; SeedOss computes the same and has a separate switch for the output bias.
         """
         subnet = copy_config(config)
         # Qwen2 and older Llama files leave head_dim to hidden_size // heads, which is wrong once heads are gone.
@@ -95,8 +96,8 @@ class LlamaFamily(ArchitectureAdapter):
             subnet.model_type == "mistral" and subnet.sliding_window is not None
         ):
             raise ArchitectureError(
-                f"bias compensation on {subnet.model_type} with sliding-window attention: the class that could hold the "
-                "biases (SeedOss) has no window; set bias_compensation: false in WidthShrinkingModifier"
+                f"bias compensation on {subnet.model_type} with sliding-window attention: the class that could hold "
+                "the biases (SeedOss) has no window; set bias_compensation: false in WidthShrinkingModifier"
             )
         fields = {name: getattr(subnet, name) for name in SHARED_FIELDS if hasattr(subnet, name)}
         return SeedOssConfig(

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 Part = Literal["train", "held_out"]
 
 # Tests repeat the library's vocabulary without its structure; `encodings` is 1.4 MB of generated code-page tables.
-EXCLUDED_DIRECTORIES = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"})
+EXCLUDED_DIRECTORIES = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+)
 HELD_OUT_PERCENT = 8
 
 
@@ -75,7 +77,8 @@ def token_blocks(
         limit: Most blocks to return; ``None`` for all. A last, incomplete block is dropped.
 
     Returns:
-        Data set with ``input_ids``, ``attention_mask`` and ``labels``, lists of ``block_size`` ints; label 0 is -100 (BOS).
+        Data set with ``input_ids``, ``attention_mask`` and ``labels``, lists of ``block_size`` ints; label 0 is -100
+        (BOS).
     """
     rows = []
     for block in _chunks(_token_stream(files, tokenizer), block_size - 1):
@@ -87,7 +90,9 @@ def token_blocks(
 
 
 def _is_library_source(relative: Path) -> bool:
-    return not EXCLUDED_DIRECTORIES.intersection(relative.parts) and not relative.name.startswith(("test_", "_sysconfigdata"))
+    return not EXCLUDED_DIRECTORIES.intersection(relative.parts) and not relative.name.startswith(
+        ("test_", "_sysconfigdata")
+    )
 
 
 def _read(root: Path, path: Path) -> SourceFile | None:

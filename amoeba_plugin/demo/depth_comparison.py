@@ -44,7 +44,9 @@ def compare_depth_selectors(
         **{f"random {draw + 1}": random_depths(layers, depths, seed + draw) for draw in range(random_selections)},
     }
     rows = []
-    for depth, (name, strategy) in tqdm([(d, item) for d in depths for item in strategies.items()], desc="depth selectors"):
+    for depth, (name, strategy) in tqdm(
+        [(d, item) for d in depths for item in strategies.items()], desc="depth selectors"
+    ):
         loss = _losses(model, strategy.kept[depth], {"calibration": calibration, "held out": held_out})
         rows.append(
             DepthRow(

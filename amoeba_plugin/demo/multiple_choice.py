@@ -1,7 +1,7 @@
 """A multiple-choice task made of held-out text: which of four continuations follows this context?
 
-The true continuation is the text's own; the other three come from other held-out modules. A model that knows nothing of the
-context is right in 25 % of the questions.
+The true continuation is the text's own; the other three come from other held-out modules. A model that knows nothing
+of the context is right in 25 % of the questions.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def multiple_choice(
         batch_size: Rows per batch.
 
     Returns:
-        Batches of ``input_ids``, ``attention_mask``, ``labels`` (-100 outside the continuation), each (batch, 1 + context +
-        continuation), and ``question``, ``is_answer``, each (batch,): what the objective ``accuracy`` asks for.
+        Batches of ``input_ids``, ``attention_mask``, ``labels`` (-100 outside the continuation), each (batch, 1 +
+        context + continuation), and ``question``, ``is_answer``, each (batch,): what the objective ``accuracy`` asks
+        for.
     """
     rng = random.Random(seed)
     length = CONTEXT_TOKENS + CONTINUATION_TOKENS

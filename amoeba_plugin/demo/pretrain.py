@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -82,7 +83,9 @@ def bits_per_byte(
         for start in range(0, len(blocks), batch_size):
             ids = torch.tensor(blocks[start : start + batch_size]["input_ids"])
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+            nats += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            ).item()
             tokens += ids[:, 1:].numel()
     stream = sum(len(tokenizer(file.text, add_special_tokens=False)["input_ids"]) + 1 for file in files)
     return nats / tokens * stream / math.log(2) / sum(len(file.text.encode()) for file in files)
@@ -144,7 +147,8 @@ def main() -> None:
         "bits_per_byte": bits_per_byte(model, tokenizer, held_out_files),
         "xz_bits_per_byte": xz_bits_per_byte(held_out_files),
     }
-    model.to(torch.bfloat16).save_pretrained(options.out)
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     (options.out / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     (options.out / "held_out.json").write_text(json.dumps(figures, indent=1))

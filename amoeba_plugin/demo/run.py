@@ -130,7 +130,15 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:
         title="Demo: a 12-layer Llama trained on the Python standard library",
         dense=_row("12x1", dense, 1.0, sizes["dense"], _quality(dense, data), None, latency["dense"]),
         shapes=[
-            _row(shape, model, _block_parameters(model) / whole, sizes[shape], before[shape], after[shape], latency[shape])
+            _row(
+                shape,
+                model,
+                _block_parameters(model) / whole,
+                sizes[shape],
+                before[shape],
+                after[shape],
+                latency[shape],
+            )
             for shape, model in subnets.items()
         ],
         depth_selectors=depths,
@@ -143,7 +151,8 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:
 
 
 def demo_data(tokenizer: PreTrainedTokenizerBase, schedule: Schedule, seed: int) -> DemoData:
-    """Draw calibration and training blocks from the train part, evaluation blocks and questions from held-out modules."""
+    """Draw calibration and training blocks from the train part, evaluation blocks and questions from held-out
+    modules."""
     train = token_blocks(part_files("train"), tokenizer, BLOCK_SIZE).shuffle(seed=seed)
     held_out_files = part_files("held_out")
     held_out = token_blocks(held_out_files, tokenizer, BLOCK_SIZE).shuffle(seed=seed)
@@ -180,9 +189,7 @@ def _write_recipe(output_dir: Path, data: DemoData, schedule: Schedule, seed: in
 
 
 def _modifier(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(
-        group[name] for stage in recipe.values() for group in stage.values() if name in group
-    )
+    found: dict[str, Any] = next(group[name] for stage in recipe.values() for group in stage.values() if name in group)
     return found
 
 
@@ -218,7 +225,13 @@ def _quality(model: PreTrainedModel, data: DemoData) -> Quality:
 
 
 def _row(
-    shape: str, model: PreTrainedModel, share: float, size: int, before: Quality, after: Quality | None, latency: Latency
+    shape: str,
+    model: PreTrainedModel,
+    share: float,
+    size: int,
+    before: Quality,
+    after: Quality | None,
+    latency: Latency,
 ) -> ShapeRow:
     return ShapeRow(
         shape=shape,
@@ -282,7 +295,12 @@ def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticM
     inside = elastic.strategy.provenance.get("seconds", {})
     if inside:
         whole = seconds.pop("recipe")
-        seconds = {"data": seconds.pop("data"), **inside, "extraction and quantization": whole - sum(inside.values()), **seconds}
+        seconds = {
+            "data": seconds.pop("data"),
+            **inside,
+            "extraction and quantization": whole - sum(inside.values()),
+            **seconds,
+        }
     return Provenance(
         seed=seed,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -27,10 +27,11 @@ class DepthShrinkingModifier(Modifier):
     Attributes:
         min_depth: Layers the smallest subnet keeps. No default.
         keep_last: Last layers that are never removed. Default 1, as in the paper.
-        objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's. Default ``loss``.
+        objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's.
+            Default ``loss``.
         max_batches: Calibration batches used, ``None`` for all. Default ``None``.
-        kept_layers: Per depth, the layers to keep. Given: nothing is searched. Else filled in by the search, so that the
-            recipe written beside a checkpoint repeats its selection.
+        kept_layers: Per depth, the layers to keep. Given: nothing is searched. Else filled in by the search, so that
+            the recipe written beside a checkpoint repeats its selection.
     """
 
     min_depth: int = Field(ge=1)

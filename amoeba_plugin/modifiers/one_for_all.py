@@ -55,7 +55,9 @@ class AdapterOptions(BaseModel):
     @model_validator(mode="after")
     def _top_k_exists(self) -> AdapterOptions:
         if self.top_k > self.num_experts:
-            raise RecipeError(f"adapter.top_k {self.top_k} of num_experts {self.num_experts}: choose at most all of them")
+            raise RecipeError(
+                f"adapter.top_k {self.top_k} of num_experts {self.num_experts}: choose at most all of them"
+            )
         return self
 
 
@@ -126,7 +128,7 @@ class OneForAllDistillationModifier(Modifier):
             with selection.timed("one-for-all training"):
                 selection.peft_model = self._train(elastic, selection.batches)
         if self.elastic_dir is not None:
-            save_elastic(elastic, selection.peft_model, Path(self.elastic_dir), elastic.config.name_or_path)
+            save_elastic(elastic, selection.peft_model, Path(self.elastic_dir), str(elastic.config.name_or_path))
         if not extraction_follows(self):  # before the host's pipelines wrap the modules' forward methods
             _give_back(state.model)
         return True
@@ -167,7 +169,11 @@ class OneForAllDistillationModifier(Modifier):
                 batch_size=1,
                 seed=self.seed,
             )
-        return [{name: batch[name][row] for name in ROW_COLUMNS} for batch in batches for row in range(len(batch["input_ids"]))]
+        return [
+            {name: batch[name][row] for name in ROW_COLUMNS}
+            for batch in batches
+            for row in range(len(batch["input_ids"]))
+        ]
 
     def _arguments(self, scratch: str) -> TrainingArguments:
         return TrainingArguments(
@@ -192,7 +198,8 @@ class OneForAllDistillationModifier(Modifier):
 
 
 def _give_back(model: PreTrainedModel) -> None:
-    """Make the whole model an ordinary one again, where no subnet was extracted: its adapter is in the elastic checkpoint."""
+    """Make the whole model an ordinary one again, where no subnet was extracted: its adapter is in the elastic
+    checkpoint."""
     selection = forget_selection(model)
     if selection is None or selection.elastic is None:
         return

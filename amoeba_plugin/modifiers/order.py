@@ -15,7 +15,7 @@ STAGES = {
     "OneForAllDistillationModifier": 1,
     "SubnetExtractionModifier": 2,
 }
-EXPECTED = "DepthShrinkingModifier, WidthShrinkingModifier, OneForAllDistillationModifier, SubnetExtractionModifier, quantization"
+EXPECTED = ", ".join([*STAGES, "quantization"])
 
 
 def require_order(modifiers: Sequence[Modifier]) -> None:
@@ -25,8 +25,8 @@ def require_order(modifiers: Sequence[Modifier]) -> None:
         modifiers: All modifiers of a recipe, in the order in which they run.
 
     Raises:
-        RecipeError: If one of ours comes twice or too late, if a host's modifier stands before or between ours, or if the
-            result of training would be lost.
+        RecipeError: If one of ours comes twice or too late, if a host's modifier stands before or between ours, or if
+            the result of training would be lost.
     """
     names = [type(modifier).__name__ for modifier in modifiers]
     ours = [name for name in names if name in STAGES]
@@ -40,14 +40,18 @@ def require_order(modifiers: Sequence[Modifier]) -> None:
     last = len(names) - 1 - names[::-1].index(ours[-1])
     strangers = [name for name in names[:last] if name not in STAGES]
     if strangers:
-        raise RecipeError(f"{strangers[0]} stands before {ours[-1]}, which changes the model's structure; the order is {EXPECTED}")
+        raise RecipeError(
+            f"{strangers[0]} stands before {ours[-1]}, which changes the model's structure; the order is {EXPECTED}"
+        )
     extracts = "SubnetExtractionModifier" in ours
     if names[last + 1 :] and not extracts:
         raise RecipeError(
-            f"{names[last + 1]} follows {ours[-1]} with no SubnetExtractionModifier between them: it would work on the whole "
-            "model and the selection would be lost; add SubnetExtractionModifier with a shape"
+            f"{names[last + 1]} follows {ours[-1]} with no SubnetExtractionModifier between them: it would work on the "
+            "whole model and the selection would be lost; add SubnetExtractionModifier with a shape"
         )
-    trainer = next((modifier for modifier in modifiers if type(modifier).__name__ == "OneForAllDistillationModifier"), None)
+    trainer = next(
+        (modifier for modifier in modifiers if type(modifier).__name__ == "OneForAllDistillationModifier"), None
+    )
     if not extracts and not getattr(trainer, "elastic_dir", None):
         raise RecipeError(
             "this recipe keeps nothing of its selection: add elastic_dir to OneForAllDistillationModifier (an elastic "
@@ -56,7 +60,8 @@ def require_order(modifiers: Sequence[Modifier]) -> None:
 
 
 def require_session_order(modifier: Modifier) -> None:
-    """Check the recipe of the active session, if this modifier belongs to it (a modifier driven by hand is not checked)."""
+    """Check the recipe of the active session, if this modifier belongs to it (a modifier driven by hand is not
+    checked)."""
     modifiers = active_session().lifecycle.recipe.modifiers
     if any(each is modifier for each in modifiers):
         require_order(modifiers)

@@ -1,8 +1,9 @@
 """What llm-compressor's save gets wrong for a model that changed its structure, put right in one place.
 
-1. From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded: layers and sizes of
-   the *whole* model beside a subnet's weights. It keeps its hands off a configuration without ``_name_or_path``, so the name is
-   taken away while saving.
+1. From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded: layers and
+sizes of
+   the *whole* model beside a subnet's weights. It keeps its hands off a configuration without ``_name_or_path``, so
+   the name is taken away while saving.
 2. ``recipe.yaml`` is dumped with Python object tags for enumerations (``actorder`` of GPTQ), which no parser of recipes
    accepts. It is written again with their plain values.
 """
@@ -22,7 +23,8 @@ RECIPE_NAME = "recipe.yaml"
 
 
 def save_as_it_is(model: PreTrainedModel) -> None:
-    """Make ``model.save_pretrained``, which the host has wrapped, write the model's own configuration and a plain recipe."""
+    """Make ``model.save_pretrained``, which the host has wrapped, write the model's own configuration and a plain
+    recipe."""
     save: Callable[..., Any] = model.save_pretrained
 
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -36,14 +38,14 @@ def save_as_it_is(model: PreTrainedModel) -> None:
         return result
 
     save_pretrained._overridden = True  # type: ignore[attr-defined]  # the host's mark: do not wrap again
-    model.save_pretrained = save_pretrained
+    vars(model)["save_pretrained"] = save_pretrained
 
 
 def plain_recipe(path: Path) -> None:
     """Write a recipe file again without Python object tags; one that has none is left alone."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if "!!python/" in text:
-        plain = yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader: it makes no objects
+        plain = yaml.load(text, Loader=_PlainLoader)  # a SafeLoader: it makes no objects
         write_atomically(path, yaml.safe_dump(plain, sort_keys=False).encode())
 
 

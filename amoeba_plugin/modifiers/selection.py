@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from llmcompressor.core import State
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, require_unquantized
@@ -85,8 +86,8 @@ def on_main_device(model: PreTrainedModel) -> Iterator[torch.device]:
     before = model.device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator if accelerator is not None and before.type == "cpu" else before
-    model.to(device)
+    nn.Module.to(model, device)
     try:
         yield device
     finally:
-        model.to(before)
+        nn.Module.to(model, before)

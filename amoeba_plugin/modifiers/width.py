@@ -26,11 +26,12 @@ class WidthShrinkingModifier(Modifier):
 
     Attributes:
         widths: Shares of channels kept, exact fractions in (0, 1]; 1 must be among them. No default.
-        importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``, or a plugin's.
-        allocation: ``uniform``, the same sizes in every layer (stock classes can load them), or ``global``, the paper's one
-            threshold over all layers (elastic use only). Default ``uniform``.
-        round_to: Channels that kept sizes are multiples of, for all groups or per group (``attention``, ``mlp``). Default 1.
-            W4A16 quantization with groups of 128 wants 128.
+        importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``, or a
+            plugin's.
+        allocation: ``uniform``, the same sizes in every layer (stock classes can load them), or ``global``, the
+            paper's one threshold over all layers (elastic use only). Default ``uniform``.
+        round_to: Channels that kept sizes are multiples of, for all groups or per group (``attention``, ``mlp``).
+            Default 1. W4A16 quantization with groups of 128 wants 128.
         bias_compensation: Add what missing channels contributed on average to the output bias. Default false.
     """
 
@@ -47,7 +48,9 @@ class WidthShrinkingModifier(Modifier):
             raise RecipeError(f'widths: {widths!r} is no list of shares; write ["1", "7/8", "3/4"]')
         parsed = {parse_width(width) for width in widths}
         if 1 not in parsed:
-            raise RecipeError(f"widths {[str(width) for width in widths]} lack 1: the whole model teaches its subnets; add \"1\"")
+            raise RecipeError(
+                f'widths {[str(width) for width in widths]} lack 1: the whole model teaches its subnets; add "1"'
+            )
         return [str(width) for width in sorted(parsed, reverse=True)]
 
     @field_validator("importance")

@@ -72,16 +72,16 @@ def main() -> None:
     batches = materialise({"input_ids": part} for part in ids.split(BATCH_SIZE))
     candidates, most = options.layers - 1, options.layers - options.min_depth
     evaluations = candidates * most - most * (most - 1) // 2
-    print(  # noqa: T201
+    print(
         f"{options.layers} layers to {options.min_depth}, last one kept: {evaluations} evaluations of "
         f"{options.samples} x {options.length} tokens in {len(batches)} batches, {torch.get_num_threads()} thread(s)\n"
     )
-    print(f"{'':16}{'seconds':>9}{'layer-forwards':>16}{'per evaluation and batch':>26}")  # noqa: T201
+    print(f"{'':16}{'seconds':>9}{'layer-forwards':>16}{'per evaluation and batch':>26}")
     found = []
     for name, resumable in (("from the start", False), ("resumed", True)):
         strategy, seconds, forwards = search(options.layers, options.min_depth, batches, resumable)
         found.append(strategy)
-        print(f"{name:16}{seconds:9.2f}{forwards:16d}{forwards / evaluations / len(batches):26.2f}")  # noqa: T201
+        print(f"{name:16}{seconds:9.2f}{forwards:16d}{forwards / evaluations / len(batches):26.2f}")
     if found[0] != found[1]:
         raise SystemExit("the two strategies differ")
 

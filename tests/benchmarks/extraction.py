@@ -64,7 +64,8 @@ def main() -> None:
         directory = Path(scratch) / "elastic"
         elastic_checkpoint(directory)
         load = seconds(
-            lambda out: AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(out), options.rounds
+            lambda out: AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(out),
+            options.rounds,
         )
         print(f"load and save the base   {load:6.2f} s   1.00x")
         for shape in options.shapes:

@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.variant:
-        print(json.dumps(measure(settings)))  # noqa: T201
+        print(json.dumps(measure(settings)))
         return
-    print(json.dumps(compare(sys.argv[1:]), indent=1))  # noqa: T201
+    print(json.dumps(compare(sys.argv[1:]), indent=1))
 
 
 def compare(arguments: Sequence[str]) -> dict[str, Any]:
