@@ -237,6 +237,32 @@ def test_run_then_extract(files: Files):
     assert "outside the space" in refused("extract", files["elastic"], "--shape", "1x1", "-o", files["out"] / "x")
 
 
+# As many layers and KV groups as the model that each shipped recipe names, everything else tiny.
+SHIPPED_MODELS = {
+    "demo": ("llama", {"layers": 12, "hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 8}),
+    "llama2-7b": ("llama", {"layers": 32, "hidden_size": 128, "head_dim": 128, "num_key_value_heads": 8}),
+    "qwen3": ("qwen3", {"layers": 28, "head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 8}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyModel, name: str):
+    """Only the number of steps and the place of the elastic checkpoint differ from what is shipped."""
+    model_type, sizes = SHIPPED_MODELS[name]
+    tiny_model(model_type, intermediate_size=1024, **sizes).save_pretrained(files["model"])
+    recipe = yaml.safe_load(shipped_recipes()[name].read_text())
+    training = recipe["finetune_stage"]["amoeba_finetune_modifiers"]["OneForAllDistillationModifier"]
+    training |= {"max_steps": 2, "elastic_dir": str(files["elastic"])}
+    files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
+    result = invoke(*run_arguments(files), "--num-calibration-samples", "2")
+    assert result.exit_code == 0, result.output
+    shape = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]["shape"]
+    config = AutoConfig.from_pretrained(files["out"])
+    assert (config.num_hidden_layers, config.num_key_value_heads) == (int(shape.partition("x")[0]), 7)
+    assert config.quantization_config["quant_method"] == "compressed-tensors"
+    assert torch.isfinite(logits(files["out"])).all()
+
+
 def test_an_error_half_way_leaves_nothing(files: Files, monkeypatch: pytest.MonkeyPatch):
     def full(*args: object, output_dir: str, **kwargs: object) -> None:
         (Path(output_dir) / "model.safetensors").write_bytes(b"half")
