@@ -106,7 +106,9 @@ class ArchitectureAdapter(ABC):
             indices: Their indices in the whole model.
             whole: The whole model's configuration, for the fields that list one value per layer.
         """
-        self.decoder(model).layers = nn.ModuleList(layers)
+        exchanged = nn.ModuleList(layers)
+        exchanged.training = self.layers(model).training  # a new module says True, whatever its layers are
+        self.decoder(model).layers = exchanged
         for position, layer in enumerate(layers):
             self.set_layer_index(layer, position)
         set_config_depth(model.config, indices, whole)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -48,6 +48,13 @@ app = typer.Typer(
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 app.add_typer(recipes_app, name="recipes")
 
+QUIET = {
+    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecipeArgument = Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")]
 
 
@@ -84,11 +91,14 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; default: the only one.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    dtype: Annotated[
+        Dtype, typer.Option(help="To load the model in; float32 where a CPU is slow in bfloat16.")
+    ] = "auto",
 ) -> None:
     """Run a recipe on a model and write the checkpoint."""
-    from amoeba_plugin.run import CalibrationOptions, run_recipe
+    from amoeba_plugin.run import RunOptions, run_recipe
 
-    options = CalibrationOptions(split, text_column, num_calibration_samples, max_seq_length, batch_size, seed)
+    options = RunOptions(split, text_column, num_calibration_samples, max_seq_length, batch_size, seed, dtype)
     written = run_recipe(recipe, model, dataset, output_dir, options)
     _done(f"checkpoint written to {written}")
 
@@ -140,6 +150,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
 ) -> None:
     """Compress the model that comes with the package and report what was gained and lost."""
+    _be_quiet()
     from amoeba_plugin.preflight import require_new_directory
     from amoeba_plugin.report import REPORT_JSON
 
@@ -206,7 +217,9 @@ def _modifier_table(checked: CheckedRecipe) -> Table:
 
 
 def _be_quiet() -> None:
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    """Silence the hosts' logs and bars, so that a command's own can be read; set the variables to hear them again."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def _done(message: str) -> None:

@@ -132,7 +132,8 @@ def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _states_and_head(model: Any, batch: Batch) -> tuple[Tensor, nn.Module]:
     """Return states (batch, positions, ·) and the module that maps them to logits."""
     inputs = model_inputs(batch, model.device)
-    if any(getattr(model.config, name, None) is not None for name in RESCALED_LOGITS):
+    hooked = model._forward_pre_hooks or model._forward_hooks  # a quantized model unpacks its weights in one
+    if hooked or any(getattr(model.config, name, None) is not None for name in RESCALED_LOGITS):
         return model(**inputs, use_cache=False).logits, nn.Identity()
     return model.get_decoder()(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
 

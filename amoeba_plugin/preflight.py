@@ -138,10 +138,10 @@ def kept_units(groups: Sequence[ChannelGroup], width: Fraction, round_to: int | 
     Raises:
         RecipeError: If ``round_to`` names a group that does not exist, does not fit its units, or leaves nothing.
     """
-    from amoeba_plugin.width import RankedGroup, _rounding_steps, _uniform_units
+    from amoeba_plugin.width import RankedGroup, rounding_steps, uniform_units
 
     unscored = [RankedGroup(group.name, group, torch.empty(0), 0) for group in groups]
-    return _uniform_units(unscored, width, _rounding_steps(groups, round_to))
+    return uniform_units(unscored, width, rounding_steps(groups, round_to))
 
 
 def _check_group_sizes(recipe: CheckedRecipe, config: PretrainedConfig) -> None:

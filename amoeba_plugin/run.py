@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """How calibration data is drawn from a data set.
+class RunOptions:
+    """How the model is loaded, and how calibration data is drawn from a data set.
 
     Attributes:
         split: Split of the data set.
@@ -29,6 +29,7 @@ class CalibrationOptions:
         max_seq_length: Tokens per sequence.
         batch_size: Sequences per batch.
         seed: Of the draw, and of everything random that follows.
+        dtype: That the model is loaded in: "auto" (its own), "float32", "bfloat16", "float16".
     """
 
     split: str = "train"
@@ -37,6 +38,7 @@ class CalibrationOptions:
     max_seq_length: int = 512
     batch_size: int = 1
     seed: int = 42
+    dtype: str = "auto"
 
 
 def run_recipe(
@@ -44,7 +46,7 @@ def run_recipe(
     model: str,
     dataset: str | None,
     output_dir: Path,
-    options: CalibrationOptions | None = None,
+    options: RunOptions | None = None,
 ) -> Path:
     """Run a recipe and write the checkpoint; what can be refused is refused before the model loads.
 
@@ -61,19 +63,19 @@ def run_recipe(
     Raises:
         AmoebaError: Recipe, model, data and directory do not fit together; the message says which and what to do.
     """
-    options = options or CalibrationOptions()
+    options = options or RunOptions()
     checked = check_recipe(find_recipe(recipe))
     require_new_directory(output_dir)
     require_elastic_dir(checked, output_dir)
     check_against_model(checked, load_config(model))
     batches = calibration_batches(checked, model, dataset, options)
     with whole_or_nothing(output_dir) as partial:
-        _oneshot(checked, model, batches, partial, options.seed)
+        _oneshot(checked, model, batches, partial, options)
     return output_dir
 
 
 def calibration_batches(
-    recipe: CheckedRecipe, model: str, dataset: str | None, options: CalibrationOptions
+    recipe: CheckedRecipe, model: str, dataset: str | None, options: RunOptions
 ) -> list[Batch] | None:
     """Tokenise calibration data and check that the recipe's objective can be measured on it.
 
@@ -137,13 +139,15 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _oneshot(recipe: CheckedRecipe, model: str, batches: list[Batch] | None, output_dir: Path, seed: int) -> None:
+def _oneshot(
+    recipe: CheckedRecipe, model: str, batches: list[Batch] | None, output_dir: Path, options: RunOptions
+) -> None:
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
     from transformers import set_seed
 
-    set_seed(seed)
+    set_seed(options.seed)
     loader: DataLoader[Batch] | None = None
     if batches is not None:
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
-    oneshot(model=model, recipe=recipe.source, dataset=loader, output_dir=str(output_dir))
+    oneshot(model=model, precision=options.dtype, recipe=recipe.source, dataset=loader, output_dir=str(output_dir))

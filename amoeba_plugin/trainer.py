@@ -49,6 +49,8 @@ class OneForAllOptions:
         max_balance_ratio: The largest scale; reached where a divergence goes to 0.
         distill_all_tokens: Distil every position, not just those before a target token.
         num_random: Random shapes per micro-batch, beside largest and smallest.
+        train_largest: False: the largest subnet only teaches; it gets no backward pass. For an adapter that leaves the
+            whole model alone (``SmolConfig.adapt_largest=False``).
 
     Raises:
         RecipeError: If a value is out of range.
@@ -61,6 +63,7 @@ class OneForAllOptions:
     max_balance_ratio: float = 10.0
     distill_all_tokens: bool = False
     num_random: int = 2
+    train_largest: bool = True
 
     def __post_init__(self) -> None:
         if self.loss not in DIVERGENCES:
@@ -176,7 +179,8 @@ class OneForAllTrainer(Trainer):
         losses: list[Tensor] = []
         teacher = torch.empty(0)
         for index, shape in enumerate(shapes):
-            with self._synchronized(model, last=index == len(shapes) - 1):
+            learns = index > 0 or self.options.train_largest
+            with self._synchronized(model, last=index == len(shapes) - 1), torch.set_grad_enabled(learns):
                 self.elastic.set_shape(shape)
                 logits = self._logits(model, inputs, positions)  # (batch * P, vocabulary)
                 if index == 0:
@@ -193,7 +197,8 @@ class OneForAllTrainer(Trainer):
                 losses.append(loss.detach())
                 self._means.add(f"loss/{shape}", losses[-1])
                 # total = L_1 + sum_i stopgrad(L_1 / L_i) L_i: gradients add up, one subnet's activations are alive
-                self.accelerator.backward(objective * share)
+                if learns:
+                    self.accelerator.backward(objective * share)
         return torch.stack(losses)
 
     def _balanced(self, loss: Tensor, loss_largest: Tensor, shape: SubnetShape) -> Tensor:

@@ -76,7 +76,7 @@ def rank_widths(
         DataError: If statistics are missing, or scores are not finite.
     """
     shares = _require_widths(widths)
-    steps = _rounding_steps(adapter.channel_groups(model.config), round_to)
+    steps = rounding_steps(adapter.channel_groups(model.config), round_to)
     if importance.needs_statistics or bias_compensation:
         _require_statistics(model, adapter, stats, importance, bias_compensation)
     ranked = [
@@ -85,7 +85,7 @@ def rank_widths(
         for group in adapter.channel_groups(model.config)
     ]
     if allocation == "uniform":
-        units = {share: _uniform_units(ranked, share, steps) for share in shares}
+        units = {share: uniform_units(ranked, share, steps) for share in shares}
     elif allocation == "global":
         units = {share: _global_units(ranked, share, steps) for share in shares}
     else:
@@ -152,7 +152,17 @@ def nearest_size(units: int, share: Fraction, step: int) -> int:
     return max(size, 1) if step == 1 else size
 
 
-def _uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+def uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+    """Return the units kept per group key: the size nearest to the share, the same in every layer.
+
+    Args:
+        ranked: The groups of all layers.
+        share: The width.
+        steps: Units that sizes are multiples of, by group name; from :func:`rounding_steps`.
+
+    Raises:
+        RecipeError: If rounding leaves nothing.
+    """
     sizes: dict[str, int] = {}
     for each in ranked:
         name, units, step = each.group.name, each.group.units, steps[each.group.name]
@@ -206,7 +216,7 @@ def global_prefix(scores: Sequence[Tensor], costs: Sequence[int], share: Fractio
     return torch.bincount(owner[order[:count]], minlength=len(scores)).tolist()
 
 
-def _rounding_steps(groups: Sequence[ChannelGroup], round_to: Mapping[str, int] | int) -> dict[str, int]:
+def rounding_steps(groups: Sequence[ChannelGroup], round_to: Mapping[str, int] | int) -> dict[str, int]:
     """Return per group the units that a kept size is a multiple of."""
     names = [group.name for group in groups]
     wanted = dict.fromkeys(names, round_to) if isinstance(round_to, int) else dict(round_to)

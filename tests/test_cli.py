@@ -21,7 +21,7 @@ import amoeba_plugin
 from amoeba_plugin.cli import app
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.recipes import check_recipe, shipped_recipes
-from amoeba_plugin.run import CalibrationOptions, calibration_batches, whole_or_nothing
+from amoeba_plugin.run import RunOptions, calibration_batches, whole_or_nothing
 
 RECIPE = {
     "select_stage": {
@@ -222,7 +222,7 @@ def test_run_then_extract(files: Files):
     assert (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size) == (3, 6, 96)
 
     again = files["out"].with_name("oneshot")
-    options = CalibrationOptions(num_samples=8, max_seq_length=16, batch_size=2)
+    options = RunOptions(num_samples=8, max_seq_length=16, batch_size=2)
     batches = calibration_batches(check_recipe(files["recipe"]), str(files["model"]), str(files["text"]), options)
     from llmcompressor import oneshot
 

@@ -8,6 +8,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -191,6 +192,28 @@ def test_step_gradients_equal_a_plain_implementation(tmp_path: Path, adapter: st
         )
     hard = model(**batch).loss  # transformers' own
     torch.testing.assert_close(loss, hard.detach())
+
+
+def test_a_largest_subnet_that_only_teaches_stays_the_base_and_the_others_learn_as_before(tmp_path: Path):
+    shapes = [SubnetShape.parse(text) for text in ("4x1", "3x3/4", "2x1/2")]
+    batch = {name: torch.tensor([row[name] for row in make_rows(4)]) for name in ("input_ids", "labels")}
+    elastic = make_elastic()
+    model = add_smol(elastic, router_noise=False, adapt_largest=False)
+    base = elastic.model(batch["input_ids"]).logits.detach()
+    with model.disable_adapter():
+        assert torch.equal(elastic.model(batch["input_ids"]).logits, base)
+    plain_step(elastic, model, batch, shapes, PAPER)  # at the largest, all gradients are 0 times something
+    expected = gradients_of(model)
+    model.zero_grad()
+    trainer = make_trainer(elastic, tmp_path, dataclasses.replace(PAPER, train_largest=False), model)
+    trainer.sampler = mock.Mock(shapes=lambda step, micro_step: shapes)
+    trainer.training_step(model, dict(batch))
+    found = gradients_of(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    trainer.train()
+    assert torch.equal(elastic.model.eval()(batch["input_ids"]).logits, base)
 
 
 def test_models_without_logits_to_keep_give_the_same_gradients(tmp_path: Path):

@@ -38,7 +38,8 @@ class AdapterOptions(BaseModel):
         lora_dropout: Dropout before the adapter. Default 0.
         combination: ``factors`` (reference code) or ``outputs`` (the paper's figure). Default ``factors``.
         target_modules: Names of the linears that get an adapter. Default: all linears of every decoder layer.
-        router_noise: Noise on the router's logits in training. Default true.
+        router_noise: Noise on the router's logits in training. Default true (reference code).
+        router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner. Default 1.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,6 +52,7 @@ class AdapterOptions(BaseModel):
     combination: Literal["factors", "outputs"] = "factors"
     target_modules: list[str] = DECODER_LINEARS
     router_noise: bool = True
+    router_temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> AdapterOptions:
@@ -86,6 +88,8 @@ class OneForAllDistillationModifier(Modifier):
         lr_scheduler_type: A schedule of transformers. Default ``constant`` (paper).
         warmup_steps: Steps of linear warm-up. Default 0.
         max_grad_norm: Gradient norm clipped to. Default 0.3 (reference code).
+        train_largest: Also train the whole model, which teaches the others, on the labels. False leaves it the base
+            model, bit for bit, and saves its backward pass: for text that the base already knows. Default true (paper).
         num_random: Random subnets between largest and smallest in each micro-batch. Default 2 (reference code).
         loss: ``soft_cross_entropy`` (reference code), or another of :mod:`amoeba_plugin.distillation`.
         temperature: Softens teacher and student. Default 1.
@@ -108,6 +112,7 @@ class OneForAllDistillationModifier(Modifier):
     lr_scheduler_type: str = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     max_grad_norm: float = Field(default=0.3, ge=0)
+    train_largest: bool = True
     num_random: int = Field(default=2, ge=0)
     loss: str = "soft_cross_entropy"
     temperature: float = Field(default=1.0, gt=0)
@@ -140,7 +145,12 @@ class OneForAllDistillationModifier(Modifier):
 
     def _train(self, elastic: ElasticModel, calibration: list[Batch]) -> PeftModel:
         torch.manual_seed(self.seed)
-        config = SmolConfig(**self.adapter.model_dump(), router_seed=self.seed, task_type="CAUSAL_LM")
+        config = SmolConfig(
+            **self.adapter.model_dump(),
+            adapt_largest=self.train_largest,
+            router_seed=self.seed,
+            task_type="CAUSAL_LM",
+        )
         peft_model = attach_smol(elastic, config)
         options = OneForAllOptions(
             loss=self.loss,
@@ -148,6 +158,7 @@ class OneForAllDistillationModifier(Modifier):
             kd_weight=self.kd_weight,
             loss_balancing=self.loss_balancing,
             num_random=self.num_random,
+            train_largest=self.train_largest,
         )
         with (
             tempfile.TemporaryDirectory() as scratch,

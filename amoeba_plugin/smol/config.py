@@ -42,6 +42,7 @@ class SmolConfig(PeftConfig):
         router_hidden: Width of the router's hidden layer.
         router_seed: Seed of the router's own noise generator.
         router_temperature: Divides the k chosen logits before the softmax.
+        adapt_largest: False: at the whole model all weights are 0, so it stays the base model whatever was trained.
         router_nonlinearity: Between the router's two layers: "none" (as the reference), "relu", "gelu", "silu", "tanh".
         init_weights: True: A Kaiming-uniform and B zero; "gaussian": A normal with std 1/r and B zero; False: both
             random.
@@ -78,6 +79,7 @@ class SmolConfig(PeftConfig):
     router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the k."})
     router_nonlinearity: str = field(default="none", metadata={"help": "Between the router's two layers."})
+    adapt_largest: bool = field(default=True, metadata={"help": "False: the whole model stays the base model."})
     init_weights: bool | str = field(default=True, metadata={"help": "True, False or 'gaussian'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> rank."})

@@ -62,12 +62,16 @@ class ExpertBank(nn.Module):
         Returns:
             A, (rank, in) and B, (out, rank) in the bank's dtype; rank is r for "factors" and k*r for "outputs".
         """
-        a = self.A.view(self.num_experts, self.rank, -1)[..., :in_features].index_select(0, indices)  # (k, r, in)
-        b = self.B.view(-1, self.num_experts, self.rank)[:out_features].index_select(1, indices)  # (out, k, r)
-        weighted_b = gates[None, :, None] * b
+        a = self.A.view(self.num_experts, self.rank, -1)[..., :in_features]  # (E, r, in)
+        b = self.B.view(-1, self.num_experts, self.rank)[:out_features]  # (out, E, r)
         if self.combination == "factors":
-            # A_eff = sum_k g_k A_k, B_eff = sum_k g_k B_k
-            return (gates[:, None, None] * a).sum(dim=0).to(self.A.dtype), weighted_b.sum(dim=1).to(self.B.dtype)
+            # A_eff = sum_k g_k A_k, B_eff = sum_k g_k B_k, as products with all E weights, of which E-k are 0: the
+            # backward of a selection is a scatter, which costs more than the E-k useless products, and keeps a copy.
+            mixture = torch.zeros(self.num_experts, dtype=gates.dtype, device=gates.device).scatter(0, indices, gates)
+            a_mixed = torch.einsum("e,eri->ri", mixture, a.to(mixture.dtype))
+            return a_mixed.to(self.A.dtype), torch.einsum("oer,e->or", b.to(mixture.dtype), mixture).to(self.B.dtype)
+        a, b = a.index_select(0, indices), b.index_select(1, indices)
+        weighted_b = gates[None, :, None] * b
         # sum_k g_k B_k A_k = [g_1 B_1 ... g_k B_k] [A_1; ...; A_k]
         return a.flatten(0, 1), weighted_b.flatten(1).to(self.B.dtype)
 

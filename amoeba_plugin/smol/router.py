@@ -116,14 +116,21 @@ class RouterWeights(nn.Module):
         """Route the active shape.
 
         Returns:
-            Weights of the chosen experts, (k,) fp32, summing to 1, and their indices, (k,) int64.
+            Weights of the chosen experts, (k,) fp32, summing to 1, and their indices, (k,) int64. The weights are 0 at
+            the whole model where ``adapt_largest`` is off.
         """
         device = self.down_weight.device
         feature, noise = self.state.feature.to(device), self.state.noise.to(device)
         if deterministic or not self.training:
             noise = torch.zeros_like(noise)  # 0 times the noise scale keeps its weights in the graph: DDP wants that
         values, indices = torch.topk(self.logits(feature, noise), self.config.top_k)
-        return torch.softmax(values / self.config.router_temperature, dim=0), indices
+        gates = torch.softmax(values / self.config.router_temperature, dim=0)
+        return (gates if self.config.adapt_largest else gates * (1 - self._whole(feature))), indices
+
+    def _whole(self, feature: Tensor) -> Tensor:
+        """Return () fp32: 1 where every layer is kept at the first width, else 0; no branch, so one compiled graph."""
+        layers = len(feature) - len(self.config.widths)
+        return feature[:layers].prod() * feature[layers]
 
     def _place(self, tensor: Tensor) -> Tensor:
         device = self.down_weight.device

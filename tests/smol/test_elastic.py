@@ -51,3 +51,21 @@ def test_adapter_equals_folding_it_into_the_prefix(
         for layer in layers:
             layer.base_layer.weight.data -= layer.get_delta_weight("default")
     assert len(seen_sizes) > 7
+
+
+@pytest.mark.parametrize("combination", ["factors", "outputs"])
+def test_without_adapt_largest_the_whole_model_stays_the_base(
+    smol_model: Callable[..., Any], tokens: Tensor, combination: str
+) -> None:
+    free, tied = (smol_model(combination=combination, adapt_largest=adapt) for adapt in (True, False))
+    with free.disable_adapter():
+        base = free(tokens).logits
+    assert not torch.allclose(free(tokens).logits, base, atol=1e-2)
+    assert torch.equal(tied(tokens).logits, base)
+    assert not tied.routing().any()
+    layer = next(module for module in tied.modules() if isinstance(module, SmolLinear))
+    assert not layer.get_delta_weight("default").any()
+    for shape in ("4x3/4", "3x1", "2x1/2"):
+        for model in (free, tied):
+            model.set_shape(shape)
+        assert torch.equal(tied(tokens).logits, free(tokens).logits)
