@@ -107,7 +107,7 @@ class ArchitectureAdapter(ABC):
             whole: The whole model's configuration, for the fields that list one value per layer.
         """
         exchanged = nn.ModuleList(layers)
-        exchanged.training = self.layers(model).training  # a new module says True, whatever its layers are
+        exchanged.training = self.decoder(model).training  # a new module says True, whatever its layers are
         self.decoder(model).layers = exchanged
         for position, layer in enumerate(layers):
             self.set_layer_index(layer, position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +30,14 @@ def search_depths(
     *,
     min_depth: int,
     keep_last: int = 1,
+    beam: int = 1,
+    exchanges: int = 0,
     progress: bool = True,
 ) -> DepthStrategy:
     """Find the layers to keep at every depth down to ``min_depth`` (AmoebaLLM, arXiv:2411.10606, section 4.1).
 
-    With N layers allowed to go and M of them to go at most, this scores the model N*M - M(M-1)/2 times.
+    With N layers allowed to go and M of them to go at most, this scores the model N*M - M(M-1)/2 times, and up to
+    ``beam`` times as often with a beam.
 
     Args:
         model: A causal LM with all its layers; its layers and configuration are restored, after an exception too.
@@ -42,6 +46,10 @@ def search_depths(
         batches: From ``materialise``; the same ones for every candidate.
         min_depth: Layers of the shallowest subnet.
         keep_last: Last layers that are never removed.
+        beam: Removal sets that each state of the program keeps. 1 is the paper: as losses of layers do not add up, the
+            best set may have a part that is not the best of its own, and a wider beam finds it.
+        exchanges: Rounds after the program, in each of which every depth tries to exchange one removed layer for one
+            kept. 0 is the paper.
         progress: Show a progress bar.
 
     Returns:
@@ -61,14 +69,19 @@ def search_depths(
                 f"{objective.name} of the whole model is {whole.value}: nothing can be compared with it; "
                 "check the weights, their dtype (float16 overflows), and the calibration data"
             )
-        with tqdm(total=candidates * most - most * (most - 1) // 2, desc="depth search", disable=not progress) as bar:
+        total = evaluations(candidates, most, beam) + exchanges * sum(n * (candidates - n) for n in range(1, most + 1))
+        with tqdm(total=total, desc="depth search", disable=not progress) as bar:
 
             def evaluate(removed: frozenset[int]) -> Score:
                 score = trial.measure(objective, removed)
                 bar.update()
                 return score
 
-            table = shrink(candidates, most, evaluate, objective)
+            table = shrink(candidates, most, evaluate, objective, beam)
+            table = {
+                count: exchange(removed, score, candidates, evaluate, objective, exchanges)
+                for count, (removed, score) in table.items()
+            }
     kept = {num_layers: tuple(range(num_layers))}
     metric = {num_layers: whole.value}
     for count, (removed, score) in table.items():
@@ -77,19 +90,34 @@ def search_depths(
     return DepthStrategy(kept, objective.name, metric)
 
 
+def evaluations(candidates: int, most: int, beam: int = 1) -> int:
+    """Return how many subnets the dynamic program scores.
+
+    >>> evaluations(31, 12), evaluations(31, 12, beam=4)
+    (306, 1094)
+    """
+    # state (n-1, m-1) holds min(b, number of ways to choose m-1 of n-1 layers) sets, and each is extended by layer n
+    return sum(
+        min(beam, math.comb(visited - 1, count - 1))
+        for visited in range(1, candidates + 1)
+        for count in range(1, min(visited, most) + 1)
+    )
+
+
 def shrink(
-    candidates: int, most: int, evaluate: Callable[[frozenset[int]], Score], objective: Objective
+    candidates: int, most: int, evaluate: Callable[[frozenset[int]], Score], objective: Objective, beam: int = 1
 ) -> dict[int, tuple[frozenset[int], Score]]:
     """Run the dynamic program over layers ``candidates - 1`` to 0.
 
     State (n, m): of the first n layers visited m are removed, all others are active. Keeping a layer costs nothing,
-    removing it costs one evaluation.
+    removing it costs one evaluation of each set kept in the state before.
 
     Args:
         candidates: N, layers that may go: indices 0 to N - 1.
         most: M, the most layers to remove.
         evaluate: Scores the model without a set of layers.
         objective: Says which score is better.
+        beam: Sets kept per state; 1 is the paper.
 
     Returns:
         For m from 1 to M the removed layers and their score.
@@ -97,18 +125,18 @@ def shrink(
     Raises:
         DataError: If no score is finite, or all are the same.
     """
-    best: dict[int, tuple[frozenset[int], Score]] = {}
+    best: dict[int, list[tuple[frozenset[int], Score]]] = {}  # by count, best first
     seen: list[Score] = []
     for visited in range(1, candidates + 1):
         layer = candidates - visited  # from the last candidate towards layer 0
-        before = {0: frozenset[int]()} | {count: removed for count, (removed, _) in best.items()}
+        before = {0: [frozenset[int]()]} | {count: [removed for removed, _ in kept] for count, kept in best.items()}
         for count in range(1, min(visited, most) + 1):
             # S[n,m] = S[n-1,m-1] + {n-th layer} where that is strictly better than S[n-1,m], else S[n-1,m]
-            removed = before[count - 1] | {layer}
-            score = evaluate(removed)
-            seen.append(score)
-            if count not in best or better(objective, score, best[count][1]):
-                best[count] = removed, score
+            for earlier in before[count - 1]:
+                removed = earlier | {layer}
+                score = evaluate(removed)
+                seen.append(score)
+                _insert(best.setdefault(count, []), removed, score, objective, beam)
     if not any(math.isfinite(score.value) for score in seen):
         raise DataError(
             f"{objective.name} is NaN or infinite without any of the layers; check weights, dtype and calibration data"
@@ -118,7 +146,47 @@ def shrink(
             f"{objective.name} is {seen[0].value} for all {len(seen)} candidates: it cannot tell layers apart; "
             "give more or other calibration data, or another objective"
         )
-    return best
+    return {count: kept[0] for count, kept in best.items()}
+
+
+def exchange(
+    removed: frozenset[int],
+    score: Score,
+    candidates: int,
+    evaluate: Callable[[frozenset[int]], Score],
+    objective: Objective,
+    rounds: int,
+) -> tuple[frozenset[int], Score]:
+    """Improve a removal set by exchanging single layers; stops early where no exchange is strictly better.
+
+    Args:
+        removed: The set to begin with.
+        score: Its score.
+        candidates: N, layers that may go: indices 0 to N - 1.
+        evaluate: Scores the model without a set of layers.
+        objective: Says which score is better.
+        rounds: Most exchanges; each costs |removed| * (N - |removed|) evaluations.
+    """
+    for _ in range(rounds):
+        best, best_score = removed, score
+        for back, gone in itertools.product(sorted(removed), sorted(set(range(candidates)) - removed)):
+            other = removed - {back} | {gone}
+            other_score = evaluate(other)
+            if better(objective, other_score, best_score):
+                best, best_score = other, other_score
+        if best == removed:
+            break
+        removed, score = best, best_score
+    return removed, score
+
+
+def _insert(
+    kept: list[tuple[frozenset[int], Score]], removed: frozenset[int], score: Score, objective: Objective, beam: int
+) -> None:
+    """Put a set where its score belongs, behind those it is not strictly better than, and forget what falls off."""
+    place = next((place for place, (_, other) in enumerate(kept) if better(objective, score, other)), len(kept))
+    kept.insert(place, (removed, score))
+    del kept[beam:]
 
 
 def _require_removable(num_layers: int, min_depth: int, keep_last: int) -> tuple[int, int]:

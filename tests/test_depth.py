@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from amoeba_plugin import depth
 from amoeba_plugin.depth import (
     block_influence,
     block_influence_depths,
+    evaluations,
+    exchange,
     last_layers_depths,
     random_depths,
     search_depths,
@@ -163,12 +166,53 @@ def test_the_program_is_the_recurrence_on_any_table(candidates: int, data: st.Da
 
 
 @pytest.mark.parametrize(
-    ("candidates", "most", "evaluations"), [(31, 12, 306), (31, 16, 376), (32, 16, 392), (32, 12, 318)]
+    ("candidates", "most", "expected"), [(31, 12, 306), (31, 16, 376), (32, 16, 392), (32, 12, 318)]
 )
-def test_the_paper_s_settings_take_the_evaluations_it_counts(candidates: int, most: int, evaluations: int) -> None:
+def test_the_paper_s_settings_take_the_evaluations_it_counts(candidates: int, most: int, expected: int) -> None:
     asked = []
     shrink(candidates, most, lambda removed: asked.append(removed) or Score(float(sum(removed)), 0.0), Tabulated())
-    assert len(asked) == evaluations
+    assert len(asked) == evaluations(candidates, most) == expected
+
+
+@given(st.integers(1, 7), st.data(), st.integers(0, 10_000))
+def test_a_beam_as_wide_as_the_table_finds_the_best_of_all_sets(
+    candidates: int, data: st.DataObject, seed: int
+) -> None:
+    most = data.draw(st.integers(1, candidates))
+    asked: list[frozenset[int]] = []
+
+    def evaluate(removed: frozenset[int]) -> Score:
+        asked.append(removed)
+        return Score(random.Random(f"{seed} {sorted(removed)}").random(), 0.0)
+
+    wide = math.comb(candidates, candidates // 2)
+    found = shrink(candidates, most, evaluate, Tabulated(), beam=wide)
+    assert len(asked) == len(set(asked)) == evaluations(candidates, most, wide)
+    for count, (removed, score) in found.items():
+        sets = [frozenset(each) for each in itertools.combinations(range(candidates), count)]
+        assert removed == max(sets, key=lambda each: evaluate(each).value)
+        assert score == evaluate(removed)
+
+
+@given(st.integers(2, 7), st.data(), st.integers(0, 10_000))
+def test_exchanges_end_where_no_single_one_is_better(candidates: int, data: st.DataObject, seed: int) -> None:
+    count = data.draw(st.integers(1, candidates - 1))
+
+    def evaluate(removed: frozenset[int]) -> Score:
+        return Score(random.Random(f"{seed} {sorted(removed)}").random(), 0.0)
+
+    start = frozenset(range(count))
+    once, score = exchange(start, evaluate(start), candidates, evaluate, Tabulated(), rounds=1)
+    neighbours = [frozenset(each) for each in itertools.combinations(range(candidates), count)]
+    assert once == max((each for each in neighbours if len(each - start) <= 1), key=lambda each: evaluate(each).value)
+    assert score == evaluate(once)
+    last, score = exchange(start, evaluate(start), candidates, evaluate, Tabulated(), rounds=1000)
+    assert len(last) == count
+    assert all(evaluate(each).value <= score.value for each in neighbours if len(each - last) <= 1)
+
+
+def test_a_beam_of_one_is_the_default() -> None:
+    assert evaluations(31, 12) == evaluations(31, 12, beam=1) == 306
 
 
 def test_ties_of_accuracy_are_broken_by_loss() -> None:

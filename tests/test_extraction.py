@@ -89,7 +89,9 @@ def adapted(model: PreTrainedModel, bias_compensation: bool) -> ElasticModel:
 def test_elastic_equals_extracted_equals_reloaded_at_every_shape(
     tiny_model: TinyModel, tokens: Tensor, tmp_path: Path, model_type: str, bias_compensation: bool
 ) -> None:
-    elastic = adapted(tiny_model(model_type), bias_compensation)
+    # The class that can hold the biases has no sliding window.
+    model = tiny_model(model_type, **({"sliding_window": None} if bias_compensation and model_type == "mistral" else {}))
+    elastic = adapted(model, bias_compensation)
     expected = {}
     for shape in elastic.space:
         name = str(shape).replace("/", "_")
@@ -184,6 +186,12 @@ def test_layers_of_different_sizes_are_refused_with_the_way_out(tiny_model: Tiny
 def test_qwen3_cannot_store_compensation_and_says_so(tiny_model: TinyModel) -> None:
     with pytest.raises(ArchitectureError, match="set bias_compensation: false"):
         extract(random_elastic(tiny_model("qwen3"), bias_compensation=True), "4x1/2")
+
+
+def test_a_sliding_window_and_compensation_have_no_class_and_say_so(tiny_model: TinyModel) -> None:
+    elastic = random_elastic(tiny_model("mistral", sliding_window=8), bias_compensation=True)
+    with pytest.raises(ArchitectureError, match="has no window"):
+        extract(elastic, "4x1/2")
 
 
 def test_a_shape_outside_the_space_is_refused(tiny_model: TinyModel) -> None:

@@ -207,7 +207,7 @@ def test_a_largest_subnet_that_only_teaches_stays_the_base_and_the_others_learn_
     model.zero_grad()
     trainer = make_trainer(elastic, tmp_path, dataclasses.replace(PAPER, train_largest=False), model)
     trainer.sampler = mock.Mock(shapes=lambda step, micro_step: shapes)
-    trainer.training_step(model, dict(batch))
+    trainer.training_step(model, dict(batch), num_items_in_batch=20)
     found = gradients_of(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

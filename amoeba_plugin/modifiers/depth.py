@@ -29,6 +29,10 @@ class DepthShrinkingModifier(Modifier):
         keep_last: Last layers that are never removed. Default 1, as in the paper.
         objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's.
             Default ``loss``.
+        beam: Sets of layers that each state of the program keeps; 1 is the paper, more find better layers in up to
+            ``beam`` times the time. Default 1.
+        exchanges: Rounds after the program, in each of which every depth tries to exchange one removed layer for one
+            kept; 0 is the paper. Default 0.
         max_batches: Calibration batches used, ``None`` for all. Default ``None``.
         kept_layers: Per depth, the layers to keep. Given: nothing is searched. Else filled in by the search, so that
             the recipe written beside a checkpoint repeats its selection.
@@ -37,6 +41,8 @@ class DepthShrinkingModifier(Modifier):
     min_depth: int = Field(ge=1)
     keep_last: int = Field(default=1, ge=0)
     objective: str = "loss"
+    beam: int = Field(default=1, ge=1)
+    exchanges: int = Field(default=0, ge=0)
     max_batches: int | None = Field(default=None, ge=1)
     kept_layers: dict[str, list[int]] | None = None
 
@@ -59,6 +65,8 @@ class DepthShrinkingModifier(Modifier):
                     selection.batches[: self.max_batches],
                     min_depth=self.min_depth,
                     keep_last=self.keep_last,
+                    beam=self.beam,
+                    exchanges=self.exchanges,
                 )
             self.kept_layers = {str(depth): list(kept) for depth, kept in selection.depth.kept.items()}
         else:

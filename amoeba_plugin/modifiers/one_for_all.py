@@ -39,7 +39,8 @@ class AdapterOptions(BaseModel):
         combination: ``factors`` (reference code) or ``outputs`` (the paper's figure). Default ``factors``.
         target_modules: Names of the linears that get an adapter. Default: all linears of every decoder layer.
         router_noise: Noise on the router's logits in training. Default true (reference code).
-        router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner. Default 1.
+        router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner.
+            Default 1.
     """
 
     model_config = ConfigDict(extra="forbid")
