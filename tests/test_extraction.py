@@ -90,7 +90,9 @@ def test_elastic_equals_extracted_equals_reloaded_at_every_shape(
     tiny_model: TinyModel, tokens: Tensor, tmp_path: Path, model_type: str, bias_compensation: bool
 ) -> None:
     # The class that can hold the biases has no sliding window.
-    model = tiny_model(model_type, **({"sliding_window": None} if bias_compensation and model_type == "mistral" else {}))
+    model = tiny_model(
+        model_type, **({"sliding_window": None} if bias_compensation and model_type == "mistral" else {})
+    )
     elastic = adapted(model, bias_compensation)
     expected = {}
     for shape in elastic.space:
