@@ -203,6 +203,7 @@ class OneForAllDistillationModifier(Modifier):
             data_seed=self.seed,
             logging_steps=max(1, self.max_steps // 20),
             save_strategy="no",
+            disable_tqdm=False,  # else a quiet log level prints every logged number instead
             report_to=[],
             remove_unused_columns=False,
             dataloader_pin_memory=torch.accelerator.is_available(),
