@@ -111,6 +111,7 @@ def extract(
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
+    _be_quiet()
     from amoeba_plugin.checkpoint import extract_checkpoint
 
     parity = extract_checkpoint(elastic, shape, output_dir, base)
