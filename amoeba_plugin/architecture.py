@@ -153,11 +153,3 @@ def require_unquantized(model: PreTrainedModel) -> None:
             "selection and extraction work on full-precision weights; load the original model, and put quantization "
             "after extraction in the recipe"
         )
-
-
-def stock_class_name(config: PretrainedConfig) -> str:
-    """Return the name of the causal-LM class that transformers builds for a configuration."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-    return name if isinstance(name, str) else name[0]

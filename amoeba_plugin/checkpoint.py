@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
 
@@ -185,11 +185,6 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
         reduction="batchmean",
     )
     return Parity(str(shape), PARITY_TOKENS, (found - expected).abs().max().item(), divergence.item())
-
-
-def read_space(directory: Path) -> ShapeSpace:
-    """Return the shapes an elastic checkpoint can be cut to, without loading its model."""
-    return SubnetStrategy.load(directory).space
 
 
 def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -320,4 +319,4 @@ def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticM
 
 def _peak_memory_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(Fraction(peak) if platform.system() == "Darwin" else Fraction(peak) * 1024)
+    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, Linux KiB
