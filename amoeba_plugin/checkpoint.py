@@ -12,10 +12,13 @@ The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -24,15 +27,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.errors import AdapterError, ArtifactError
+from amoeba_plugin.extraction import cut_factors, extract
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.smol import SmolConfig, SmolModel
+from amoeba_plugin.smol.export import write_lora
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
 
 FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
 ELASTIC_NAME, ADAPTER_DIRECTORY, PARITY_NAME = "elastic.json", "adapter", "parity.json"
 PARITY_TOKENS = 64
+
+AdapterMode = Literal["fold", "separate"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Parity:
     """How far a reloaded checkpoint is from the elastic model at its shape, on one batch of random tokens."""
 
     shape: str
+    adapter: AdapterMode  # "separate": the checkpoint was loaded with the LoRA beside it, by stock PEFT
     tokens: int
     max_logit_difference: float
     mean_kl_divergence: float  # nats per token
@@ -141,22 +148,45 @@ def load_elastic(directory: Path, base: str | None = None) -> tuple[ElasticModel
     return elastic, peft_model
 
 
-def extract_checkpoint(directory: Path, shape: SubnetShape | str, output: Path, base: str | None = None) -> Parity:
+def extract_checkpoint(
+    directory: Path,
+    shape: SubnetShape | str,
+    output: Path,
+    base: str | None = None,
+    adapter: AdapterMode = "fold",
+) -> Parity:
     """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with ``parity.json`` beside
     it.
 
+    Args:
+        directory: The elastic checkpoint.
+        shape: A shape of its space.
+        output: Where the checkpoint goes: new or empty.
+        base: Where the base model is now, if it moved.
+        adapter: "fold": into the weights. "separate": the checkpoint is cut without it, and ``output/adapter`` is its
+            LoRA at this shape, an ordinary PEFT adapter with the subnet's sizes, whose ``base_model_name_or_path`` is
+            the absolute path of ``output``.
+
     Raises:
         ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
-        ArtifactError: If the output directory is not empty, or the elastic checkpoint is damaged.
+        ArtifactError: If the output directory is not empty, the elastic checkpoint is damaged, or there is no adapter
+            to keep separate.
+        AdapterError: If the adapter cannot be a LoRA, because it holds whole modules or biases too.
     """
     parsed = SubnetStrategy.load(directory).space.require(shape)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
-    elastic, _ = load_elastic(directory, base)
+    if adapter == "separate" and not (directory / ADAPTER_DIRECTORY).is_dir():
+        raise ArtifactError(f"{directory} has no adapter, nothing was trained; leave out --adapter separate")
+    elastic, peft_model = load_elastic(directory, base)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    separate = peft_model is not None and adapter == "separate"
     try:
-        extract(elastic, parsed).save_pretrained(partial)
+        if peft_model is not None and separate:
+            _write_lora(elastic, peft_model, parsed, partial / ADAPTER_DIRECTORY, output)
+        with peft_model.disable_adapter() if peft_model is not None and separate else nullcontext():
+            extract(elastic, parsed).save_pretrained(partial)
         _copy_tokenizer(base or str(elastic.config.name_or_path), partial)
         parity = measure_parity(elastic, parsed, partial)
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
@@ -169,22 +199,47 @@ def extract_checkpoint(directory: Path, shape: SubnetShape | str, output: Path, 
     return parity
 
 
+def _write_lora(
+    elastic: ElasticModel, peft_model: PeftModel, shape: SubnetShape, directory: Path, subnet: Path
+) -> None:
+    smol = peft_model.base_model
+    if not isinstance(smol, SmolModel):
+        raise AdapterError(f"a {peft_model.peft_type} adapter cannot be cut to a shape; fold it: leave out --adapter")
+    config = copy.copy(smol.peft_config[smol.active_adapters[0]])
+    assert isinstance(config, SmolConfig)
+    config.base_model_name_or_path = str(subnet.resolve())
+    with elastic.active(shape) as model:
+        write_lora(directory, cut_factors(elastic, smol, shape), config, model)
+
+
 @torch.no_grad()
 def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:
-    """Reload a checkpoint and compare its logits with the elastic model's at the shape it was cut from."""
+    """Reload a checkpoint, with the adapter beside it if there is one, and compare its logits with the elastic model's
+    at the shape it was cut from.
+    """
     reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    separate = (checkpoint / ADAPTER_DIRECTORY).is_dir()
+    served: nn.Module = (
+        PeftModel.from_pretrained(reloaded, str(checkpoint / ADAPTER_DIRECTORY)) if separate else reloaded
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(elastic.config.vocab_size, (1, PARITY_TOKENS), generator=generator).to(elastic.model.device)
     with elastic.active(shape) as model:
         expected = model(tokens, use_cache=False).logits.float()
-    found = nn.Module.to(reloaded, tokens.device)(tokens, use_cache=False).logits.float()
+    found = nn.Module.to(served, tokens.device)(tokens, use_cache=False).logits.float()
     divergence = torch.nn.functional.kl_div(
         found.log_softmax(-1).flatten(0, 1),
         expected.log_softmax(-1).flatten(0, 1),
         log_target=True,
         reduction="batchmean",
     )
-    return Parity(str(shape), PARITY_TOKENS, (found - expected).abs().max().item(), divergence.item())
+    return Parity(
+        str(shape),
+        "separate" if separate else "fold",
+        PARITY_TOKENS,
+        (found - expected).abs().max().item(),
+        divergence.item(),
+    )
 
 
 def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:

@@ -109,12 +109,16 @@ def extract(
     shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")],
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+    adapter: Annotated[
+        Literal["fold", "separate"],
+        typer.Option(help="Into the weights, or cut without it and its LoRA written to OUT/adapter."),
+    ] = "fold",
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
     _be_quiet()
     from amoeba_plugin.checkpoint import extract_checkpoint
 
-    parity = extract_checkpoint(elastic, shape, output_dir, base)
+    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter)
     _done(
         f"shape {parity.shape} written to {output_dir}; logits differ from the elastic model's by at most "
         f"{parity.max_logit_difference:.1e} over {parity.tokens} tokens"

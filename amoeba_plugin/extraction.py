@@ -12,12 +12,15 @@ import torch
 import torch_pruning
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticLinear, ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.smol import SmolModel
+from amoeba_plugin.smol.export import LoraPair
 
 
 def extract(elastic: ElasticModel, shape: SubnetShape | str) -> PreTrainedModel:
@@ -43,6 +46,32 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str) -> PreTrainedModel:
     subnet.generation_config = elastic.model.generation_config
     subnet.eval()
     return subnet
+
+
+def cut_factors(elastic: ElasticModel, adapter: SmolModel, shape: SubnetShape | str) -> dict[str, LoraPair]:
+    """Return the adapter at a shape as the LoRA of the subnet that is cut without it.
+
+    Args:
+        elastic: With ``adapter`` on it, whose router follows the shape.
+        adapter: The SMOL adapter; its (first) active one is taken.
+        shape: A shape of the space.
+
+    Returns:
+        By module name in the subnet (layers renumbered): A (rank, active_in) and B (active_out, rank), in the elastic
+        model's order of channels.
+
+    Raises:
+        ShapeError: If the space does not hold the shape.
+    """
+    with elastic.active(shape) as model:
+        return {name: _cut_pair(pair, model.get_submodule(name)) for name, pair in adapter.lora_factors().items()}
+
+
+def _cut_pair(pair: LoraPair, layer: nn.Module) -> LoraPair:
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if not isinstance(base, ElasticLinear):
+        return pair
+    return pair._replace(A=pair.A[:, : base.active_in], B=pair.B[: base.active_out])
 
 
 def subnet_config(elastic: ElasticModel, shape: SubnetShape) -> PretrainedConfig:
@@ -129,10 +158,23 @@ def _fill_layers(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
 
 def _fill_rest(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
     layers = set(elastic.adapter.layers(subnet).modules())
-    tied = subnet.get_output_embeddings() if subnet.config.tie_word_embeddings else None
+    tied = None
+    if subnet.config.tie_word_embeddings:
+        tied = subnet.get_output_embeddings()
+        _require_still_tied(elastic.model)
     for path, module in _parameterised(subnet):
         if module not in layers and module is not tied:
             _fill(module, elastic.model.get_submodule(path), path)
+
+
+def _require_still_tied(model: PreTrainedModel) -> None:
+    """Refuse an adapter on one of two modules that share a weight: folded in, it would change the other one too."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) and not module.disable_adapters:
+            raise ArchitectureError(
+                "the adapter changes the output embeddings apart from the input embeddings, but this model ties them "
+                "to one weight; extract with the adapter separate, or train without lm_head and embed_tokens as targets"
+            )
 
 
 def _parameterised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -142,6 +184,9 @@ def _parameterised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
     """Give a parameter-less module of the stock class the tensors of its counterpart, sizes checked."""
     delta = None
+    if isinstance(source, ModulesToSaveWrapper):
+        trained = source.modules_to_save[source.active_adapters[0]]
+        source = source.original_module if source.disable_adapters else trained
     if isinstance(source, BaseTunerLayer):
         delta = _adapter_delta(source)
         source = source.get_base_layer()
