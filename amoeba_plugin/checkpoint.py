@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArtifactError
-from amoeba_plugin.extraction import cut_factors, extract
+from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
@@ -154,6 +154,7 @@ def extract_checkpoint(
     output: Path,
     base: str | None = None,
     adapter: AdapterMode = "fold",
+    portable: bool = False,
 ) -> Parity:
     """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with ``parity.json`` beside
     it.
@@ -166,6 +167,8 @@ def extract_checkpoint(
         adapter: "fold": into the weights. "separate": the checkpoint is cut without it, and ``output/adapter`` is its
             LoRA at this shape, an ordinary PEFT adapter with the subnet's sizes, whose ``base_model_name_or_path`` is
             the absolute path of ``output``.
+        portable: Pad layers of different sizes with zeros, so that a stock class holds them; see
+            :func:`amoeba_plugin.extraction.extract`.
 
     Raises:
         ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
@@ -178,6 +181,10 @@ def extract_checkpoint(
         raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
     if adapter == "separate" and not (directory / ADAPTER_DIRECTORY).is_dir():
         raise ArtifactError(f"{directory} has no adapter, nothing was trained; leave out --adapter separate")
+    if adapter == "separate" and portable:
+        raise AdapterError(
+            "a separate LoRA has no place in layers padded with zeros; leave out --portable or --adapter"
+        )
     elastic, peft_model = load_elastic(directory, base)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -186,7 +193,7 @@ def extract_checkpoint(
         if peft_model is not None and separate:
             _write_lora(elastic, peft_model, parsed, partial / ADAPTER_DIRECTORY, output)
         with peft_model.disable_adapter() if peft_model is not None and separate else nullcontext():
-            extract(elastic, parsed).save_pretrained(partial)
+            extract(elastic, parsed, portable).save_pretrained(partial)
         _copy_tokenizer(base or str(elastic.config.name_or_path), partial)
         parity = measure_parity(elastic, parsed, partial)
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
@@ -217,7 +224,10 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
     """Reload a checkpoint, with the adapter beside it if there is one, and compare its logits with the elastic model's
     at the shape it was cut from.
     """
-    reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    # A per-layer subnet is loaded by the file that was written beside it, which is this package's own.
+    reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=(checkpoint / PER_LAYER_FILE).is_file()
+    ).eval()
     separate = (checkpoint / ADAPTER_DIRECTORY).is_dir()
     served: nn.Module = (
         PeftModel.from_pretrained(reloaded, str(checkpoint / ADAPTER_DIRECTORY)) if separate else reloaded

@@ -113,12 +113,15 @@ def extract(
         Literal["fold", "separate"],
         typer.Option(help="Into the weights, or cut without it and its LoRA written to OUT/adapter."),
     ] = "fold",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Layers of different sizes: pad with zeros to a stock class; no speed.")
+    ] = False,
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
     _be_quiet()
     from amoeba_plugin.checkpoint import extract_checkpoint
 
-    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter)
+    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable)
     _done(
         f"shape {parity.shape} written to {output_dir}; logits differ from the elastic model's by at most "
         f"{parity.max_logit_difference:.1e} over {parity.tokens} tokens"

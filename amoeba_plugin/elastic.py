@@ -7,7 +7,7 @@ ELMS, arXiv:2409.09071, section 3: permutation-consistent units.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -156,6 +156,14 @@ class ElasticModel:
         self._shape = shape
         for listener in self._listeners:
             listener(shape)
+
+    def set_units(self, units: Mapping[str, int]) -> None:
+        """Give every layer the same number of units per group name until the next :meth:`set_shape`.
+
+        Biases that stand in for missing channels stay those of the active shape.
+        """
+        for group in self.groups:
+            group.set_units(units[group.group.name], group.consumer.compensation_row)
 
     @contextmanager
     def active(self, shape: SubnetShape | str) -> Iterator[PreTrainedModel]:

@@ -2,11 +2,15 @@
 
 Channels are cut by torch-pruning, the adapter is folded in, and the result is built as the stock class that can hold
 it. Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
+
+Layers of different sizes (``allocation: global``) become a class of :mod:`amoeba_plugin.modeling_per_layer`, which
+travels with the checkpoint, or, ``portable``, a stock class of the largest layer's sizes with zeros in the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch_pruning
@@ -16,32 +20,46 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.architecture import group_key
 from amoeba_plugin.elastic import ElasticLinear, ElasticModel
-from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolModel
 from amoeba_plugin.smol.export import LoraPair
 
+PER_LAYER_FILE = "modeling_per_layer.py"  # beside a checkpoint whose layers differ in size
 
-def extract(elastic: ElasticModel, shape: SubnetShape | str) -> PreTrainedModel:
+
+def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = False) -> PreTrainedModel:
     """Return a subnet as a model of its own; the elastic model and its active shape are left as they were.
 
     Args:
         elastic: With or without an adapter on it; active adapters are folded in at this shape.
         shape: A shape of its space.
+        portable: Pad layers of different sizes with zeros to the largest of them, for a stock class: the same outputs,
+            loaded anywhere, but neither smaller nor faster than the padded size. Changes nothing where all layers are
+            of one size.
 
     Returns:
-        A model of a stock class, in evaluation mode, on the elastic model's device, sharing no memory with it.
+        A model in evaluation mode, on the elastic model's device, sharing no memory with it; of a stock class, or of a
+        per-layer class where layers differ and ``portable`` is not set.
 
     Raises:
         ShapeError: If the space does not hold the shape.
-        ArchitectureError: If no stock class can hold it, or a tensor did not get the size that was asked for.
+        ArchitectureError: If no class can hold it, or a tensor did not get the size that was asked for.
     """
     shape = elastic.space.require(shape)
+    sizes = layer_units(elastic, shape)
+    largest = largest_units(sizes)
     with elastic.active(shape), torch.no_grad():
-        subnet = _empty_model(subnet_config(elastic, shape), elastic.model)
+        subnet = _empty_model(subnet_config(elastic, shape, portable), elastic.model)
+        if portable:
+            elastic.set_units(largest)
         _fill_layers(subnet, elastic)
         _fill_rest(subnet, elastic)
+        if portable:
+            _clear_padding(subnet, elastic, sizes)
     subnet.tie_weights()
     subnet.generation_config = elastic.model.generation_config
     subnet.eval()
@@ -74,30 +92,85 @@ def _cut_pair(pair: LoraPair, layer: nn.Module) -> LoraPair:
     return pair._replace(A=pair.A[:, : base.active_in], B=pair.B[: base.active_out])
 
 
-def subnet_config(elastic: ElasticModel, shape: SubnetShape) -> PretrainedConfig:
-    """Return the configuration of the stock class that holds a shape.
+def subnet_config(elastic: ElasticModel, shape: SubnetShape, portable: bool = False) -> PretrainedConfig:
+    """Return the configuration of the class that holds a shape.
 
     Raises:
-        ShapeError: If layers keep different numbers of units, which no stock class can express.
-        ArchitectureError: If no stock class can hold it for another reason.
+        ArchitectureError: If no class can hold it.
     """
-    kept = elastic.kept_layers(shape)
-    units: dict[str, int] = {}
-    for index in kept:
-        for group in elastic.adapter.channel_groups(elastic.config):
-            count = elastic.units(shape.width, f"{index}.{group.name}", group)
-            if units.setdefault(group.name, count) != count:
-                raise ShapeError(
-                    f"shape {shape} keeps {units[group.name]} {group.name} units in one layer and {count} in another "
-                    "(allocation: global); stock classes want one size. Select with allocation: uniform to export "
-                    "checkpoints"
-                )
+    sizes = layer_units(elastic, shape)
+    kept, largest = elastic.kept_layers(shape), largest_units(sizes)
     compensated = elastic.strategy.width.bias_compensation and shape.width != 1
-    config = elastic.adapter.subnet_config(
-        elastic.config, kept, units, frozenset(units) if compensated else frozenset()
-    )
+    biased = frozenset(largest) if compensated else frozenset()
+    if portable or all(units == largest for units in sizes):
+        config = elastic.adapter.subnet_config(elastic.config, kept, largest, biased)
+    else:
+        config = _per_layer_config(elastic, kept, sizes, biased)
     config.name_or_path = elastic.config.name_or_path
     return config
+
+
+def layer_units(elastic: ElasticModel, shape: SubnetShape) -> list[dict[str, int]]:
+    """Return per kept layer the units of each group at a shape."""
+    groups = elastic.adapter.channel_groups(elastic.config)
+    return [
+        {group.name: elastic.units(shape.width, group_key(index, group), group) for group in groups}
+        for index in elastic.kept_layers(shape)
+    ]
+
+
+def largest_units(sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Return per group the most units that a layer has.
+
+    >>> largest_units([{"attention": 2, "mlp": 9}, {"attention": 3, "mlp": 8}])
+    {'attention': 3, 'mlp': 9}
+    """
+    return {name: max(units[name] for units in sizes) for name in sizes[0]}
+
+
+def _per_layer_config(
+    elastic: ElasticModel, kept: Sequence[int], sizes: Sequence[Mapping[str, int]], biased: frozenset[str]
+) -> PretrainedConfig:
+    # The whole model's sizes are valid for its class whatever its divisibility rules; layers only name what differs.
+    whole = {group.name: group.units for group in elastic.adapter.channel_groups(elastic.config)}
+    config = elastic.adapter.subnet_config(elastic.config, kept, whole, biased)
+    per_layer_class(config)
+    if not hasattr(PretrainedConfig, "per_layer_config"):
+        raise ArchitectureError(
+            "layers differ in size (allocation: global), and this transformers has no config.per_layer_config; install "
+            "transformers>=5.15, or extract with --portable (padded with zeros to a stock class)"
+        )
+    overrides: dict[int | str, dict[str, Any]] = {}
+    for position, units in enumerate(sizes):
+        own = elastic.adapter.subnet_config(elastic.config, kept, units, biased).to_dict()
+        stated = config.to_dict()
+        overrides[position] = {
+            name: value for name, value in own.items() if type(value) is int and stated.get(name, value) != value
+        }
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = overrides
+    return config
+
+
+def is_per_layer(config: PretrainedConfig) -> bool:
+    """Return whether a configuration gives layers sizes of their own, so that its class is remote code."""
+    return bool(getattr(config, "is_heterogeneous", False))
+
+
+def per_layer_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that builds every layer of a stock model from a configuration of its own.
+
+    Raises:
+        ArchitectureError: If there is none for the model that the configuration describes.
+    """
+    stock: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
+    found = next((each for each in PerLayerSizes.__subclasses__() if issubclass(each, stock)), None)
+    if found is None:
+        raise ArchitectureError(
+            f"layers differ in size (allocation: global), and there is no per-layer class for {stock.__name__}; "
+            "extract with --portable (padded with zeros to a stock class), or select with allocation: uniform"
+        )
+    return found
 
 
 def become(model: PreTrainedModel, subnet: PreTrainedModel) -> None:
@@ -141,8 +214,11 @@ def cut_linear(linear: nn.Linear, delta: Tensor | None = None) -> tuple[Tensor, 
 
 def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
     # Buffers (rotary frequencies) are not in a checkpoint: they must be real.
+    build: Callable[..., PreTrainedModel] = (
+        per_layer_class(config)._from_config if is_per_layer(config) else AutoModelForCausalLM.from_config
+    )
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+        model = build(config, dtype=like.dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(like.device)
@@ -175,6 +251,25 @@ def _require_still_tied(model: PreTrainedModel) -> None:
                 "the adapter changes the output embeddings apart from the input embeddings, but this model ties them "
                 "to one weight; extract with the adapter separate, or train without lm_head and embed_tokens as targets"
             )
+
+
+def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequence[Mapping[str, int]]) -> None:
+    """Zero every channel beyond a layer's own units: it is then zero in all activations, quantized or not."""
+    for layer, units in zip(elastic.adapter.layers(subnet), sizes, strict=True):
+        for group in elastic.adapter.channel_groups(elastic.config):
+            for axis in group.producers:
+                linear = _linear(layer, axis.path)
+                linear.weight[units[group.name] * axis.channels_per_unit :] = 0
+                if linear.bias is not None:
+                    linear.bias[units[group.name] * axis.channels_per_unit :] = 0
+            kept = units[group.name] * group.consumer.channels_per_unit
+            _linear(layer, group.consumer.path).weight[:, kept:] = 0
+
+
+def _linear(layer: nn.Module, path: str) -> nn.Linear:
+    linear = layer.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _parameterised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

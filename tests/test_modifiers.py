@@ -137,6 +137,31 @@ def test_a_whole_recipe_saves_a_checkpoint_that_reloads_equal(
     assert len(again.modifiers[0].kept_layers["3"]) == 3
 
 
+@pytest.mark.parametrize("quantization", ["gptq", "w8a8"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_layers_of_different_sizes_are_quantized_in_the_same_recipe(
+    base: Path, data: Dataset, tmp_path: Path, quantization: str, portable: bool
+) -> None:
+    width = {"widths": ["1", "1/2"], "allocation": "global", "round_to": {"mlp": 32}}
+    extraction = {"shape": "3x1/2", "portable": portable}
+    text = recipe(
+        DEPTH | {"WidthShrinkingModifier": width}, {"SubnetExtractionModifier": extraction}, QUANTIZATION[quantization]
+    )
+    model = run(base, text, data, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert ("auto_map" in config) == ("per_layer_config" in config) == (not portable)
+    assert (tmp_path / "out/modeling_per_layer.py").is_file() == (not portable)
+    sizes = {(layer.self_attn.o_proj.in_features, layer.mlp.down_proj.in_features) for layer in model.model.layers}
+    assert (len(sizes) == 1) == portable
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=not portable)
+    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    for position, layer in enumerate(reloaded.model.layers):
+        own = reloaded.config.per_layer_config[position] if not portable else reloaded.config
+        assert layer.mlp.gate_proj.out_features == own.intermediate_size
+        assert layer.self_attn.k_proj.out_features == own.num_key_value_heads * 16
+
+
 def test_without_quantization_the_subnet_is_a_plain_checkpoint_of_its_own_class(
     base: Path, data: Dataset, tmp_path: Path
 ) -> None:

@@ -24,9 +24,13 @@ class SubnetExtractionModifier(Modifier):
 
     Attributes:
         shape: DEPTHxWIDTH, a point of the space that selection made. No default.
+        portable: Where layers differ in size (``allocation: global``): pad them with zeros to a stock class, which
+            loads anywhere and is neither smaller nor faster. Default false: a per-layer class that comes with the
+            checkpoint and loads with ``trust_remote_code=True``.
     """
 
     shape: str
+    portable: bool = False
 
     @field_validator("shape", mode="before")
     @classmethod
@@ -38,7 +42,7 @@ class SubnetExtractionModifier(Modifier):
         require_session_order(self)
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
-        subnet = extract(elastic, self.shape)
+        subnet = extract(elastic, self.shape, self.portable)
         forget_selection(state.model)
         become(state.model, subnet)
         return True
