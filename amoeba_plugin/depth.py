@@ -1,23 +1,22 @@
-"""Which layers to keep at every depth: the paper's dynamic program, and the published selectors it is compared with."""
+"""Which layers to keep at every depth: the paper's dynamic program."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError, RecipeError
+from amoeba_plugin.layer_flow import watched, where_not_finite
 from amoeba_plugin.objectives import Objective, Score, better, evaluating, model_inputs
 from amoeba_plugin.strategy import DepthStrategy
 
@@ -66,7 +65,8 @@ def search_depths(
         whole = objective.measure(model, batches)
         if not math.isfinite(whole.value):
             raise DataError(
-                f"{objective.name} of the whole model is {whole.value}: nothing can be compared with it; "
+                f"{objective.name} of the whole model is {whole.value}{where_not_finite(model, adapter, batches)}: "
+                "nothing can be compared with it; "
                 "check the weights, their dtype (float16 overflows), and the calibration data"
             )
         total = evaluations(candidates, most, beam) + exchanges * sum(n * (candidates - n) for n in range(1, most + 1))
@@ -247,7 +247,7 @@ class _Trial:
         self._activate(range(start))
         batches = []
         for batch in self.batches:
-            with _watched(self.layers[start - 1]) as flow:
+            with watched(self.layers[start - 1]) as flow:
                 self.adapter.decoder(self.model)(**model_inputs(batch, self.model.device), use_cache=False)
             rest = {name: value for name, value in batch.items() if name not in ("input_ids", "inputs_embeds")}
             batches.append({**rest, "inputs_embeds": flow[0][1].to(batch["labels"].device)})
@@ -257,81 +257,6 @@ class _Trial:
 def _takes_states(model: PreTrainedModel, adapter: ArchitectureAdapter) -> bool:
     # Some decoders scale their embeddings first (Gemma): states handed in as inputs_embeds would be scaled again.
     states = torch.linspace(-1, 1, 2 * model.config.hidden_size).view(1, 2, -1).to(model.device, model.dtype)
-    with evaluating(model), _watched(adapter.layers(model)[0]) as flow:
+    with evaluating(model), watched(adapter.layers(model)[0]) as flow:
         adapter.decoder(model)(inputs_embeds=states, use_cache=False)
     return torch.equal(flow[0][0], states)
-
-
-@contextmanager
-def _watched(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect a decoder layer's input and output states, (batch, positions, hidden), of every call in a block."""
-    flow: list[tuple[Tensor, Tensor]] = []
-
-    def hook(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor | tuple[Tensor, ...]
-    ) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        flow.append((states, output if isinstance(output, Tensor) else output[0]))
-
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield flow
-    finally:
-        handle.remove()
-
-
-def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:
-    """Return for each layer 1 - mean cosine over tokens of input and output (ShortGPT, arXiv:2403.03853, eq. 1)."""
-    layers = adapter.layers(model)
-    similarity, tokens = [0.0] * len(layers), 0
-    with evaluating(model):
-        for batch in batches:
-            present = batch["attention_mask"].bool()
-            tokens += int(present.sum())
-            for index, (states, output) in enumerate(_layer_flow(model, adapter, batch)):
-                # BI_i = 1 - E_t[ x_t . y_t / (|x_t| |y_t|) ], in fp32
-                cosine = functional.cosine_similarity(states.float(), output.float(), dim=-1)
-                similarity[index] += cosine[present.to(cosine.device)].double().sum().item()
-    if not tokens:
-        raise DataError(
-            "no token to measure block influence on: the calibration data is empty or all padding; pass texts"
-        )
-    return [1 - total / tokens for total in similarity]
-
-
-def _layer_flow(model: PreTrainedModel, adapter: ArchitectureAdapter, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    with ExitStack() as stack:
-        flows = [stack.enter_context(_watched(layer)) for layer in adapter.layers(model)]
-        adapter.decoder(model)(**model_inputs(batch, model.device), use_cache=False)
-    return [flow[0] for flow in flows]
-
-
-def block_influence_depths(
-    model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch], depths: Sequence[int]
-) -> DepthStrategy:
-    """Remove the layers of least block influence first (ShortGPT); nested. No metric is measured."""
-    influence = block_influence(model, adapter, batches)
-    ranked = sorted(range(len(influence)), key=lambda index: influence[index], reverse=True)
-    return _selected("block_influence", len(ranked), depths, lambda depth: ranked[:depth])
-
-
-def last_layers_depths(num_layers: int, depths: Sequence[int]) -> DepthStrategy:
-    """Remove the deepest layers but the very last (Gromov et al., arXiv:2403.17887, section 4.4); nested."""
-    return _selected("last_layers", num_layers, depths, lambda depth: [*range(depth - 1), num_layers - 1])
-
-
-def random_depths(num_layers: int, depths: Sequence[int], seed: int) -> DepthStrategy:
-    """Remove layers drawn at random, anew for every depth; the same seed draws the same."""
-
-    def draw(depth: int) -> list[int]:
-        return random.Random(f"{seed}.{depth}").sample(range(num_layers), depth)
-
-    return _selected("random", num_layers, depths, draw)
-
-
-def _selected(name: str, num_layers: int, depths: Sequence[int], keep: Callable[[int], Sequence[int]]) -> DepthStrategy:
-    outside = [depth for depth in depths if not 1 <= depth <= num_layers]
-    if outside:
-        raise RecipeError(f"depths {outside} are impossible: the model has {num_layers} layers; take 1..{num_layers}")
-    wanted = sorted({*depths, num_layers}, reverse=True)
-    return DepthStrategy({depth: tuple(sorted(keep(depth))) for depth in wanted}, name)

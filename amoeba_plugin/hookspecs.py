@@ -1,7 +1,7 @@
-"""The hooks by which architectures, importances and objectives are handed over; built-in ones use the same door.
+"""The hooks by which architectures, importances, objectives and depth selectors are handed over.
 
-A plugin is a module with functions of these names, marked ``@hookimpl`` and announced as an entry point of the group
-``amoeba_plugin``. A function may leave out arguments it does not need.
+Built-in ones use the same door. A plugin is a module with functions of these names, marked ``@hookimpl`` and announced
+as an entry point of the group ``amoeba_plugin``. A function may leave out arguments it does not need.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from amoeba_plugin.architecture import ArchitectureAdapter
+    from amoeba_plugin.depth_selectors import DepthSelector
     from amoeba_plugin.importance import Importance
     from amoeba_plugin.objectives import Objective
 
@@ -34,3 +35,8 @@ def amoeba_importances() -> Mapping[str, Importance]:  # type: ignore[empty-body
 @hookspec
 def amoeba_objectives() -> Mapping[str, Objective]:  # type: ignore[empty-body]
     """Return objectives by the name that ``DepthShrinkingModifier.objective`` takes."""
+
+
+@hookspec
+def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:  # type: ignore[empty-body]
+    """Return depth selectors by the name that ``DepthShrinkingModifier.selector`` takes."""

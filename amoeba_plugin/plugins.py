@@ -14,10 +14,16 @@ from amoeba_plugin.errors import ArchitectureError, PluginError
 
 if TYPE_CHECKING:
     from amoeba_plugin.architecture import ArchitectureAdapter
+    from amoeba_plugin.depth_selectors import DepthSelector
     from amoeba_plugin.importance import Importance
     from amoeba_plugin.objectives import Objective
 
-BUILT_IN = ("amoeba_plugin.architectures.builtin", "amoeba_plugin.importance", "amoeba_plugin.objectives")
+BUILT_IN = (
+    "amoeba_plugin.architectures.builtin",
+    "amoeba_plugin.depth_selectors",
+    "amoeba_plugin.importance",
+    "amoeba_plugin.objectives",
+)
 
 
 @cache
@@ -66,6 +72,12 @@ def importance_named(name: str) -> Importance:
 def objective_named(name: str) -> Objective:
     """Return the objective of that name, or raise :class:`PluginError` with the names that exist."""
     found: Objective = _named("objective", "amoeba_objectives", name)
+    return found
+
+
+def depth_selector_named(name: str) -> DepthSelector:
+    """Return the depth selector of that name, or raise :class:`PluginError` with the names that exist."""
+    found: DepthSelector = _named("depth selector", "amoeba_depth_selectors", name)
     return found
 
 

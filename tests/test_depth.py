@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,16 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin import depth
-from amoeba_plugin.depth import (
-    block_influence,
-    block_influence_depths,
-    evaluations,
-    exchange,
-    last_layers_depths,
-    random_depths,
-    search_depths,
-    shrink,
-)
+from amoeba_plugin.depth import evaluations, exchange, search_depths, shrink
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
 from amoeba_plugin.plugins import architecture_for
@@ -354,59 +344,3 @@ def test_the_objective_s_check_comes_first(tiny_model: TinyModel, random_batches
     model = tiny_model("llama")
     with pytest.raises(DataError, match="lacks question, is_answer"):
         search_depths(model, architecture_for("llama"), MultipleChoiceAccuracy(), random_batches(), min_depth=2)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_block_influence_equals_a_loop_over_tokens(
-    tiny_model: TinyModel, random_batches: RandomBatches, model_type: str
-) -> None:
-    model = tiny_model(model_type)
-    batches = random_batches(2, 2, 10, lengths=(10, 6))
-    sums, tokens = [0.0] * 4, 0
-    for batch in batches:
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            with torch.no_grad():
-                states = model(ids[None, : int(mask.sum())], use_cache=False, output_hidden_states=True).hidden_states
-            last: list[Tensor] = []  # hidden_states ends with the normed output
-            handle = model.model.norm.register_forward_pre_hook(lambda module, args, last=last: last.append(args[0]))
-            with torch.no_grad():
-                model(ids[None, : int(mask.sum())], use_cache=False)
-            handle.remove()
-            flows = [(x[0], y[0]) for x, y in pairwise([*states[:-1], *last])]
-            tokens += int(mask.sum())
-            for index, (x, y) in enumerate(flows):
-                for t in range(len(x)):
-                    sums[index] += (x[t] @ y[t] / (x[t].norm() * y[t].norm())).item()
-    wanted = [1 - total / tokens for total in sums]
-    found = block_influence(model, architecture_for(model_type), batches)
-    assert found == pytest.approx(wanted, abs=1e-5)
-    ranked = sorted(range(4), key=wanted.__getitem__)
-    strategy = block_influence_depths(model, architecture_for(model_type), batches, [3, 2])
-    assert strategy.kept == {4: (0, 1, 2, 3), 3: tuple(sorted(ranked[1:])), 2: tuple(sorted(ranked[2:]))}
-    assert strategy.metric == {}
-
-
-def test_block_influence_needs_tokens(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
-    with pytest.raises(DataError, match="no token to measure block influence on"):
-        block_influence(tiny_model("llama"), architecture_for("llama"), random_batches(1, lengths=(0, 0)))
-
-
-def test_the_last_layers_go_but_the_very_last() -> None:
-    assert last_layers_depths(6, [5, 3, 1]).kept == {6: (0, 1, 2, 3, 4, 5), 5: (0, 1, 2, 3, 5), 3: (0, 1, 5), 1: (5,)}
-
-
-def test_random_layers_follow_the_seed() -> None:
-    depths = list(range(1, 12))
-    drawn = random_depths(12, depths, seed=1).kept
-    assert drawn == random_depths(12, depths, seed=1).kept
-    assert drawn != random_depths(12, depths, seed=2).kept
-    for count, kept in drawn.items():
-        assert len(set(kept)) == len(kept) == count
-        assert kept == tuple(sorted(kept))
-        assert set(kept) <= set(range(12))
-    assert random_depths(12, [5], seed=1).kept[5] == drawn[5]  # whatever other depths are asked for
-
-
-def test_depths_a_model_does_not_have_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"depths \[0, 7\] are impossible: the model has 6 layers; take 1\.\.6"):
-        last_layers_depths(6, [7, 3, 0][::-1])

@@ -216,7 +216,7 @@ def test_the_adapter_was_trained_and_folded_in(base: Path, data: Dataset) -> Non
 def test_a_saved_recipe_repeats_its_depths_without_searching(
     base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amoeba_plugin.modifiers.depth.search_depths", None)
+    monkeypatch.setattr("amoeba_plugin.depth_selectors.search_depths", None)
     kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
     given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
     assert run(base, recipe(given, {"SubnetExtractionModifier": {"shape": "2x1"}}), data).config.num_hidden_layers == 2
@@ -238,6 +238,10 @@ def test_registering_twice_changes_nothing() -> None:
     [
         (lambda: DepthShrinkingModifier(min_depth=2, keep_lst=1), "keep_lst"),
         (lambda: DepthShrinkingModifier(min_depth=0), "greater than or equal to 1"),
+        (
+            lambda: DepthShrinkingModifier(min_depth=2, selector="block_influence", beam=2),
+            "beam means nothing to selector block_influence: it is the dynamic program's",
+        ),
         (lambda: WidthShrinkingModifier(widths=["1", "9/8"]), r"\(0, 1\]"),
         (lambda: WidthShrinkingModifier(widths=["3/4"]), "lack 1"),
         (lambda: WidthShrinkingModifier(widths="1"), "no list of shares"),
@@ -253,6 +257,8 @@ def test_a_bad_field_is_refused_when_the_recipe_is_parsed(make: Callable[[], obj
 def test_an_unknown_objective_or_importance_names_the_known_ones() -> None:
     with pytest.raises(PluginError, match="no objective named 'los'. Did you mean 'loss'"):
         DepthShrinkingModifier(min_depth=2, objective="los")
+    with pytest.raises(PluginError, match="no depth selector named 'block_influenc'. Did you mean 'block_influence'"):
+        DepthShrinkingModifier(min_depth=2, selector="block_influenc")
     with pytest.raises(PluginError, match="no importance named 'flapp'. Did you mean 'flap'"):
         WidthShrinkingModifier(widths=["1"], importance="flapp")
 

@@ -15,11 +15,19 @@ from amoeba_plugin import hookspecs
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.calibration import ActivationStats
+from amoeba_plugin.depth_selectors import DepthSelector
 from amoeba_plugin.errors import ArchitectureError, PluginError
 from amoeba_plugin.hookspecs import hookimpl
 from amoeba_plugin.importance import Importance
 from amoeba_plugin.objectives import Objective, PerTokenLoss
-from amoeba_plugin.plugins import architecture_for, importance_named, objective_named, plugin_manager
+from amoeba_plugin.plugins import (
+    architecture_for,
+    depth_selector_named,
+    importance_named,
+    objective_named,
+    plugin_manager,
+)
+from amoeba_plugin.strategy import DepthStrategy
 
 
 class Stranger(LlamaFamily):
@@ -76,6 +84,17 @@ def test_hook_amoeba_objectives(install: Callable[..., None]) -> None:
     install("their_package", amoeba_objectives=hook)
     assert objective_named("theirs") is theirs
     assert objective_named("accuracy").larger_is_better
+
+
+def test_hook_amoeba_depth_selectors(install: Callable[..., None]) -> None:
+    theirs = DepthSelector("theirs", lambda task: DepthStrategy.whole(task.num_layers))
+
+    def hook() -> Mapping[str, DepthSelector]:
+        return {"theirs": theirs}
+
+    install("their_package", amoeba_depth_selectors=hook)
+    assert depth_selector_named("theirs") is theirs
+    assert depth_selector_named("dynamic_program").options
 
 
 def test_every_hook_has_a_test_and_a_contract() -> None:

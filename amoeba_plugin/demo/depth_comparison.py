@@ -8,11 +8,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.calibration import Batch
-from amoeba_plugin.depth import block_influence_depths, last_layers_depths, random_depths
+from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.plugins import architecture_for, objective_named
+from amoeba_plugin.plugins import architecture_for, depth_selector_named, objective_named
 from amoeba_plugin.report import DepthRow
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+
+PUBLISHED = {"block_influence": "Block Influence", "last_layers": "last layers"}
 
 
 def compare_depth_selectors(
@@ -37,10 +39,10 @@ def compare_depth_selectors(
     """
     adapter = architecture_for(model.config.model_type)
     layers = len(adapter.layers(model))
+    task = DepthTask(model, adapter, objective_named("loss"), calibration, min_depth=min(depths), progress=False)
     strategies: dict[str, DepthStrategy] = {
         "dynamic program + exchanges": searched,  # as the demo's recipe asks for it
-        "Block Influence": block_influence_depths(model, adapter, calibration, depths),
-        "last layers": last_layers_depths(layers, depths),
+        **{label: depth_selector_named(name).select(task) for name, label in PUBLISHED.items()},
         **{f"random {draw + 1}": random_depths(layers, depths, seed + draw) for draw in range(random_selections)},
     }
     rows = []
