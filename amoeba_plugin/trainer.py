@@ -193,6 +193,8 @@ class OneForAllTrainer(Trainer):
                         logits, positions, teacher, divergence, self.options.temperature, self.options.kd_weight
                     )
                     objective = self._balanced(loss, losses[0], shape)
+                if index == len(shapes) - 1:
+                    objective = objective + self._load_balancing()
                 del logits
                 losses.append(loss.detach())
                 self._means.add(f"loss/{shape}", losses[-1])
@@ -200,6 +202,16 @@ class OneForAllTrainer(Trainer):
                 if learns:
                     self.accelerator.backward(objective * share)
         return torch.stack(losses)
+
+    def _load_balancing(self) -> Tensor | float:
+        """Return SMOL's ``router_load_balancing`` term, once per micro-batch: () fp32, or 0."""
+        term = getattr(self.model, "load_balancing_loss", None)
+        if term is None:
+            return 0.0
+        value: Tensor = term()
+        if value.requires_grad:
+            self._means.add("load_balancing", value.detach())
+        return value
 
     def _balanced(self, loss: Tensor, loss_largest: Tensor, shape: SubnetShape) -> Tensor:
         if not self.options.loss_balancing:

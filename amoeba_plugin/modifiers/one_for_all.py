@@ -41,6 +41,8 @@ class AdapterOptions(BaseModel):
         router_noise: Noise on the router's logits in training. Default true (reference code).
         router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner.
             Default 1.
+        router_load_balancing: Weight of the loss that makes the shapes use all experts. Default 0, off (reference
+            code).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,6 +56,7 @@ class AdapterOptions(BaseModel):
     target_modules: list[str] = DECODER_LINEARS
     router_noise: bool = True
     router_temperature: float = Field(default=1.0, gt=0)
+    router_load_balancing: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> AdapterOptions:

@@ -42,6 +42,10 @@ class SmolConfig(PeftConfig):
         router_hidden: Width of the router's hidden layer.
         router_seed: Seed of the router's own noise generator.
         router_temperature: Divides the k chosen logits before the softmax.
+        router_load_balancing: Weight of the term that keeps the shapes from sharing the same few experts, see
+            :meth:`SmolModel.load_balancing_loss`; 0: none, as in the reference. Off, because the few shapes of a space
+            may well be served best by few experts: a token router needs the term for equal loads on devices, here it
+            trades quality for diversity.
         adapt_largest: False: at the whole model all weights are 0, so it stays the base model whatever was trained.
         router_nonlinearity: Between the router's two layers: "none" (as the reference), "relu", "gelu", "silu", "tanh".
         init_weights: True: A Kaiming-uniform and B zero; "gaussian": A normal with std 1/r and B zero; False: both
@@ -79,6 +83,7 @@ class SmolConfig(PeftConfig):
     router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the k."})
     router_nonlinearity: str = field(default="none", metadata={"help": "Between the router's two layers."})
+    router_load_balancing: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     adapt_largest: bool = field(default=True, metadata={"help": "False: the whole model stays the base model."})
     init_weights: bool | str = field(default=True, metadata={"help": "True, False or 'gaussian'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
@@ -121,6 +126,10 @@ class SmolConfig(PeftConfig):
         if self.router_temperature <= 0:
             raise ConfigError(
                 f"router_temperature={self.router_temperature}: it divides the logits, give a number above 0"
+            )
+        if self.router_load_balancing < 0:
+            raise ConfigError(
+                f"router_load_balancing={self.router_load_balancing}: the weight of a loss, give 0 (off) or more"
             )
         for name, choices in (
             ("combination", COMBINATIONS),

@@ -26,7 +26,7 @@ from amoeba_plugin.smol.host import (
 )
 from amoeba_plugin.smol.layer import SmolLinear
 from amoeba_plugin.smol.packed import keep_packed
-from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
+from amoeba_plugin.smol.router import ShapeRouter, SmolLayer, importance_loss
 
 ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
 
@@ -81,8 +81,32 @@ class SmolModel(BaseTuner):
         Args:
             adapter: Name of the adapter; None: the (first) active one.
         """
+        return self._mixture(self._adapter(adapter), deterministic=True)
+
+    def load_balancing_loss(self, adapter: str | None = None) -> Tensor:
+        """Return what to add to the loss so that the space's shapes use all experts, () fp32, with a gradient.
+
+        ``router_load_balancing`` times the squared coefficient of variation of the experts' mean weights over all
+        shapes, with noise of its own in training; 0 where that field is 0. An expert that no shape chose gets no
+        gradient from it but through the noise.
+
+        >>> loss = model(**batch).loss + model.load_balancing_loss()  # doctest: +SKIP
+
+        Args:
+            adapter: Name of the adapter; None: the (first) active one.
+        """
         name = self._adapter(adapter)
-        gates, indices = self.router(name, deterministic=True)
+        config, weights = self._config(name), self.router.weights(name)
+        if not config.router_load_balancing:
+            return torch.zeros((), device=weights.down_weight.device)
+        mixtures = []
+        for shape in config.space:
+            with self.router.at({name: weights.with_noise(weights.state_at(shape))}):
+                mixtures.append(self._mixture(name))
+        return config.router_load_balancing * importance_loss(torch.stack(mixtures))
+
+    def _mixture(self, name: str, deterministic: bool = False) -> Tensor:
+        gates, indices = self.router(name, deterministic)
         mixture: Tensor = gates.new_zeros(self._config(name).num_experts).index_put((indices,), gates)
         return mixture
 

@@ -54,6 +54,20 @@ def shape_feature(kept_layers: Sequence[int], width_index: int, num_layers: int,
     return feature
 
 
+def importance_loss(mixtures: Tensor) -> Tensor:
+    """Return the squared coefficient of variation of the experts' importance, () fp32, 0 where all weigh the same.
+
+    >>> importance_loss(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
+    tensor(0.1250)
+
+    Args:
+        mixtures: (shapes, experts), the weights of every expert at every shape.
+    """
+    # CV(I)^2 = Var(I) / E(I)^2 with the importance I = the mean weight of an expert (arXiv:1701.06538, eq. 6 and 7)
+    importance = mixtures.mean(dim=0)
+    return importance.var(correction=0) / importance.mean().square().clamp(min=1e-12)
+
+
 class RouterWeights(nn.Module):
     """The router of one adapter.
 
@@ -90,10 +104,14 @@ class RouterWeights(nn.Module):
         return RouterState(shape, kept, self._place(feature), self._place(torch.zeros(config.num_experts)))
 
     def draw_noise(self) -> None:
-        """Draw the noise of one forward from the router's own generator; in training only, and never in place."""
-        if self.config.router_noise and self.training:
-            noise = torch.randn(self.config.num_experts, generator=self.generator)
-            self.state = self.state._replace(noise=self._place(noise))
+        """Draw the noise of one forward; in training only, and never in place."""
+        self.state = self.with_noise(self.state)
+
+    def with_noise(self, state: RouterState) -> RouterState:
+        """Return the state with noise from the router's own generator; in evaluation as it is."""
+        if not (self.config.router_noise and self.training):
+            return state
+        return state._replace(noise=self._place(torch.randn(self.config.num_experts, generator=self.generator)))
 
     def place(self) -> None:
         """Move the state to the parameters' device."""

@@ -23,6 +23,7 @@ from amoeba_plugin.smol import SmolConfig
         ({"router_hidden": 1.5}, "router_hidden=1.5"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0: a probability in \[0, 1\)"),
         ({"router_temperature": 0}, "router_temperature=0"),
+        ({"router_load_balancing": -1}, "router_load_balancing=-1: the weight of a loss"),
         ({"combination": "sum"}, "combination='sum': choose one of factors, outputs"),
         ({"router_nonlinearity": "elu"}, "choose one of none, relu"),
         ({"init_weights": "pissa"}, "init_weights='pissa': choose one of True, False, gaussian"),

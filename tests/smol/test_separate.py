@@ -68,34 +68,28 @@ def trained(tiny_model: Callable[..., Any], randomize: Callable[..., None], tmp_
 def test_stock_peft_serves_every_shape(
     trained: Callable[..., ElasticModel], tokens: Tensor, tmp_path: Path, combination: str
 ) -> None:
-    space = trained(
+    elastic = trained(
         combination=combination,
         bias_compensation=combination == "outputs",
         rank_pattern={"q_proj": 5, "layers.1.*up_proj": 2},
         target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"],
-    ).space
+    )
     torch.save(tokens, tmp_path / "tokens.pt")
-    for shape in space:
-        name = str(shape).replace("/", "_")
-        for adapter in ("fold", "separate"):
-            parity = extract_checkpoint(
-                tmp_path / "elastic",
-                shape,
-                tmp_path / adapter / name,
-                adapter=adapter,  # type: ignore[arg-type]
-            )
-            assert parity.adapter == adapter
-            assert parity.max_logit_difference <= 1e-4
-            document = json.loads((tmp_path / adapter / name / "parity.json").read_text())
-            assert (document["adapter"], document["shape"]) == (adapter, str(shape))
+    for shape in elastic.space:
+        output = tmp_path / "separate" / str(shape).replace("/", "_")
+        parity = extract_checkpoint(tmp_path / "elastic", shape, output, adapter="separate")
+        assert parity.max_logit_difference <= 1e-4
+        document = json.loads((output / "parity.json").read_text())
+        assert (document["adapter"], document["shape"]) == ("separate", str(shape))
     subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN, str(tmp_path)], check=True, cwd=tmp_path, timeout=240)
     found = torch.load(tmp_path / "found.pt")
     assert len(found) == 9
-    for name, logits in found.items():
-        folded, bare = (AutoModelForCausalLM.from_pretrained(tmp_path / kind / name) for kind in ("fold", "separate"))
+    for shape in elastic.space:
+        logits = found[str(shape).replace("/", "_")]
         with torch.no_grad():
-            torch.testing.assert_close(logits, folded(tokens).logits, rtol=0, atol=1e-5)
-            assert not torch.allclose(logits, bare(tokens).logits, atol=1e-2)
+            torch.testing.assert_close(logits, extract(elastic, shape)(tokens).logits, rtol=0, atol=1e-5)
+    bare = AutoModelForCausalLM.from_pretrained(output)
+    assert not torch.allclose(logits, bare(tokens).logits, atol=1e-2)
 
 
 def test_the_lora_is_an_ordinary_one_of_the_subnet(trained: Callable[..., ElasticModel], tmp_path: Path) -> None:
@@ -121,7 +115,9 @@ def test_modules_trained_in_full_are_folded(
     trained: Callable[..., ElasticModel], randomize: Callable[..., None], tokens: Tensor, tmp_path: Path
 ) -> None:
     elastic = trained(modules_to_save=["lm_head"], target_modules=["q_proj"])
-    assert extract_checkpoint(tmp_path / "elastic", "3x3/4", tmp_path / "out").max_logit_difference <= 1e-4
+    parity = extract_checkpoint(tmp_path / "elastic", "3x3/4", tmp_path / "out")
+    assert parity.adapter == "fold"
+    assert parity.max_logit_difference <= 1e-4
     randomize(elastic.model, only="lm_head.modules_to_save")
     with elastic.active("2x1/2") as model, torch.no_grad():
         torch.testing.assert_close(extract(elastic, "2x1/2")(tokens).logits, model(tokens).logits, rtol=0, atol=1e-4)
