@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from amoeba_plugin.architecture import text_model
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.hookspecs import hookimpl
+from amoeba_plugin.hosted import answering, input_device
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a position that is no target; the convention of torch and transformers
 LOGITS_AT_ONCE = 2**25  # 128 MB in fp32: a whole batch of a 150k vocabulary would take gigabytes
 MODEL_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-# Fields of configurations whose class computes more than one linear between the last hidden state and the logits.
-RESCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,23 @@ class Objective(ABC):
             DataError: Saying what is missing.
         """
 
-    @abstractmethod
-    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
-        """Score a model, which is not changed.
+    def observe(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return what one batch contributes, (rows, columns) fp64 on the CPU; the columns are the objective's own.
 
-        A batch may carry ``inputs_embeds``, (batch, positions, hidden), in place of ``input_ids``: the search over
-        depths runs the layers before the first removed one only once. Hand the model what :func:`model_inputs` selects.
+        The search over depths calls this once per subnet and batch, and gathers the rows of all ranks. An objective
+        that overrides :meth:`measure` instead is searched with too, but every subnet then runs from its embeddings.
         """
+        raise NotImplementedError(f"objective {self.name} has neither observe and score, nor measure")
+
+    def score(self, observations: Tensor) -> Score:
+        """Return the score of the observations of all batches, (rows, columns) fp64; their order does not matter."""
+        raise NotImplementedError(f"objective {self.name} has neither observe and score, nor measure")
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+        """Score a model, which is not changed."""
+        self.check(batches)
+        with evaluating(model):
+            return self.score(torch.cat([self.observe(model, batch) for batch in batches]))
 
 
 def better(objective: Objective, a: Score, b: Score) -> bool:
@@ -113,13 +123,14 @@ def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     Returns:
         (batch, positions - 1), fp32, nats; entry t belongs to label t + 1 and is 0 where that label is -100.
     """
-    states, head = _states_and_head(text_model(model), batch)
+    text = text_model(model)
+    states, logits = _states(text, batch)
     targets = batch["labels"][:, 1:].to(states.device)
     predicted = targets != IGNORED
     at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     # loss_t = -log softmax(logits_t)[label_{t+1}], in fp32 whatever the model's dtype
     parts = [
-        functional.cross_entropy(head(few).float(), labels, reduction="none")
+        functional.cross_entropy(logits(few).float(), labels, reduction="none")
         for few, labels in zip(
             torch.split(states[:, :-1][predicted], at_once), torch.split(targets[predicted], at_once), strict=True
         )
@@ -129,13 +140,22 @@ def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     return losses
 
 
-def _states_and_head(model: Any, batch: Batch) -> tuple[Tensor, nn.Module]:
-    """Return states (batch, positions, ·) and the module that maps them to logits."""
-    inputs = model_inputs(batch, model.device)
-    hooked = model._forward_pre_hooks or model._forward_hooks  # a quantized model unpacks its weights in one
-    if hooked or any(getattr(model.config, name, None) is not None for name in RESCALED_LOGITS):
-        return model(**inputs, use_cache=False).logits, nn.Identity()
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
+def _states(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return states (batch, positions, ·) and the function that maps some of them, (few, ·), to logits."""
+    inputs = model_inputs(batch, input_device(model))
+    if model._forward_pre_hooks or model._forward_hooks:  # a quantized model unpacks its weights in one
+        return model(**inputs, use_cache=False).logits, lambda few: few
+    decoder = model.get_decoder()
+    token = torch.zeros((1, 1), dtype=torch.int64, device=input_device(model))
+
+    def logits(few: Tensor) -> Tensor:
+        # The class's own way from states to logits, which may cap and scale them; the decoder answers at once.
+        output = BaseModelOutputWithPast(last_hidden_state=few[None])  # type: ignore[arg-type]  # says FloatTensor
+        with answering(decoder, lambda *args, **kwargs: output):
+            made: Tensor = model(token, use_cache=False).logits
+        return made[0]
+
+    return decoder(**inputs, use_cache=False).last_hidden_state, logits
 
 
 def target_counts(batch: Batch) -> Tensor:
@@ -165,16 +185,14 @@ class PerTokenLoss(Objective):
                 "give sequences of two tokens or more, with labels other than -100"
             )
 
-    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
-        """Return the loss as value and as tie-breaker."""
-        loss = self._mean_loss(model, batches)
-        return Score(loss, loss)
+    def observe(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return nats and target tokens of each row."""
+        return torch.stack((_row_nats(model, batch), target_counts(batch).cpu().double()), dim=1)
 
-    def _mean_loss(self, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-        self.check(batches)
-        with evaluating(model):
-            total = sum(target_losses(model, batch).double().sum().item() for batch in batches)
-        return total / sum(int(target_counts(batch).sum()) for batch in batches)
+    def score(self, observations: Tensor) -> Score:
+        """Return the loss as value and as tie-breaker."""
+        nats, tokens = observations.sum(dim=0).tolist()
+        return Score(nats / tokens, nats / tokens)
 
 
 class Perplexity(PerTokenLoss):
@@ -183,9 +201,9 @@ class Perplexity(PerTokenLoss):
     name = "perplexity"
     unit = "perplexity"
 
-    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+    def score(self, observations: Tensor) -> Score:
         """Return exp(loss), infinite where it overflows."""
-        loss = self._mean_loss(model, batches)
+        loss = super().score(observations).loss
         try:
             return Score(math.exp(loss), loss)
         except OverflowError:
@@ -231,26 +249,29 @@ class MultipleChoiceAccuracy(Objective):
                     f"{sum(map(bool, flags))} are answers; a question needs two choices or more, one of them the answer"
                 )
 
-    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+    def observe(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return nats, target tokens, question and whether it is the answer, of each row."""
+        columns = (target_counts(batch), batch["question"].flatten(), batch["is_answer"].flatten())
+        return torch.stack((_row_nats(model, batch), *(column.cpu().double() for column in columns)), dim=1)
+
+    def score(self, observations: Tensor) -> Score:
         """Return the share answered right, and the mean loss per token of the true choices."""
-        self.check(batches)
-        with evaluating(model):
-            sums = [target_losses(model, batch).double().sum(dim=1).tolist() for batch in batches]
-        nats = [value for batch_sums in sums for value in batch_sums]
-        tokens = [count for batch in batches for count in target_counts(batch).tolist()]
-        answer: dict[int, float] = {}
-        others: dict[int, list[float]] = defaultdict(list)
+        answer: dict[float, float] = {}
+        others: dict[float, list[float]] = defaultdict(list)
         answer_nats = answer_tokens = 0.0
-        rows = zip(_column(batches, "question"), _column(batches, "is_answer"), nats, tokens, strict=True)
-        for question, is_answer, row_nats, row_tokens in rows:
+        for nats, tokens, question, is_answer in observations.tolist():
             if is_answer:
-                answer[question] = row_nats / row_tokens
-                answer_nats, answer_tokens = answer_nats + row_nats, answer_tokens + row_tokens
+                answer[question] = nats / tokens
+                answer_nats, answer_tokens = answer_nats + nats, answer_tokens + tokens
             else:
-                others[question].append(row_nats / row_tokens)
+                others[question].append(nats / tokens)
         # Strictly below every other choice: a tie, or NaN, is no answer, and the order of choices cannot matter.
         right = sum(all(answer[question] < other for other in others[question]) for question in answer)
         return Score(right / len(answer), answer_nats / answer_tokens)
+
+
+def _row_nats(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return target_losses(model, batch).cpu().double().sum(dim=1)
 
 
 def _column(batches: Sequence[Batch], name: str) -> list[int]:

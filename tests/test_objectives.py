@@ -67,25 +67,56 @@ def test_loss_does_not_depend_on_how_many_logits_are_made_at_once(
         assert PerTokenLoss().measure(model, batches).value == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_class_that_rescales_its_logits_is_asked_for_them(
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+    ],
+)
+def test_the_class_itself_caps_and_scales_its_logits_a_few_at_a_time(
+    tiny_model: TinyModel,
+    random_batches: RandomBatches,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    overrides: dict[str, object],
+) -> None:
+    model, batches = tiny_model(model_type, **overrides), random_batches(1, 3, lengths=(12, 5, 9))
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape[-2]))
+    monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 97 * 7)
+    found = PerTokenLoss().measure(model, batches).value
+    assert max(shapes) == 7
+    assert sum(shapes) == sum(length - 1 for length in (12, 5, 9))
+    nats = [value for row in range(3) for value in row_nats(model, batches[0], row)]
+    assert found == pytest.approx(sum(nats) / len(nats), rel=1e-6)
+
+
+def test_a_model_with_hooks_of_its_own_is_asked_as_a_whole(
     tiny_model: TinyModel, random_batches: RandomBatches
 ) -> None:
     model, batches = tiny_model("llama"), random_batches(1)
-    head, before = model.lm_head, PerTokenLoss().measure(model, batches).value
-    model.config.logit_scale = 0.5
-    head.register_forward_hook(lambda module, args, output: output * 1)
+    before = PerTokenLoss().measure(model, batches).value
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(1))
     assert PerTokenLoss().measure(model, batches).value == pytest.approx(before, rel=1e-6)
-    states, identity = objectives._states_and_head(model, batches[0])
-    assert states.shape[-1] == 97
-    assert isinstance(identity, torch.nn.Identity)
+    assert calls
 
 
-def test_states_in_place_of_tokens_score_the_same(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
-    model, batches = tiny_model("qwen3"), random_batches(1, lengths=(12, 7))
-    states = [{**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])} for batch in batches]
-    for batch in states:
-        del batch["input_ids"]
-    assert PerTokenLoss().measure(model, states) == PerTokenLoss().measure(model, batches)
+@pytest.mark.parametrize("objective", [PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy()], ids=lambda o: o.name)
+def test_observations_score_the_same_in_any_order(
+    tiny_model: TinyModel, random_batches: RandomBatches, objective: objectives.Objective
+) -> None:
+    model, batches = tiny_model("llama"), questions(random_batches(4, 3), 4)
+    whole = objective.measure(model, batches)
+    with evaluating(model):
+        rows = torch.cat([objective.observe(model, batch) for batch in batches])
+    assert rows.dtype == torch.float64
+    shuffled = objective.score(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))])
+    assert shuffled.value == pytest.approx(whole.value, rel=1e-12)
+    assert shuffled.loss == pytest.approx(whole.loss, rel=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "choices"), [(4, 4), (3, 4), (2, 3)])
