@@ -5,6 +5,7 @@ All but the program rank layers once. What they rank by is in :mod:`amoeba_plugi
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.depth import search_depths
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.hookspecs import hookimpl
-from amoeba_plugin.layer_scores import block_influence
+from amoeba_plugin.layer_scores import angular_distances, block_influence, magnitude, scores_without, taylor
 from amoeba_plugin.objectives import Objective
 from amoeba_plugin.strategy import DepthStrategy
+
+PROTECTED_FIRST, PROTECTED_LAST = 4, 2  # what the "+" of Shortened LLaMA means (arXiv:2402.02834, section 2.2)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,57 @@ def dynamic_program(task: DepthTask) -> DepthStrategy:
 
 def least_block_influence(task: DepthTask) -> DepthStrategy:
     """Remove the layers of least block influence first (ShortGPT, arXiv:2403.03853); nested."""
-    influence = block_influence(task.model, task.adapter, task.batches)
-    return _removed_in_order(task, "block_influence", _ascending(influence[: _removable(task)]))
+    removable = range(_removable(task))
+    return _least_first(task, "block_influence", block_influence(task.model, task.adapter, task.batches), removable)
+
+
+def one_shot(task: DepthTask) -> DepthStrategy:
+    """Remove first the layers without which the objective is best, each left out alone; nested.
+
+    With the objective loss or perplexity this is Shortened LLaMA's PPL, arXiv:2402.02834.
+    """
+    removable = range(_removable(task))
+    scores = scores_without(task.model, task.adapter, task.objective, task.batches, task.progress)
+    badness = [(-score.value if task.objective.larger_is_better else score.value, score.loss) for score in scores]
+    return _least_first(task, "one_shot", badness, removable)
+
+
+def least_taylor(task: DepthTask) -> DepthStrategy:
+    """Remove the layers with the least first-order Taylor importance first (Shortened LLaMA); nested."""
+    removable = range(_removable(task))
+    return _least_first(task, "taylor", taylor(task.model, task.adapter, task.batches, task.progress), removable)
+
+
+def least_taylor_plus(task: DepthTask) -> DepthStrategy:
+    """As :func:`least_taylor`, but the first four and the last two layers stay (Shortened LLaMA's Taylor+)."""
+    removable = _unprotected(task, "taylor")
+    return _least_first(task, "taylor_plus", taylor(task.model, task.adapter, task.batches, task.progress), removable)
+
+
+def least_magnitude(task: DepthTask) -> DepthStrategy:
+    """Remove the layers with the least sum of absolute weights first (Shortened LLaMA); nested. No data is needed."""
+    return _least_first(task, "magnitude", magnitude(task.model, task.adapter), range(_removable(task)))
+
+
+def least_magnitude_plus(task: DepthTask) -> DepthStrategy:
+    """As :func:`least_magnitude`, but the first four and the last two layers stay (Shortened LLaMA's Magnitude+)."""
+    return _least_first(task, "magnitude_plus", magnitude(task.model, task.adapter), _unprotected(task, "magnitude"))
+
+
+def least_angular_distance(task: DepthTask) -> DepthStrategy:
+    """Remove, for every depth, the run of neighbouring layers over which the states turn least; not nested.
+
+    Gromov et al., arXiv:2403.17887, section 3.2; of equal runs the deepest.
+    """
+    layers, removable = task.num_layers, _removable(task)
+    distances = angular_distances(task.model, task.adapter, task.batches)
+    _require_scores("angular_distance", distances.diagonal(1).tolist())
+    kept = {layers: tuple(range(layers))}
+    for count in range(1, layers - task.min_depth + 1):
+        # l*(n) = argmin_l d(x_l, x_{l+n})
+        first = min(range(removable - count, -1, -1), key=distances.diagonal(count).__getitem__)
+        kept[layers - count] = (*range(first), *range(first + count, layers))
+    return DepthStrategy(kept, "angular_distance")
 
 
 def last_layers(task: DepthTask) -> DepthStrategy:
@@ -100,10 +152,6 @@ def random_depths(num_layers: int, depths: Sequence[int], seed: int) -> DepthStr
     return DepthStrategy(
         {depth: tuple(sorted(layers)) for depth, layers in {num_layers: range(num_layers), **kept}.items()}, "random"
     )
-
-
-def _ascending(scores: Sequence[float]) -> list[int]:
-    return sorted(range(len(scores)), key=scores.__getitem__)
 
 
 def _removable(task: DepthTask) -> int:
@@ -120,6 +168,39 @@ def _removable(task: DepthTask) -> int:
             f"those kept; take 0..{task.min_depth}"
         )
     return layers - task.keep_last
+
+
+def _unprotected(task: DepthTask, plain: str) -> range:
+    last = max(PROTECTED_LAST, task.keep_last)
+    removable = range(PROTECTED_FIRST, min(_removable(task), task.num_layers - last))
+    wanted = task.num_layers - task.min_depth
+    if len(removable) < wanted:
+        raise RecipeError(
+            f"selector {plain}_plus keeps the first {PROTECTED_FIRST} and the last {last} of the "
+            f"{task.num_layers} layers, so that {len(removable)} can go, and min_depth {task.min_depth} removes "
+            f"{wanted}; take selector {plain}, or a min_depth of {task.num_layers - len(removable)} or more"
+        )
+    return removable
+
+
+def _least_first(task: DepthTask, name: str, scores: Sequence[Any], removable: range) -> DepthStrategy:
+    """Return the strategy that removes the layers with the least scores first; equal ones from the first layer on."""
+    _require_scores(name, scores)
+    return _removed_in_order(task, name, sorted(removable, key=scores.__getitem__))
+
+
+def _require_scores(name: str, scores: Sequence[Any]) -> None:
+    for layer, score in enumerate(scores):
+        if not all(map(math.isfinite, score if isinstance(score, tuple) else (score,))):
+            raise DataError(
+                f"selector {name}: the score of layer {layer} is {score}; check the weights, their dtype (float16 "
+                "overflows), and the calibration data"
+            )
+    if len(scores) > 1 and len(set(scores)) == 1:
+        raise DataError(
+            f"selector {name} gives {scores[0]} to all {len(scores)} layers: it cannot tell them apart; give more or "
+            "other calibration data, or take another selector"
+        )
 
 
 def _removed_in_order(task: DepthTask, name: str, order: Sequence[int]) -> DepthStrategy:
@@ -141,6 +222,16 @@ def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:
         ),
         DepthSelector(
             "block_influence", least_block_influence, description="1 - cosine of input and output (ShortGPT)"
+        ),
+        DepthSelector("one_shot", one_shot, description="the objective without each layer alone (Shortened LLaMA)"),
+        DepthSelector("taylor", least_taylor, description="sum of |gradient x weight| (Shortened LLaMA)"),
+        DepthSelector("taylor_plus", least_taylor_plus, description="taylor, first 4 and last 2 layers kept"),
+        DepthSelector("magnitude", least_magnitude, description="sum of |weight| (Shortened LLaMA)"),
+        DepthSelector("magnitude_plus", least_magnitude_plus, description="magnitude, first 4 and last 2 layers kept"),
+        DepthSelector(
+            "angular_distance",
+            least_angular_distance,
+            description="the run that turns states least (Gromov et al.)",
         ),
         DepthSelector("last_layers", last_layers, description="the deepest layers but the last go"),
     )

@@ -1,33 +1,142 @@
-"""What decoder layers are worth, each on its own: the figures that published depth selectors rank by."""
+"""What decoder layers are worth, each on its own: the figures that published depth selectors rank by.
+
+Sums run over the batches of all ranks, so that a calibration set cut into batches or shards gives the same figures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_flow import layer_flow
-from amoeba_plugin.objectives import evaluating
+from amoeba_plugin.objectives import Objective, Score, evaluating
+from amoeba_plugin.ranks import sum_over_ranks
 
 
 def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:
     """Return for each layer 1 - mean cosine over tokens of input and output (ShortGPT, arXiv:2403.03853, eq. 1)."""
-    layers = adapter.layers(model)
-    similarity, tokens = [0.0] * len(layers), 0
+    similarity = torch.zeros(len(adapter.layers(model)) + 1, dtype=torch.float64)  # last: tokens
     with evaluating(model):
         for batch in batches:
             present = batch["attention_mask"].bool()
-            tokens += int(present.sum())
+            similarity[-1] += int(present.sum())
             for index, (states, output) in enumerate(layer_flow(model, adapter, batch)):
                 # BI_i = 1 - E_t[ x_t . y_t / (|x_t| |y_t|) ], in fp32
                 cosine = functional.cosine_similarity(states.float(), output.float(), dim=-1)
                 similarity[index] += cosine[present.to(cosine.device)].double().sum().item()
+    *sums, tokens = sum_over_ranks(similarity).tolist()
     if not tokens:
         raise DataError(
             "no token to measure block influence on: the calibration data is empty or all padding; pass texts"
         )
-    return [1 - total / tokens for total in similarity]
+    return [1 - total / tokens for total in sums]
+
+
+def angular_distances(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Tensor:
+    """Return how far the states turn between layers (Gromov et al., arXiv:2403.17887, eq. 3).
+
+    Returns:
+        (layers + 1, layers + 1) fp64: between what enters layer l and what enters layer m (behind the last layer: what
+        leaves it), at the last token of each sequence, mean over sequences; 0 is the same direction, 1 the opposite.
+    """
+    size = len(adapter.layers(model)) + 1
+    total, sequences = torch.zeros(size, size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    with evaluating(model):
+        for batch in batches:
+            rows, last = last_tokens(batch["attention_mask"].to(model.device))
+            flow = layer_flow(model, adapter, batch)
+            states = [states[rows, last].double().cpu() for states in (*(enters for enters, _ in flow), flow[-1][1])]
+            directions = functional.normalize(torch.stack(states, dim=1), dim=-1)  # (rows, layers + 1, hidden)
+            # d(l, m) = 1/pi arccos( x_l . x_m / (|x_l| |x_m|) )
+            cosine = (directions @ directions.mT).clamp(-1, 1)
+            total += (cosine.arccos() / math.pi).sum(dim=0)
+            sequences += len(rows)
+    count = sum_over_ranks(sequences).item()
+    if not count:
+        raise DataError("no token to measure angles on: the calibration data is empty or all padding; pass texts")
+    return sum_over_ranks(total) / count
+
+
+def last_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows that have a token, and the position of the last one in each, whichever side is padded.
+
+    >>> last_tokens(torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]))
+    (tensor([0, 2]), tensor([1, 2]))
+    """
+    rows = mask.bool().any(dim=1).nonzero()[:, 0]
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return rows, (mask.bool()[rows] * positions).amax(dim=1)
+
+
+def scores_without(
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    objective: Objective,
+    batches: Sequence[Batch],
+    progress: bool = True,
+) -> list[Score]:
+    """Return for each layer the objective of the model without it (Shortened LLaMA's PPL, arXiv:2402.02834)."""
+    objective.check(batches)
+    layers = len(adapter.layers(model))
+    scores = []
+    for removed in tqdm(range(layers), desc="layers left out", unit="layer", disable=not progress):
+        with _keeping(model, adapter, [index for index in range(layers) if index != removed]):
+            scores.append(objective.measure(model, batches))
+    return scores
+
+
+def taylor(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch], progress: bool = True
+) -> list[float]:
+    """Return for each layer the sum of |gradient x weight| over the elements of its matrices.
+
+    First-order Taylor importance of Shortened LLaMA, arXiv:2402.02834, section 2.1. Memory: see ``loss_gradients``.
+    """
+    weights = _matrices(model, adapter)
+    names = {f"{index}.{name}": weight for index, layer in enumerate(weights) for name, weight in layer.items()}
+    gradients = loss_gradients(model, names, batches, progress)
+    # I_n = sum over k, i, j of |dL/dW_ij^{k,n} * W_ij^{k,n}|
+    return [
+        sum(
+            (gradients[f"{index}.{name}"] * weight.detach().to("cpu", torch.float32)).abs().double().sum().item()
+            for name, weight in layer.items()
+        )
+        for index, layer in enumerate(weights)
+    ]
+
+
+def magnitude(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[float]:
+    """Return for each layer the sum of |weight| over the elements of its matrices (Shortened LLaMA, section 2.1)."""
+    return [
+        sum(weight.detach().abs().sum(dtype=torch.float64).item() for weight in layer.values())
+        for layer in _matrices(model, adapter)
+    ]
+
+
+def _matrices(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[dict[str, nn.Parameter]]:
+    """Return per layer its weights by name, without norms and biases."""
+    return [
+        {name: weight for name, weight in layer.named_parameters() if weight.dim() > 1}
+        for layer in adapter.layers(model)
+    ]
+
+
+@contextmanager
+def _keeping(model: PreTrainedModel, adapter: ArchitectureAdapter, kept: Sequence[int]) -> Iterator[None]:
+    layers, config = tuple(adapter.layers(model)), copy_config(model.config)
+    try:
+        adapter.set_layers(model, [layers[index] for index in kept], kept, config)
+        yield
+    finally:
+        adapter.set_layers(model, layers, range(len(layers)), config)

@@ -73,7 +73,7 @@ class DepthRow(_Row):
     """One way to choose layers, at one depth.
 
     Attributes:
-        selector: ``dynamic program``, ``random``, ``last layers``, ``Block Influence``.
+        selector: Its name, for people.
         depth: Layers kept.
         kept_layers: Their indices.
         objective: The objective on the selection data, where smaller is better unless ``Report.larger_is_better``.

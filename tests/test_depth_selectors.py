@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.depth_selectors import DepthTask, random_depths
+from amoeba_plugin.depth_selectors import DepthTask, amoeba_depth_selectors, random_depths
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.layer_scores import block_influence
+from amoeba_plugin.layer_scores import block_influence, taylor
 from amoeba_plugin.plugins import architecture_for, depth_selector_named, objective_named
 from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[Batch]]
+PUBLISHED = set(amoeba_depth_selectors()) - {"dynamic_program"}
 
 
 def select(name: str, model: PreTrainedModel, batches: list[Batch], min_depth: int, **options: Any) -> DepthStrategy:
@@ -112,3 +115,154 @@ def test_impossible_depths_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         select(name, tiny_model("llama"), random_batches(), **options)
+
+
+def least_first(scores: list[Any], removable: range, layers: int, min_depth: int) -> dict[int, tuple[int, ...]]:
+    """Restate: for every depth, the layers that go are those with the least scores."""
+    order = sorted(removable, key=lambda index: scores[index])
+    return {
+        depth: tuple(sorted(set(range(layers)) - set(order[: layers - depth])))
+        for depth in range(layers, min_depth - 1, -1)
+    }
+
+
+def without(model: PreTrainedModel, layer: int) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    del model.model.layers[layer]
+    model.config.num_hidden_layers -= 1
+    return model
+
+
+def mean_loss(model: PreTrainedModel, batches: list[Batch]) -> Tensor:
+    """Return transformers' own loss, weighted by the targets of each batch."""
+    targets = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    losses = [model(**batch, use_cache=False).loss for batch in batches]
+    return sum(loss * count for loss, count in zip(losses, targets, strict=True)) / sum(targets)
+
+
+@pytest.mark.parametrize("objective", ["loss", "perplexity"])
+def test_one_shot_equals_a_loop_over_models_whose_layers_are_deleted(
+    tiny_model: TinyModel, random_batches: RandomBatches, objective: str
+) -> None:
+    model, batches = tiny_model("llama", layers=5), random_batches(2, 2, 10, lengths=(10, 6))
+    with torch.no_grad():
+        losses = [mean_loss(without(model, layer), batches).item() for layer in range(5)]
+    found = select("one_shot", model, batches, 2, objective=objective, keep_last=2)
+    assert found.kept == least_first(losses, range(3), 5, 2)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["taylor", "taylor_plus"])
+def test_taylor_equals_one_backward_pass(
+    tiny_model: TinyModel, random_batches: RandomBatches, model_type: str, name: str
+) -> None:
+    model, batches = tiny_model(model_type, layers=9), random_batches(3, 2, 10, lengths=(10, 6))
+    plain = copy.deepcopy(model)
+    mean_loss(plain, batches).backward()
+    scores = []
+    for layer in plain.model.layers:
+        linears = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+        assert len(linears) == 7
+        scores.append(sum((weight.grad * weight).abs().sum().item() for weight in linears))
+    assert taylor(model, architecture_for(model_type), batches, progress=False) == pytest.approx(scores, rel=1e-4)
+    removable = range(4, 7) if name == "taylor_plus" else range(8)
+    assert select(name, model, batches, 6).kept == least_first(scores, removable, 9, 6)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["magnitude", "magnitude_plus"])
+def test_magnitude_equals_a_loop_over_weights(tiny_model: TinyModel, name: str) -> None:
+    model = tiny_model("qwen3", layers=9)
+    scores = [
+        sum(module.weight.abs().sum().item() for module in layer.modules() if isinstance(module, nn.Linear))
+        for layer in model.model.layers
+    ]
+    removable = range(4, 7) if name == "magnitude_plus" else range(8)
+    assert select(name, model, [], 6).kept == least_first(scores, removable, 9, 6)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_angular_distance_equals_a_loop_over_runs_of_layers(
+    tiny_model: TinyModel, random_batches: RandomBatches, left: bool
+) -> None:
+    model, batches = tiny_model("llama", layers=6), random_batches(2, 2, 10, lengths=(10, 6))
+    last = [
+        [each[-1] for each in hidden_states(model, ids[: int(mask.sum())])]
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+    def distance(first: int, count: int) -> float:
+        angles = [
+            math.acos(states[first] @ states[first + count] / (states[first].norm() * states[first + count].norm()))
+            for states in last
+        ]
+        return sum(angles) / len(angles) / math.pi
+
+    if left:
+        batches = [{name: column.flip(1) for name, column in batch.items()} for batch in batches]
+        batches = [batch | {"input_ids": unflipped(batch["input_ids"], batch["attention_mask"])} for batch in batches]
+    found = select("angular_distance", model, batches, 2, keep_last=1)
+    assert list(found.kept) == [6, 5, 4, 3, 2]
+    assert found.kept[6] == tuple(range(6))
+    for depth, kept in list(found.kept.items())[1:]:
+        count = 6 - depth
+        first = min(range(5 - count + 1), key=lambda first, count=count: distance(first, count))
+        assert kept == tuple(index for index in range(6) if not first <= index < first + count)
+
+
+def unflipped(ids: Tensor, mask: Tensor) -> Tensor:
+    """Put the tokens of rows that were reversed, padding included, into their order again."""
+    ids = ids.clone()
+    for row, present in zip(ids, mask.bool(), strict=True):
+        row[present] = row[present].flip(0)
+    return ids
+
+
+@pytest.mark.parametrize("name", ["taylor_plus", "magnitude_plus"])
+def test_protected_layers_leave_too_few(tiny_model: TinyModel, random_batches: RandomBatches, name: str) -> None:
+    with pytest.raises(RecipeError, match=r"keeps the first 4 and the last 2 of the 8 layers, so that 2 can go, and "):
+        select(name, tiny_model("llama", layers=8), random_batches(), 5)
+    assert list(select(name, tiny_model("llama", layers=8), random_batches(), 6).kept) == [8, 7, 6]
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_every_depth_is_there_the_last_layers_stay_and_the_model_is_as_it_was(
+    tiny_model: TinyModel, random_batches: RandomBatches, name: str
+) -> None:
+    model = tiny_model("llama", layers=9).train()
+    before, layers = copy.deepcopy(model.state_dict()), list(model.model.layers)
+    found = select(name, model, random_batches(1), 7, keep_last=3)
+    assert list(found.kept) == [9, 8, 7]
+    for depth, kept in found.kept.items():
+        assert len(kept) == depth
+        assert set(kept) >= {6, 7, 8}
+    assert found.objective == name
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(now is then for now, then in zip(model.model.layers, layers, strict=True))
+    assert all(module.training for module in model.modules())
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["block_influence", "one_shot", "taylor", "angular_distance", "magnitude"])
+def test_scores_that_are_not_finite_or_all_the_same_are_refused(
+    tiny_model: TinyModel, random_batches: RandomBatches, name: str
+) -> None:
+    model = tiny_model("llama", layers=3)
+    with torch.no_grad():
+        for layer in model.model.layers:  # three layers that do nothing, and have the same weights
+            for (_, weight), (_, first) in zip(
+                layer.named_parameters(), model.model.layers[0].named_parameters(), strict=True
+            ):
+                weight.copy_(first)
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight[0, 0] = layer.mlp.down_proj.weight[0, 0] = 0
+    if name not in ("block_influence", "angular_distance"):  # rounding may tell equal directions apart
+        with pytest.raises(DataError, match=rf"selector {name} gives .* to all 3 layers: it cannot tell them apart"):
+            select(name, model, random_batches(), 2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(DataError, match=r"layer 1 is|layer 0 is|gradient of \d\.\S+ is NaN or infinite on .* batch 0"):
+        select(name, model, random_batches(), 2)

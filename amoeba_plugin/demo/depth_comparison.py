@@ -14,7 +14,14 @@ from amoeba_plugin.plugins import architecture_for, depth_selector_named, object
 from amoeba_plugin.report import DepthRow
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
 
-PUBLISHED = {"block_influence": "Block Influence", "last_layers": "last layers"}
+PUBLISHED = {
+    "block_influence": "Block Influence",
+    "one_shot": "one-shot perplexity",
+    "taylor_plus": "Taylor+",
+    "magnitude_plus": "Magnitude+",
+    "angular_distance": "angular distance",
+    "last_layers": "last layers",
+}
 
 
 def compare_depth_selectors(
@@ -45,16 +52,20 @@ def compare_depth_selectors(
         **{label: depth_selector_named(name).select(task) for name, label in PUBLISHED.items()},
         **{f"random {draw + 1}": random_depths(layers, depths, seed + draw) for draw in range(random_selections)},
     }
+    measured: dict[tuple[int, ...], dict[str, float]] = {}  # selectors agree now and then
     rows = []
     for depth, (name, strategy) in tqdm(
         [(d, item) for d in depths for item in strategies.items()], desc="depth selectors"
     ):
-        loss = _losses(model, strategy.kept[depth], {"calibration": calibration, "held out": held_out})
+        kept = strategy.kept[depth]
+        if kept not in measured:
+            measured[kept] = _losses(model, kept, {"calibration": calibration, "held out": held_out})
+        loss = measured[kept]
         rows.append(
             DepthRow(
                 selector=name,
                 depth=depth,
-                kept_layers=list(strategy.kept[depth]),
+                kept_layers=list(kept),
                 objective=loss["calibration"],
                 held_out_loss=loss["held out"],
             )

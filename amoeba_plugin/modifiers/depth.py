@@ -28,8 +28,9 @@ class DepthShrinkingModifier(Modifier):
     Attributes:
         min_depth: Layers the smallest subnet keeps. No default.
         keep_last: Last layers that are never removed. Default 1, as in the paper.
-        selector: ``dynamic_program`` (the paper's), ``block_influence``, ``last_layers``, or a plugin's. Default
-            ``dynamic_program``.
+        selector: ``dynamic_program`` (the paper's), or a published one that it is compared with: ``block_influence``
+            (ShortGPT), ``one_shot``, ``taylor``, ``taylor_plus``, ``magnitude``, ``magnitude_plus`` (Shortened LLaMA),
+            ``angular_distance``, ``last_layers`` (Gromov et al.), or a plugin's. Default ``dynamic_program``.
         objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's.
             Default ``loss``.
         beam: With ``dynamic_program``: sets of layers that each state of the program keeps; 1 is the paper, more find

@@ -1,0 +1,95 @@
+"""Gradients of the calibration loss with respect to weights, for first-order Taylor importances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from amoeba_plugin.errors import DataError
+from amoeba_plugin.objectives import evaluating, target_counts, target_losses
+from amoeba_plugin.ranks import sum_over_ranks
+
+if TYPE_CHECKING:
+    from amoeba_plugin.calibration import Batch
+
+
+def loss_gradients(
+    model: PreTrainedModel, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch], progress: bool = True
+) -> dict[str, Tensor]:
+    """Return the gradients of the mean loss per target token over all batches, and over all ranks.
+
+    However the tokens are cut into batches, the sum is what one pass over all of them would give. It is kept on the
+    CPU in fp32, 4 bytes per weight; the accelerator holds one weight's gradient at a time, and the activations of one
+    batch.
+
+    Args:
+        model: Left as it was, frozen and unfrozen parameters and their gradients included.
+        weights: Parameters of the model, under any names.
+        batches: From ``materialise``.
+        progress: Show a progress bar.
+
+    Returns:
+        By the names given: fp32 on the CPU, nats per token and unit of weight.
+
+    Raises:
+        DataError: If there is no target token, or a gradient is NaN or infinite; weight and batch are named.
+    """
+    sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
+    number = -1
+
+    def collect(name: str) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is None:
+                return
+            if not bool(gradient.isfinite().all()):
+                raise DataError(
+                    f"the gradient of {name} is NaN or infinite on calibration batch {number}; load the model in "
+                    "bfloat16 or float32 instead of float16, and look at that batch"
+                )
+            sums[name] += gradient.to("cpu", torch.float32)
+
+        return hook
+
+    tokens = torch.zeros((), dtype=torch.float64)
+    with _only_trainable(model, weights.values()):
+        handles = [weight.register_post_accumulate_grad_hook(collect(name)) for name, weight in weights.items()]
+        try:
+            for batch in tqdm(batches, desc="gradients", unit="batch", disable=not progress):
+                number += 1
+                tokens += int(target_counts(batch).sum())
+                target_losses(model, batch).sum().backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+    count = int(sum_over_ranks(tokens))
+    if not count:
+        raise DataError(
+            "no token to compute gradients on: no position of the calibration data has a label to predict; "
+            "give sequences of two tokens or more"
+        )
+    return {name: sum_over_ranks(gradient) / count for name, gradient in sums.items()}
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let a block take gradients of these weights only, in evaluation mode; flags and gradients come back."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for weight in weights:
+            weight.requires_grad_(True)
+        with evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
