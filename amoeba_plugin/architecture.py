@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError
@@ -19,10 +20,28 @@ from amoeba_plugin.errors import ArchitectureError
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """One linear of a group: its path inside the decoder layer, and how many channels of it one unit takes."""
+    """A run of channels in one module: its path inside the decoder layer, and how many channels one unit takes.
+
+    Projections that a decoder keeps fused in one linear are several axes of the same path.
+
+    Attributes:
+        path: Of a linear, or of a norm over the channels.
+        channels_per_unit: Neighbouring channels that stay or go together.
+        first_channel: Where the run starts; not 0 for the later parts of a fused linear.
+    """
 
     path: str
     channels_per_unit: int
+    first_channel: int = 0
+
+    def channels(self, order: Tensor) -> Tensor:
+        """Spread an order of units over their channels: (units,) -> (units * channels_per_unit,), int64.
+
+        >>> ChannelAxis("qkv_proj", 2, first_channel=8).channels(torch.tensor([1, 0]))
+        tensor([10, 11,  8,  9])
+        """
+        within = torch.arange(self.channels_per_unit)
+        return self.first_channel + (order[:, None] * self.channels_per_unit + within).flatten()
 
 
 @dataclass(frozen=True)
@@ -34,14 +53,23 @@ class ChannelGroup:
     Example, Llama with 8 query heads and 4 KV heads of 32 channels: one attention unit is a KV group.
 
     >>> ChannelGroup("attention", 4, (ChannelAxis("self_attn.q_proj", 64), ChannelAxis("self_attn.k_proj", 32),
-    ...              ChannelAxis("self_attn.v_proj", 32)), ChannelAxis("self_attn.o_proj",
-    64)).consumer.channels_per_unit 64
+    ...              ChannelAxis("self_attn.v_proj", 32)), ChannelAxis("self_attn.o_proj", 64)).channels
+    256
+
+    Attributes:
+        name: The same in every layer.
+        units: Of the whole model.
+        producers: Have the channels as output rows.
+        consumer: Has them as input columns.
+        norms: Modules between the two that hold one weight per channel and normalise over all of them (OLMo 2's q and
+            k norms). A narrow subnet normalises over the channels it keeps: that is what its stock class computes.
     """
 
     name: str
     units: int
     producers: tuple[ChannelAxis, ...]
     consumer: ChannelAxis
+    norms: tuple[ChannelAxis, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -59,6 +87,8 @@ class ArchitectureAdapter(ABC):
     ``register_architectures``."""
 
     model_types: tuple[str, ...]
+    #: Fields of the configuration that list one value per layer.
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
 
     @abstractmethod
     def decoder(self, model: nn.Module) -> nn.Module:
@@ -111,21 +141,33 @@ class ArchitectureAdapter(ABC):
         self.decoder(model).layers = exchanged
         for position, layer in enumerate(layers):
             self.set_layer_index(layer, position)
-        set_config_depth(model.config, indices, whole)
+        self.set_depth(model.config, indices, whole)
+
+    def set_depth(self, config: PretrainedConfig, indices: Sequence[int], whole: PretrainedConfig) -> None:
+        """Write into a configuration how many layers there are, and what it says of each.
+
+        Args:
+            config: Changed in place.
+            indices: Of the layers, in the whole model.
+            whole: The whole model's configuration.
+        """
+        config.num_hidden_layers = len(indices)
+        for name in self.per_layer_fields:
+            values = getattr(whole, name, None)
+            if values is not None:
+                setattr(config, name, [values[index] for index in indices])
+
+    def set_units(self, layer: nn.Module, group: ChannelGroup, units: int) -> None:  # noqa: B027  # most need nothing
+        """Tell a decoder layer how many units of a group are active, where its ``forward`` does not see it by itself.
+
+        Most do: they reshape by ``head_dim``. To be overridden where ``forward`` reads sizes from an attribute.
+        """
 
     def set_layer_index(self, layer: nn.Module, position: int) -> None:
         """Tell a decoder layer at which position its keys and values are cached."""
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = position
-
-
-def set_config_depth(config: PretrainedConfig, indices: Sequence[int], whole: PretrainedConfig) -> None:
-    """Write into a configuration how many layers there are, and of which type each is."""
-    config.num_hidden_layers = len(indices)
-    types = getattr(whole, "layer_types", None)
-    if types is not None:
-        config.layer_types = [types[index] for index in indices]
 
 
 def copy_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -171,7 +171,9 @@ def collect_statistics(
 
     def watch(key: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            stats = ActivationStats.of(args[0][present.to(args[0].device)])
+            # OPT calls its MLP with batch and positions as one axis.
+            tokens = args[0].flatten(0, -2)[present.flatten().to(args[0].device)]
+            stats = ActivationStats.of(tokens)
             if not bool(torch.isfinite(stats.sum_squared_deviation).all()):
                 raise DataError(
                     f"activations of {key} are NaN or infinite on calibration batch {number}; load the model in "

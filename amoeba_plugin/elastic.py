@@ -1,8 +1,8 @@
 """ElasticModel: a model of which exactly one subnet shape is active; switching copies no parameter.
 
 Channels are reordered once by importance (which changes no output), so every width is a prefix of every weight:
-``ElasticLinear`` computes with views ``weight[:out, :in]``. Depth is the layer list, exchanged. (The idea is that of
-ELMS, arXiv:2409.09071, section 3: permutation-consistent units.)
+``ElasticLinear`` computes with views ``weight[:out, :in]``, of a fused linear with one such view per part. Depth is the
+layer list, exchanged. (The idea is that of ELMS, arXiv:2409.09071, section 3: permutation-consistent units.)
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_unquantized
+from amoeba_plugin.architecture import ChannelAxis, ChannelGroup, copy_config, group_key, require_unquantized
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
 from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
 
 
 class ElasticLinear(nn.Linear):
-    """An ``nn.Linear`` that computes with the first ``active_out`` rows and ``active_in`` columns of its weight.
+    """An ``nn.Linear`` that computes with some rows and the first ``active_in`` columns of its weight.
 
-    Made from an existing linear in place (:meth:`convert`), whose parameters stay the same objects.
+    Made from an existing linear in place (:meth:`convert`), whose parameters stay the same objects. All it computes
+    with are views: a fused linear, of which every part keeps a prefix, multiplies block by block and joins the outputs.
 
     Attributes:
+        active_rows: Blocks of rows; one for an ordinary linear, several for a fused one.
+        active_in: Columns.
         compensation: (widths, out_features) or ``None``; the row ``compensation_row`` is added to the output: what the
             missing input channels contributed on average.
     """
 
-    active_out: int
+    active_rows: Rows
     active_in: int
     compensation: Tensor | None
     compensation_row: int | None
@@ -44,22 +48,32 @@ class ElasticLinear(nn.Linear):
         """Turn a linear into an elastic one at full size, in place."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        linear.active_out, linear.active_in = linear.out_features, linear.in_features
+        linear.active_rows, linear.active_in = (slice(0, linear.out_features),), linear.in_features
         linear.register_buffer("compensation", None, persistent=False)
         linear.compensation_row = None
         return linear
 
+    @property
+    def active_out(self) -> int:
+        """Active rows."""
+        return count(self.active_rows)
+
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., active_in) to (..., active_out)."""
-        bias = None if self.bias is None else self.bias[: self.active_out]
-        output = functional.linear(input, self.weight[: self.active_out, : self.active_in], bias)
+        outputs = [
+            functional.linear(
+                input, self.weight[rows, : self.active_in], None if self.bias is None else self.bias[rows]
+            )
+            for rows in self.active_rows
+        ]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if self.compensation is not None and self.compensation_row is not None:
-            output = output + self.compensation[self.compensation_row, : self.active_out]
+            output = output + take(self.compensation[self.compensation_row], self.active_rows)
         return output
 
     def restore(self) -> None:
         """Turn it into an ordinary linear of its whole size again, in place."""
-        del self._buffers["compensation"], self.active_out, self.active_in, self.compensation_row
+        del self._buffers["compensation"], self.active_rows, self.active_in, self.compensation_row
         self._non_persistent_buffers_set.discard("compensation")
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
@@ -70,19 +84,31 @@ class ElasticLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class ElasticGroup:
-    """One channel group of one layer, with its live linears."""
+    """One channel group of one layer, with its live modules; a fused linear comes once for each of its axes."""
 
     key: str
     group: ChannelGroup
+    layer: nn.Module
     producers: tuple[ElasticLinear, ...]
     consumer: ElasticLinear
+    norms: tuple[nn.Module, ...]
 
     def set_units(self, units: int, compensation_row: int | None) -> None:
         """Activate the first ``units`` units."""
+        blocks: dict[ElasticLinear, list[slice]] = {}
         for axis, linear in zip(self.group.producers, self.producers, strict=True):
-            linear.active_out = units * axis.channels_per_unit
+            blocks.setdefault(linear, []).append(_prefix(axis, units))
+        for linear, rows in blocks.items():
+            linear.active_rows = joined(rows)
+        for axis, norm in zip(self.group.norms, self.norms, strict=True):
+            assert isinstance(norm, SlicedModule)
+            norm.active = {name: (0, (_prefix(axis, units),)) for name in norm._parameters}
         self.consumer.active_in = units * self.group.consumer.channels_per_unit
         self.consumer.compensation_row = compensation_row
+
+
+def _prefix(axis: ChannelAxis, units: int) -> slice:
+    return slice(axis.first_channel, axis.first_channel + units * axis.channels_per_unit)
 
 
 class ElasticModel:
@@ -152,7 +178,9 @@ class ElasticModel:
         self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
         row = None if shape.width == 1 else self.space.widths.index(shape.width)
         for group in self.groups:
-            group.set_units(self.units(shape.width, group.key, group.group), row)
+            units = self.units(shape.width, group.key, group.group)
+            group.set_units(units, row)
+            self.adapter.set_units(group.layer, group.group, units)
         self._shape = shape
         for listener in self._listeners:
             listener(shape)
@@ -180,18 +208,15 @@ class ElasticModel:
         self.set_shape(self.space.largest)
         self._listeners.clear()
         for group in self.groups:
-            for linear in (*group.producers, group.consumer):
+            for linear in {*group.producers, group.consumer}:
                 linear.restore()
+            for norm in group.norms:
+                restore_parameters(norm)
 
     def _elastic_groups(self) -> tuple[ElasticGroup, ...]:
         groups = self.adapter.channel_groups(self.config)
         return tuple(
-            ElasticGroup(
-                group_key(index, group),
-                group,
-                tuple(_elastic_linear(layer, axis.path) for axis in group.producers),
-                _elastic_linear(layer, group.consumer.path),
-            )
+            _elastic_group(group_key(index, group), group, layer)
             for index, layer in enumerate(self.layers)
             for group in groups
         )
@@ -202,6 +227,15 @@ class ElasticModel:
                 f"the space's largest shape {self.space.largest} is not the whole model ({len(self.layers)}x1); "
                 "the largest subnet is the teacher of all others: add depth and width 1 to the strategy"
             )
+
+
+def _elastic_group(key: str, group: ChannelGroup, layer: nn.Module) -> ElasticGroup:
+    linears = {path: _elastic_linear(layer, path) for path in dict.fromkeys(axis.path for axis in group.producers)}
+    norms = tuple(layer.get_submodule(axis.path) for axis in group.norms)
+    for norm in norms:
+        slice_parameters(norm)
+    producers = tuple(linears[axis.path] for axis in group.producers)
+    return ElasticGroup(key, group, layer, producers, _elastic_linear(layer, group.consumer.path), norms)
 
 
 def _elastic_linear(layer: nn.Module, path: str) -> ElasticLinear:
@@ -221,13 +255,16 @@ def _reorder(group: ElasticGroup, width: WidthStrategy) -> None:
     order = width.order.get(group.key)
     if order is None:
         return
-    for axis, linear in zip(group.group.producers, group.producers, strict=True):
-        rows = unit_channels(order, axis.channels_per_unit).to(linear.weight.device)
-        linear.weight.copy_(linear.weight[rows])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[rows])
+    for axis, module in zip(
+        (*group.group.producers, *group.group.norms), (*group.producers, *group.norms), strict=True
+    ):
+        channels = axis.channels(order)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                run = parameter[axis.first_channel : axis.first_channel + len(channels)]
+                run.copy_(parameter[channels.to(parameter.device)])
     consumer = group.consumer
-    columns = unit_channels(order, group.group.consumer.channels_per_unit)
+    columns = group.group.consumer.channels(order)
     consumer.weight.copy_(consumer.weight[:, columns.to(consumer.weight.device)])
     if width.bias_compensation:
         consumer.register_buffer("compensation", _compensation(group, width, columns), persistent=False)
@@ -242,12 +279,3 @@ def _compensation(group: ElasticGroup, width: WidthStrategy, columns: Tensor) ->
         kept = width.units[share].get(group.key, group.group.units) * group.group.consumer.channels_per_unit
         rows.append(weight[:, kept:] @ mean[kept:])
     return torch.stack(rows).to(group.consumer.weight.dtype)
-
-
-def unit_channels(order: Tensor, channels_per_unit: int) -> Tensor:
-    """Spread an order of units over their channels: (units,) -> (units * channels_per_unit,), int64.
-
-    >>> unit_channels(torch.tensor([1, 0]), 2)
-    tensor([2, 3, 0, 1])
-    """
-    return (order[:, None] * channels_per_unit + torch.arange(channels_per_unit)).flatten()

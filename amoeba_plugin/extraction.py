@@ -25,6 +25,7 @@ from amoeba_plugin.elastic import ElasticLinear, ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.slicing import active_parameters, take
 from amoeba_plugin.smol import SmolModel
 from amoeba_plugin.smol.export import LoraPair
 
@@ -89,7 +90,7 @@ def _cut_pair(pair: LoraPair, layer: nn.Module) -> LoraPair:
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if not isinstance(base, ElasticLinear):
         return pair
-    return pair._replace(A=pair.A[:, : base.active_in], B=pair.B[: base.active_out])
+    return pair._replace(A=pair.A[:, : base.active_in], B=take(pair.B, base.active_rows))
 
 
 def subnet_config(elastic: ElasticModel, shape: SubnetShape, portable: bool = False) -> PretrainedConfig:
@@ -189,7 +190,7 @@ def cut_linear(linear: nn.Linear, delta: Tensor | None = None) -> tuple[Tensor, 
     """Return weight and bias of a linear at its active size.
 
     Args:
-        linear: An :class:`ElasticLinear` (cut to its active prefix), or an ordinary linear, taken whole.
+        linear: An :class:`ElasticLinear` (cut to what is active of it), or an ordinary linear, taken whole.
         delta: What an adapter adds to the whole weight, same shape as it; added in fp32.
 
     Returns:
@@ -201,13 +202,14 @@ def cut_linear(linear: nn.Linear, delta: Tensor | None = None) -> tuple[Tensor, 
         return (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)), bias
     plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     plain.weight, plain.bias = linear.weight, linear.bias
-    torch_pruning.prune_linear_out_channels(plain, list(range(linear.active_out, linear.out_features)))
+    kept = {row for block in linear.active_rows for row in range(block.start, block.stop)}
+    torch_pruning.prune_linear_out_channels(plain, [row for row in range(linear.out_features) if row not in kept])
     torch_pruning.prune_linear_in_channels(plain, list(range(linear.active_in, linear.in_features)))
     weight, bias = plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
     if delta is not None:
-        weight = (weight.float() + delta[: linear.active_out, : linear.active_in].float()).to(weight.dtype)
+        weight = (weight.float() + take(delta, linear.active_rows)[:, : linear.active_in].float()).to(weight.dtype)
     if linear.compensation is not None and linear.compensation_row is not None:
-        row = linear.compensation[linear.compensation_row, : linear.active_out]
+        row = take(linear.compensation[linear.compensation_row], linear.active_rows)
         bias = row.clone() if bias is None else bias + row
     return weight, bias
 
@@ -289,9 +291,7 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
         weight, bias = cut_linear(source, delta)
         tensors = {"weight": weight, "bias": bias}
     else:
-        tensors = {
-            name: parameter.detach().clone() for name, parameter in source._parameters.items() if parameter is not None
-        }
+        tensors = {name: parameter.clone() for name, parameter in active_parameters(source).items()}
     for name, expected in target._parameters.items():
         if expected is None:
             if tensors.get(name) is not None:

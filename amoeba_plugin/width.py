@@ -123,8 +123,10 @@ def rank_group(
         channel_scores = channel_scores.square()
     # score(unit) = mean of its channels' standardised scores  (FLAP, arXiv:2312.11983, section 4.2)
     scores = standardised(channel_scores).view(group.units, -1).mean(dim=1)
-    weights = [_linear(layer, axis.path).weight for axis in (*group.producers, group.consumer)]
-    return RankedGroup(key, group, scores, sum(weight.numel() // group.units for weight in weights))
+    # A producer's unit has its rows, over all inputs; the consumer's its columns, over all outputs.
+    cost = sum(axis.channels_per_unit * _linear(layer, axis.path).in_features for axis in group.producers)
+    cost += group.consumer.channels_per_unit * _linear(layer, group.consumer.path).out_features
+    return RankedGroup(key, group, scores, cost)
 
 
 def standardised(scores: Tensor) -> Tensor:

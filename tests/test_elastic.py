@@ -167,7 +167,7 @@ def test_a_space_without_the_whole_model_is_refused(tiny_model: TinyModel) -> No
 
 
 def test_an_unsupported_architecture_names_the_supported_ones(tiny_model: TinyModel) -> None:
-    with pytest.raises(ArchitectureError, match="'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ArchitectureError, match="'gpt2' is not supported; supported are gemma2, .*llama, .*qwen2, "):
         architecture_for("gpt2")
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.architectures.classic import OPT, GPTNeoX
+from amoeba_plugin.architectures.gemma import Gemma
+from amoeba_plugin.architectures.granite import SwitchedBiases
 from amoeba_plugin.architectures.llama import LlamaFamily
+from amoeba_plugin.architectures.olmo2 import Olmo2
+from amoeba_plugin.architectures.phi3 import Phi3
 from amoeba_plugin.hookspecs import hookimpl
 
 
 @hookimpl
 def amoeba_architectures() -> Sequence[ArchitectureAdapter]:
-    """Return the Llama family."""
-    return (LlamaFamily(),)
+    """Return one adapter per design."""
+    return (LlamaFamily(), SwitchedBiases(), Olmo2(), Phi3(), Gemma(), GPTNeoX(), OPT())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
 from transformers import MistralConfig, PretrainedConfig, SeedOssConfig
 
-from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config, set_config_depth
+from amoeba_plugin.architectures.gated import GatedDecoder
 from amoeba_plugin.errors import ArchitectureError
 
 # Fields that mean the same in every class of the family and move along when a subnet changes its class.
@@ -19,39 +18,10 @@ SHARED_FIELDS = (
 )  # fmt: skip
 
 
-class LlamaFamily(ArchitectureAdapter):
-    """Gated MLP and (grouped-query) attention with separate projections; the unit of attention is a KV group."""
+class LlamaFamily(GatedDecoder):
+    """One design; where a class refuses a legal subnet, an identical class of the family holds it."""
 
     model_types = ("llama", "mistral", "qwen2", "qwen3")
-
-    def decoder(self, model: nn.Module) -> nn.Module:
-        """Return ``model.model``."""
-        decoder = model.model
-        if not isinstance(decoder, nn.Module):
-            raise ArchitectureError(f"{type(model).__name__}.model is no module")
-        return decoder
-
-    def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
-        """Return the attention group (units: KV groups) and the MLP group (units: neurons)."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        query_rows = config.num_attention_heads // config.num_key_value_heads * head_dim
-        attention = ChannelGroup(
-            "attention",
-            config.num_key_value_heads,
-            (
-                ChannelAxis("self_attn.q_proj", query_rows),
-                ChannelAxis("self_attn.k_proj", head_dim),
-                ChannelAxis("self_attn.v_proj", head_dim),
-            ),
-            ChannelAxis("self_attn.o_proj", query_rows),
-        )
-        mlp = ChannelGroup(
-            "mlp",
-            config.intermediate_size,
-            (ChannelAxis("mlp.gate_proj", 1), ChannelAxis("mlp.up_proj", 1)),
-            ChannelAxis("mlp.down_proj", 1),
-        )
-        return attention, mlp
 
     def subnet_config(
         self,
@@ -65,15 +35,7 @@ class LlamaFamily(ArchitectureAdapter):
         Llama wants ``hidden_size % heads == 0`` and has one switch for all attention biases; Mistral computes the same
         and wants neither; SeedOss computes the same and has a separate switch for the output bias.
         """
-        subnet = copy_config(config)
-        # Qwen2 and older Llama files leave head_dim to hidden_size // heads, which is wrong once heads are gone.
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        queries_per_group = config.num_attention_heads // config.num_key_value_heads
-        subnet.head_dim = head_dim
-        subnet.num_key_value_heads = units["attention"]
-        subnet.num_attention_heads = units["attention"] * queries_per_group
-        subnet.intermediate_size = units["mlp"]
-        set_config_depth(subnet, kept_layers, config)
+        subnet = self.resized(config, kept_layers, units)
         if biased:
             return self._seed_oss(subnet)
         if config.model_type == "llama" and subnet.hidden_size % subnet.num_attention_heads:

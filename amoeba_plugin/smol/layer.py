@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.slicing import Rows, take
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.host import (
     check_adapters_to_merge,
@@ -49,21 +50,22 @@ class ExpertBank(nn.Module):
             nn.init.zeros_(self.B)
 
     def factors(
-        self, gates: Tensor, indices: Tensor, in_features: int | None = None, out_features: int | None = None
+        self, gates: Tensor, indices: Tensor, in_features: int | None = None, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mix the chosen experts into one LoRA pair, for the first channels of either side.
+        """Mix the chosen experts into one LoRA pair, for the channels in use on either side.
 
         Args:
             gates: (k,) fp32, the experts' weights.
             indices: (k,) int64, the experts.
-            in_features: Input channels in use; None: all.
-            out_features: Output channels in use; None: all.
+            in_features: Input channels in use, the first ones; None: all.
+            rows: Output channels in use; None: all.
 
         Returns:
             A, (rank, in) and B, (out, rank) in the bank's dtype; rank is r for "factors" and k*r for "outputs".
         """
         a = self.A.view(self.num_experts, self.rank, -1)[..., :in_features]  # (E, r, in)
-        b = self.B.view(-1, self.num_experts, self.rank)[:out_features]  # (out, E, r)
+        b = self.B if rows is None else take(self.B, rows)
+        b = b.view(-1, self.num_experts, self.rank)  # (out, E, r)
         if self.combination == "factors":
             # A_eff = sum_k g_k A_k, B_eff = sum_k g_k B_k, as products with all E weights, of which E-k are 0: the
             # backward of a selection is a scatter, which costs more than the E-k useless products, and keeps a copy.
@@ -75,9 +77,9 @@ class ExpertBank(nn.Module):
         # sum_k g_k B_k A_k = [g_1 B_1 ... g_k B_k] [A_1; ...; A_k]
         return a.flatten(0, 1), weighted_b.flatten(1).to(self.B.dtype)
 
-    def forward(self, x: Tensor, gates: Tensor, indices: Tensor, out_features: int, scaling: float) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, indices: Tensor, rows: Rows, scaling: float) -> Tensor:
         """Return ``s x A^T B^T``, (..., out), for ``x`` (..., in)."""
-        a, b = self.factors(gates, indices, x.shape[-1], out_features)
+        a, b = self.factors(gates, indices, x.shape[-1], rows)
         return F.linear(F.linear(x, a) * scaling, b)  # scaled where the tensor is smallest
 
 
@@ -85,7 +87,8 @@ class SmolLinear(nn.Module, SmolLayer):
     """A linear layer (dense, quantized, or a Conv1D) plus the SMOL update of the active shape.
 
     ``y = base(x) + s * x A^T B^T`` with A and B mixed by the router. The factors are sliced by the sizes the layer
-    sees, so a base layer that computes with a prefix of its channels needs no further coupling.
+    sees, so a base layer that computes with a prefix of its channels needs no further coupling; one that computes with
+    other rows (a fused linear) names them in ``active_rows``.
     """
 
     adapter_layer_names = ("smol_experts",)
@@ -152,8 +155,13 @@ class SmolLinear(nn.Module, SmolLayer):
             bank = self.bank(name)
             inputs = self.smol_dropout[name](self._cast_input_dtype(x, bank.A.dtype))
             gates, indices = gates.to(x.device), indices.to(x.device)
-            result = result + bank(inputs, gates, indices, result.shape[-1], self.smol_scaling[name])
+            result = result + bank(inputs, gates, indices, self._rows(result), self.smol_scaling[name])
         return result.to(dtype)
+
+    def _rows(self, result: Tensor) -> Rows:
+        # Of a fused linear every part keeps a prefix: only the base layer can tell which rows those are.
+        rows: Rows = getattr(self.get_base_layer(), "active_rows", (slice(0, result.shape[-1]),))
+        return rows
 
     @torch.no_grad()
     def lora_factors(self, adapter: str, routing: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,70 @@
+"""GPT-NeoX and OPT: multi-head attention, a plain MLP with biases, LayerNorms.
+
+Their classes take the size of a head to be ``hidden_size // heads`` and have no field for another one, and no other
+class computes the same. So heads stay, and width is that of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config
+
+
+class GPTNeoX(ArchitectureAdapter):
+    """Pythia and others; attention and MLP run in parallel on one residual, or one after the other."""
+
+    model_types = ("gpt_neox",)
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """Return ``model.gpt_neox``."""
+        return model.get_submodule("gpt_neox")
+
+    def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
+        """Return the MLP group (units: neurons)."""
+        up, down = ChannelAxis("mlp.dense_h_to_4h", 1), ChannelAxis("mlp.dense_4h_to_h", 1)
+        return (ChannelGroup("mlp", config.intermediate_size, (up,), down),)
+
+    def subnet_config(
+        self,
+        config: PretrainedConfig,
+        kept_layers: Sequence[int],
+        units: Mapping[str, int],
+        biased: frozenset[str] = frozenset(),
+    ) -> PretrainedConfig:
+        """Keep the class, with fewer layers and neurons; the MLP has biases anyway."""
+        subnet = copy_config(config)
+        subnet.intermediate_size = units["mlp"]
+        self.set_depth(subnet, kept_layers, config)
+        return subnet
+
+
+class OPT(ArchitectureAdapter):
+    """OPT, with or without projections around the decoder."""
+
+    model_types = ("opt",)
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """Return ``model.model.decoder``."""
+        return model.get_submodule("model.decoder")
+
+    def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
+        """Return the MLP group (units: neurons)."""
+        return (ChannelGroup("mlp", config.ffn_dim, (ChannelAxis("fc1", 1),), ChannelAxis("fc2", 1)),)
+
+    def subnet_config(
+        self,
+        config: PretrainedConfig,
+        kept_layers: Sequence[int],
+        units: Mapping[str, int],
+        biased: frozenset[str] = frozenset(),
+    ) -> PretrainedConfig:
+        """Keep the class, with fewer layers and neurons."""
+        subnet = copy_config(config)
+        subnet.ffn_dim = units["mlp"]
+        subnet.enable_bias = config.enable_bias or bool(biased)
+        self.set_depth(subnet, kept_layers, config)
+        return subnet

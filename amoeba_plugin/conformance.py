@@ -1,0 +1,328 @@
+"""What every architecture adapter must satisfy, as tests that an adapter's author subclasses.
+
+It is part of the package, not of its tests, so that a plugin's tests can import it; it needs pytest to run, not to be
+imported. A plugin writes::
+
+    class TestMine(ArchitectureConformance):
+        config = {"model_type": "mine", "num_hidden_layers": 4, "hidden_size": 96, ...}
+
+and gets: at every shape of a space, elastic == extracted == reloaded by transformers alone, in logits, whole and step
+by step with a cache; configuration fields against tensors; the largest shape against the untouched model; adapters
+folded in; and that leaving a shape restores the model. Norms, biases and everything else are random: defaults of one
+and zero hide wrong indices.
+"""
+
+from __future__ import annotations
+
+import atexit
+import subprocess
+import sys
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter, group_key
+from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.extraction import extract
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+
+WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
+# Neither nested nor a prefix, and the first layer goes: an index that is not renumbered shows.
+KEPT = {4: (0, 1, 2, 3), 3: (0, 2, 3), 2: (1, 3)}
+TOLERANCE = 1e-4  # of logits, fp32
+
+RELOAD = """
+import sys, traceback
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"amoeba_plugin", "llmcompressor"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+@torch.no_grad()
+def measure(directory, tokens):
+    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        raise ValueError(f"{directory.name}: {report}")
+    steps, cache = [], None
+    for position in range(tokens.shape[1]):
+        step = model(tokens[:, position:position + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        steps.append(step.logits)
+    return {directory.name: model(tokens, use_cache=False).logits, f"{directory.name}.cached": torch.cat(steps, 1)}
+for line in sys.stdin:
+    root = Path(line.strip())
+    try:
+        tokens, found = load_file(root / "tokens.safetensors")["tokens"], {}
+        for directory in sorted(path for path in root.iterdir() if path.is_dir()):
+            found |= measure(directory, tokens)
+        save_file(found, root / "found.safetensors")
+        print("done", flush=True)
+    except Exception:
+        print(traceback.format_exc().replace("\\n", " | "), flush=True)
+"""
+
+
+def random_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
+    """Return a causal LM with nothing left at zero or one, fp32, in evaluation mode; same seed, same weights."""
+    fields = dict(config)
+    built = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norm weights are made ones, biases zeros
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:  # std 0.02 would leave every layer next to the identity
+                parameter.normal_(0, 0.08)
+        model.eval()
+    return model
+
+
+def random_strategy(model: PreTrainedModel, seed: int = 0, bias_compensation: bool = False) -> SubnetStrategy:
+    """Return a strategy of random orders for a model of four layers: depths 4, 3, 2 and widths 1, 3/4, 1/2."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter = architecture_for(model.config.model_type)
+    order, mean, units = {}, {}, {width: dict[str, int]() for width in WIDTHS}
+    for layer in range(len(adapter.layers(model))):
+        for group in adapter.channel_groups(model.config):
+            key = group_key(layer, group)
+            order[key] = torch.randperm(group.units, generator=generator)
+            mean[key] = torch.randn(group.channels, generator=generator)
+            for width in WIDTHS:
+                units[width][key] = int(group.units * width)
+    widths = WidthStrategy(units, order, mean, "random", "uniform", bias_compensation)
+    return SubnetStrategy(DepthStrategy(KEPT), widths, model_fingerprint(model, adapter))
+
+
+@cache
+def _reloader() -> subprocess.Popen[str]:
+    # One process for all architectures: importing transformers is most of what it does.
+    process = subprocess.Popen([sys.executable, "-c", RELOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)  # closes its input, at which it ends
+    return process
+
+
+def reload_plainly(root: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """Load every checkpoint under a directory in a process where this package cannot be imported.
+
+    Args:
+        root: Holds one directory per checkpoint.
+        tokens: (batch, positions) int64.
+
+    Returns:
+        By directory name the logits, (batch, positions, vocabulary), and under ``NAME.cached`` those of feeding one
+        token after the other to a cache.
+
+    Raises:
+        AssertionError: If transformers cannot load one, or misses or does not expect a key.
+    """
+    save_file({"tokens": tokens}, root / "tokens.safetensors")
+    process = _reloader()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{root}\n")
+    process.stdin.flush()
+    answer = process.stdout.readline().strip()
+    assert answer == "done", answer
+    return load_file(root / "found.safetensors")
+
+
+class ArchitectureConformance:
+    """Tests of one architecture; subclass it, with a name that your test runner collects.
+
+    Attributes:
+        config: ``model_type`` and the fields of a tiny model: four layers; units of every group in multiples of four;
+            whatever lists one value per layer with values that differ.
+        tokens: Positions of the test's input; more than a sliding window, if there is one.
+    """
+
+    config: ClassVar[Mapping[str, Any]]
+    tokens: ClassVar[int] = 12
+
+    def model(self) -> PreTrainedModel:
+        """Return the tiny model; the same at every call."""
+        return random_model(self.config)
+
+    def elastic(self, adapted: bool = False, bias_compensation: bool = False) -> ElasticModel:
+        """Return it elastic, on request with a SMOL adapter whose every parameter is random."""
+        model = self.model()
+        elastic = ElasticModel(model, random_strategy(model, bias_compensation=bias_compensation))
+        if adapted:
+            config = SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")
+            peft_model = attach_smol(elastic, config).eval()
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in peft_model.parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        return elastic
+
+    def input(self) -> Tensor:
+        """Return (2, positions) random tokens."""
+        high = self.config["vocab_size"]
+        return torch.randint(3, high, (2, self.tokens), generator=torch.Generator().manual_seed(5))
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return a model's logits without a cache."""
+        with torch.no_grad():
+            found: Tensor = model(self.input(), use_cache=False).logits
+        return found
+
+    def test_reordering_changes_no_output(self) -> None:
+        """The largest shape is the untouched model, though every group's channels moved."""
+        model = self.model()
+        before, weights = self.logits(model), {name: each.clone() for name, each in model.state_dict().items()}
+        elastic = ElasticModel(model, random_strategy(model))
+        for group in elastic.groups:
+            moved = group.consumer.weight
+            assert not any(moved.shape == each.shape and torch.equal(moved, each) for each in weights.values())
+        _close(self.logits(model), before, "the largest shape")
+
+    def test_leaving_a_shape_restores_model_and_configuration(self) -> None:
+        """After every shape the model computes bit for bit what it did, on the same memory, as ordinary modules."""
+        model = self.model()
+        keys, classes = set(model.state_dict()), [type(module) for module in model.modules()]
+        config = model.config.to_dict()
+        elastic = ElasticModel(model, random_strategy(model))
+        before = self.logits(model)
+        memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        for shape in elastic.space:
+            with elastic.active(shape):
+                assert shape == elastic.space.largest or not torch.equal(self.logits(model), before), str(shape)
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == memory
+        assert torch.equal(self.logits(model), before)
+        assert model.config.to_dict() == config
+        elastic.release()
+        assert set(model.state_dict()) == keys
+        assert [type(module) for module in model.modules()] == classes
+        assert torch.equal(self.logits(model), before)
+
+    def test_a_narrow_shape_is_the_whole_model_with_masks(self) -> None:
+        """Independent of reordering and slicing: the consumer's columns of all units that go are zero."""
+        masked = self.model()
+        adapter, strategy, width = architecture_for(masked.config.model_type), random_strategy(masked), WIDTHS[1]
+        groups = adapter.channel_groups(masked.config)
+        if any(group.norms for group in groups):
+            return  # norms over the channels kept: masks compute something else, see ChannelGroup.norms
+        with torch.no_grad():
+            for index, layer in enumerate(adapter.layers(masked)):
+                for group in groups:
+                    key = group_key(index, group)
+                    gone = group.consumer.channels(strategy.width.order[key][strategy.width.units[width][key] :])
+                    layer.get_parameter(f"{group.consumer.path}.weight")[:, gone] = 0
+        elastic = self.elastic()
+        with elastic.active(f"4x{width}") as model:
+            _close(self.logits(model), self.logits(masked), f"4x{width}")
+
+    def test_cached_decoding_agrees_step_by_step(self) -> None:
+        """At every shape, logits of one token after the other with a cache are those of all at once."""
+        elastic, tokens = self.elastic(), self.input()
+        for shape in elastic.space:
+            with elastic.active(shape) as model, torch.no_grad():
+                expected, cached = self.logits(model), None
+                for position in range(self.tokens):
+                    step = model(tokens[:, position : position + 1], past_key_values=cached, use_cache=True)
+                    cached = step.past_key_values
+                    _close(step.logits[:, 0], expected[:, position], f"{shape}, position {position}")
+
+    def test_every_shape_is_a_checkpoint_that_transformers_loads(self, tmp_path: Path) -> None:
+        """Elastic == extracted == reloaded, and the configuration states the sizes of the tensors."""
+        elastic = self.elastic()
+        expected = {}
+        for shape in elastic.space:
+            name = str(shape).replace("/", "_")
+            with elastic.active(shape) as model:
+                expected[name] = self.logits(model)
+            subnet = extract(elastic, shape)
+            _close(self.logits(subnet), expected[name], f"extracted {shape}")
+            units = {group.name: elastic.units(shape.width, group_key(0, group), group) for group in self._groups()}
+            require_stated_sizes(subnet, elastic.adapter, len(elastic.kept_layers(shape)), units)
+            self.check_subnet(subnet, elastic.kept_layers(shape))
+            subnet.save_pretrained(tmp_path / name)
+        found = reload_plainly(tmp_path, self.input())
+        for name, logits in expected.items():
+            _close(found[name], logits, f"reloaded {name}")
+            _close(found[f"{name}.cached"], logits, f"reloaded {name}, with a cache")
+
+    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
+        """Check what is particular to an architecture: to be extended with fields that list one value per layer."""
+
+    def test_an_adapter_is_folded_into_every_shape(self) -> None:
+        """With a SMOL adapter on every linear, elastic == extracted."""
+        elastic = self.elastic(adapted=True)
+        plain = self.elastic()
+        for shape in elastic.space:
+            with elastic.active(shape) as model, plain.active(shape) as bare:
+                expected = self.logits(model)
+                assert (expected - self.logits(bare)).abs().max() > TOLERANCE, "the adapter does nothing"
+            _close(self.logits(extract(elastic, shape)), expected, str(shape))
+
+    def test_bias_compensation_is_stored_or_refused(self) -> None:
+        """Never dropped: either the extracted subnet has it, or an error says what to do."""
+        elastic, bare = self.elastic(bias_compensation=True), self.elastic()
+        with elastic.active("3x1/2") as model, bare.active("3x1/2") as without:
+            expected = self.logits(model)
+            assert (expected - self.logits(without)).abs().max() > TOLERANCE, "compensation does nothing"
+        try:
+            subnet = extract(elastic, "3x1/2")
+        except ArchitectureError as refusal:
+            if "bias_compensation: false" in str(refusal):
+                return
+            raise
+        _close(self.logits(subnet), expected, "extracted with compensation")
+
+    def _groups(self) -> tuple[Any, ...]:
+        model_type = self.config["model_type"]
+        fields = {name: value for name, value in self.config.items() if name != "model_type"}
+        return architecture_for(model_type).channel_groups(AutoConfig.for_model(model_type, **fields))
+
+
+def require_stated_sizes(
+    subnet: PreTrainedModel, adapter: ArchitectureAdapter, depth: int, units: Mapping[str, int]
+) -> None:
+    """Check that a subnet's configuration says what its tensors are: equal outputs alone can hide a wrong field.
+
+    Raises:
+        AssertionError: If it does not.
+    """
+    layers, config = adapter.layers(subnet), subnet.config
+    assert config.num_hidden_layers == len(layers) == depth
+    for name in adapter.per_layer_fields:
+        values = getattr(config, name, None)
+        assert values is None or len(values) == depth, name
+    for group in adapter.channel_groups(config):
+        assert group.units == units[group.name], group.name
+        for position, layer in enumerate(layers):
+            where = f"layer {position}, {group.name}"
+            assert layer.get_parameter(f"{group.consumer.path}.weight").shape[-1] == group.channels, where
+            rows: dict[str, int] = {}
+            for axis in (*group.producers, *group.norms):
+                rows[axis.path] = rows.get(axis.path, 0) + group.units * axis.channels_per_unit
+            for path, expected in rows.items():
+                assert layer.get_parameter(f"{path}.weight").shape[0] == expected, f"{where}: {path}"
+    indices = [
+        (position, vars(module)["layer_idx"])
+        for position, layer in enumerate(layers)
+        for module in layer.modules()
+        if "layer_idx" in vars(module)
+    ]
+    assert all(position == index for position, index in indices), indices
+
+
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0, msg=lambda text: f"{what}: {text}")

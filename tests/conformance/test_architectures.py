@@ -1,0 +1,153 @@
+"""Every architecture that comes with the package, in the suite that a stranger's adapter can subclass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from amoeba_plugin.conformance import WIDTHS, ArchitectureConformance, random_model, random_strategy
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.extraction import extract
+from amoeba_plugin.plugins import architecture_for
+
+# 8 heads of 8 channels are 64 channels, and hidden is 96: what confuses the two fails. 8, 6 and 4 heads divide 96.
+ALL = {
+    "num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 8, "vocab_size": 97,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GATED = ALL | {"num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
+TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
+class LayerTypes(ArchitectureConformance):
+    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
+        assert subnet.config.layer_types == [TYPES[index] for index in kept]
+
+
+class TestLlama(ArchitectureConformance):
+    config = GATED | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+
+
+class TestMistral(ArchitectureConformance):
+    config = GATED | {"model_type": "mistral", "sliding_window": 5}
+
+
+class TestQwen2(LayerTypes):
+    config = GATED | {
+        "model_type": "qwen2", "layer_types": TYPES, "use_sliding_window": True, "sliding_window": 5,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+class TestQwen3(LayerTypes):
+    config = GATED | {
+        "model_type": "qwen3", "layer_types": TYPES, "use_sliding_window": True, "sliding_window": 5,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+class TestOlmo2(ArchitectureConformance):
+    config = GATED | {"model_type": "olmo2"}
+
+    def test_a_narrow_shape_normalises_over_the_channels_it_keeps(self) -> None:
+        """By hand: Olmo2ForCausalLM of that size, filled from the untouched model by index."""
+        whole, width = self.model(), WIDTHS[1]
+        strategy = random_strategy(whole)
+        subnet = random_model({**self.config, "num_attention_heads": 6, "num_key_value_heads": 3,
+                               "intermediate_size": 48})  # fmt: skip
+        subnet.load_state_dict({
+            name: by_hand(name, tensor, strategy.width.order) for name, tensor in whole.state_dict().items()
+        })  # fmt: skip
+        expected = self.logits(subnet)
+        with ElasticModel(whole, strategy).active(f"4x{width}") as model:
+            torch.testing.assert_close(self.logits(model), expected, atol=1e-4, rtol=0)
+
+
+def by_hand(name: str, tensor: torch.Tensor, order: dict[str, torch.Tensor]) -> torch.Tensor:
+    part = name.split(".")[-2]
+    if part in ("q_proj", "q_norm", "o_proj", "k_proj", "k_norm", "v_proj"):
+        size = 16 if part[0] in "qo" else 8  # 2 query heads of 8 channels share a KV head
+        kept = [c for unit in order[f"{name.split('.')[2]}.attention"][:3].tolist()
+                for c in range(unit * size, unit * size + size)]  # fmt: skip
+        return tensor[:, kept] if part == "o_proj" else tensor[kept]
+    if part in ("gate_proj", "up_proj", "down_proj"):
+        kept = order[f"{name.split('.')[2]}.mlp"][:48].tolist()
+        return tensor[:, kept] if part == "down_proj" else tensor[kept]
+    return tensor
+
+
+class TestGranite(ArchitectureConformance):
+    config = GATED | {
+        "model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+        "residual_multiplier": 0.4, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
+        for name in ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"):
+            assert getattr(subnet.config, name) == self.config[name]
+
+
+class TestSmolLM3(LayerTypes):
+    config = GATED | {
+        "model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0], "layer_types": TYPES, "use_sliding_window": True,
+        "sliding_window": 5,
+    }  # fmt: skip
+
+    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
+        super().check_subnet(subnet, kept)
+        assert subnet.config.no_rope_layers == [[1, 0, 1, 0][index] for index in kept]
+
+
+class TestPhi3(ArchitectureConformance):
+    config = GATED | {"model_type": "phi3", "sliding_window": 5}
+
+    def test_rotary_factors_of_a_long_context_keep_attention_whole(self) -> None:
+        factors = [1.0 + index for index in range(6)]  # hidden 96 / 8 heads = 12 channels, which rotate in pairs
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+        model = random_model(self.config | {"head_dim": 12, "rope_parameters": rope})
+        adapter = architecture_for("phi3")
+        subnet = adapter.subnet_config(model.config, (1, 3), {"attention": 4, "mlp": 32})
+        assert (subnet.num_hidden_layers, subnet.intermediate_size) == (2, 32)
+        with pytest.raises(ArchitectureError, match=r"round_to: \{attention: 96\}"):
+            adapter.subnet_config(model.config, (1, 3), {"attention": 3, "mlp": 32})
+
+
+class OffsetNorms(LayerTypes):
+    def test_heads_that_do_not_divide_the_hidden_size_are_refused_with_those_that_do(self) -> None:
+        model = random_model(self.config | {"hidden_size": 64})
+        elastic = ElasticModel(model, random_strategy(model))
+        with pytest.raises(ArchitectureError, match="with 6 heads on hidden size 64: .* possible are 2, 4, 8"):
+            extract(elastic, "4x3/4")
+
+
+class TestGemma2(OffsetNorms):
+    config = GATED | {
+        "model_type": "gemma2", "layer_types": TYPES, "sliding_window": 5, "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+    }  # fmt: skip
+
+
+class TestGemma3Text(OffsetNorms):
+    config = GATED | {
+        "model_type": "gemma3_text", "layer_types": TYPES, "sliding_window": 5, "query_pre_attn_scalar": 8,
+    }  # fmt: skip
+
+
+class TestGPTNeoX(ArchitectureConformance):
+    config = ALL | {"model_type": "gpt_neox", "intermediate_size": 64}
+
+
+class TestGPTNeoXSequentialResidual(ArchitectureConformance):
+    config = ALL | {"model_type": "gpt_neox", "intermediate_size": 64, "use_parallel_residual": False}
+
+
+class TestOPT(ArchitectureConformance):
+    config = ALL | {"model_type": "opt", "ffn_dim": 64}
+
+
+class TestOPTWithProjections(ArchitectureConformance):
+    """The 350M model: embeddings narrower than the decoder, norms that follow."""
+
+    config = ALL | {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
