@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +168,12 @@ class ArchitectureAdapter(ABC):
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = position
+
+
+def linear_names(layers: Iterable[nn.Module]) -> list[str]:
+    """Return the names that the linears of decoder layers have within their parents, sorted: ``["down_proj", ...]``."""
+    linears = (path for layer in layers for path, module in layer.named_modules() if isinstance(module, nn.Linear))
+    return sorted({path.rpartition(".")[2] for path in linears})
 
 
 def copy_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -194,7 +194,7 @@ def extract_checkpoint(
             _write_lora(elastic, peft_model, parsed, partial / ADAPTER_DIRECTORY, output)
         with peft_model.disable_adapter() if peft_model is not None and separate else nullcontext():
             extract(elastic, parsed, portable).save_pretrained(partial)
-        _copy_tokenizer(base or str(elastic.config.name_or_path), partial)
+        copy_tokenizer(base or str(elastic.config.name_or_path), partial)
         parity = measure_parity(elastic, parsed, partial)
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
         if output.is_dir():
@@ -256,7 +256,8 @@ def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:
     elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.kept_layers(shape)))
 
 
-def _copy_tokenizer(reference: str, directory: Path) -> None:
+def copy_tokenizer(reference: str, directory: Path) -> None:
+    """Write a model's tokenizer, if it has one, beside a checkpoint."""
     try:
         AutoTokenizer.from_pretrained(reference).save_pretrained(directory)
     except (OSError, ValueError):  # a base without a tokenizer is legal; its subnet then has none either

@@ -258,12 +258,20 @@ def _require_still_tied(model: PreTrainedModel) -> None:
 def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequence[Mapping[str, int]]) -> None:
     """Zero every channel beyond a layer's own units: it is then zero in all activations, quantized or not."""
     for layer, units in zip(elastic.adapter.layers(subnet), sizes, strict=True):
-        for group in elastic.adapter.channel_groups(elastic.config):
+        for group in elastic.adapter.channel_groups(subnet.config):
+            if group.norms and units[group.name] != group.units:
+                raise ArchitectureError(
+                    f"{elastic.config.model_type}: padding with zeros would change the norms over {group.name}'s "
+                    "channels; extract without portable, or select with allocation: uniform"
+                )
             for axis in group.producers:
-                linear = _linear(layer, axis.path)
-                linear.weight[units[group.name] * axis.channels_per_unit :] = 0
+                linear, per_unit = _linear(layer, axis.path), axis.channels_per_unit
+                gone = slice(
+                    axis.first_channel + units[group.name] * per_unit, axis.first_channel + group.units * per_unit
+                )
+                linear.weight[gone] = 0
                 if linear.bias is not None:
-                    linear.bias[units[group.name] * axis.channels_per_unit :] = 0
+                    linear.bias[gone] = 0
             kept = units[group.name] * group.consumer.channels_per_unit
             _linear(layer, group.consumer.path).weight[:, kept:] = 0
 

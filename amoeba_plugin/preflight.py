@@ -168,7 +168,7 @@ def _require_divisible(
     from compressed_tensors.utils import match_named_modules
 
     odd: dict[str, int] = {}  # inputs by the linear's name, which is the same in every layer
-    for path, module in match_named_modules(_weightless(config), scheme.targets, ignore):
+    for path, module in match_named_modules(weightless(config), scheme.targets, ignore):
         columns = getattr(module, "in_features", size)
         if columns % size:
             odd[path.rpartition(".")[2]] = columns
@@ -186,7 +186,8 @@ def _divisors(number: int) -> Iterator[int]:
     return (each for each in range(1, number + 1) if number % each == 0)
 
 
-def _weightless(config: PretrainedConfig) -> PreTrainedModel:
+def weightless(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model of a configuration without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

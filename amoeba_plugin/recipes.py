@@ -46,9 +46,14 @@ class CheckedRecipe:
         return next((modifier for modifier in self.modifiers if isinstance(modifier, kind)), None)
 
     @property
+    def structural(self) -> tuple[Any, ...]:
+        """The modifiers of this package."""
+        return tuple(modifier for modifier in self.modifiers if _is_ours(modifier))
+
+    @property
     def is_structural(self) -> bool:
         """Whether the recipe holds a modifier of this package."""
-        return any(_is_ours(modifier) for modifier in self.modifiers)
+        return bool(self.structural)
 
     @property
     def needs_data(self) -> bool:

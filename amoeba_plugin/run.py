@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin.errors import ArtifactError, DataError
-from amoeba_plugin.preflight import check_against_model, load_config, require_elastic_dir, require_new_directory
+from amoeba_plugin.preflight import (
+    check_against_model,
+    load_config,
+    require_elastic_dir,
+    require_new_directory,
+    weightless,
+)
 from amoeba_plugin.recipes import CheckedRecipe, check_recipe, find_recipe
 
 if TYPE_CHECKING:
@@ -142,12 +149,41 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
 def _oneshot(
     recipe: CheckedRecipe, model: str, batches: list[Batch] | None, output_dir: Path, options: RunOptions
 ) -> None:
-    from llmcompressor import oneshot
-    from torch.utils.data import DataLoader
     from transformers import set_seed
 
+    from amoeba_plugin.modifiers.offset_norms import has_offset_norms
+
     set_seed(options.seed)
+    if batches is None or not recipe.structural or not has_offset_norms(weightless(load_config(model))):
+        _host(model, recipe.source, batches, output_dir, options)
+        return
+    rest = [modifier for modifier in recipe.modifiers if modifier not in recipe.structural]
+    if not rest:
+        _own_stage(recipe, model, batches, output_dir, options)
+        return
+    with TemporaryDirectory(dir=output_dir.parent, prefix=f"{output_dir.name}.") as subnet:
+        _own_stage(recipe, model, batches, Path(subnet), options)
+        _host(subnet, rest, batches, output_dir, options)
+
+
+def _host(
+    model: str, recipe: str | list[Any], batches: list[Batch] | None, output_dir: Path, options: RunOptions
+) -> None:
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+
     loader: DataLoader[Batch] | None = None
     if batches is not None:
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
-    oneshot(model=model, precision=options.dtype, recipe=recipe.source, dataset=loader, output_dir=str(output_dir))
+    oneshot(model=model, precision=options.dtype, recipe=recipe, dataset=loader, output_dir=str(output_dir))
+
+
+def _own_stage(recipe: CheckedRecipe, model: str, batches: list[Batch], directory: Path, options: RunOptions) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from amoeba_plugin.checkpoint import copy_tokenizer
+    from amoeba_plugin.modifiers.offset_norms import run_own_stage
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype).eval()
+    run_own_stage(whole, recipe.structural, batches, directory)
+    copy_tokenizer(model, directory)

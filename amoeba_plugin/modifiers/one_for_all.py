@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
+from amoeba_plugin.architecture import linear_names
 from amoeba_plugin.calibration import Batch, load_batches
 from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.elastic import ElasticModel
@@ -23,7 +24,6 @@ from amoeba_plugin.modifiers.selection import forget_selection, on_main_device, 
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 
-DECODER_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROW_COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
@@ -53,7 +53,7 @@ class AdapterOptions(BaseModel):
     top_k: int = Field(default=2, ge=1)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     combination: Literal["factors", "outputs"] = "factors"
-    target_modules: list[str] = DECODER_LINEARS
+    target_modules: list[str] | None = None
     router_noise: bool = True
     router_temperature: float = Field(default=1.0, gt=0)
     router_load_balancing: float = Field(default=0.0, ge=0)
@@ -150,7 +150,8 @@ class OneForAllDistillationModifier(Modifier):
     def _train(self, elastic: ElasticModel, calibration: list[Batch]) -> PeftModel:
         torch.manual_seed(self.seed)
         config = SmolConfig(
-            **self.adapter.model_dump(),
+            **self.adapter.model_dump(exclude={"target_modules"}),
+            target_modules=self.adapter.target_modules or linear_names(elastic.layers),
             adapt_largest=self.train_largest,
             router_seed=self.seed,
             task_type="CAUSAL_LM",

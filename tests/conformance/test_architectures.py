@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from amoeba_plugin.architectures.builtin import amoeba_architectures
 from amoeba_plugin.conformance import WIDTHS, ArchitectureConformance, random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
@@ -151,3 +152,15 @@ class TestOPTWithProjections(ArchitectureConformance):
     """The 350M model: embeddings narrower than the decoder, norms that follow."""
 
     config = ALL | {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
+
+
+CASES = [
+    each.config
+    for each in list(globals().values())
+    if isinstance(each, type) and issubclass(each, ArchitectureConformance) and hasattr(each, "config")
+]
+
+
+def test_every_built_in_architecture_is_tested_here() -> None:
+    served = {model_type for adapter in amoeba_architectures() for model_type in adapter.model_types}
+    assert {case["model_type"] for case in CASES} == served

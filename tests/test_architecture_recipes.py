@@ -1,0 +1,144 @@
+"""Architectures in llm-compressor: select, extract and quantize in one recipe, then reload what was saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import amoeba_plugin  # noqa: F401  # registers the modifiers
+from amoeba_plugin.conformance import random_model
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.run import RunOptions, run_recipe
+
+COMMON = {
+    "num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 8, "vocab_size": 97,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GATED = COMMON | {"num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
+SLIDING = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+INSIDE_ONESHOT: dict[str, dict[str, Any]] = {
+    "olmo2": GATED,
+    "granite": GATED | {"attention_multiplier": 0.3, "residual_multiplier": 0.4},
+    "smollm3": GATED | {"no_rope_layers": [1, 0, 1, 0]},
+    "phi3": GATED,
+    "gpt_neox": COMMON | {"intermediate_size": 64},
+    "opt": COMMON | {"ffn_dim": 64},
+}
+OWN_STAGE = {
+    "gemma2": GATED | {"layer_types": SLIDING, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "gemma3_text": GATED | {"layer_types": SLIDING, "sliding_window": 5, "query_pre_attn_scalar": 8},
+}
+IN_OTHER_TESTS = {"llama", "mistral", "qwen2", "qwen3"}  # test_modifiers.py, test_recipes.py
+QUANTIZED = {*INSIDE_ONESHOT, *OWN_STAGE, *IN_OTHER_TESTS}
+
+RECIPE = {
+    "select_stage": {
+        "select_modifiers": {
+            "DepthShrinkingModifier": {"min_depth": 2},
+            "WidthShrinkingModifier": {"widths": ["1", "3/4"]},
+        }
+    },
+    "extract_stage": {"extract_modifiers": {"SubnetExtractionModifier": {"shape": "3x3/4"}}},
+    "quantize_stage": {
+        "quantization_modifiers": {
+            "QuantizationModifier": {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}
+        }
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_session() -> Iterator[None]:
+    reset_session()
+    yield
+    reset_session()
+
+
+@pytest.fixture
+def data() -> Dataset:
+    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(3)).tolist()
+    return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 16} for row in rows])
+
+
+def save_base(config: dict[str, Any], directory: Path) -> Path:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    random_model(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(directory)
+    return directory
+
+
+def run(base: Path, data: Dataset, output: Path) -> PreTrainedModel:
+    recipe = yaml.safe_dump(RECIPE, sort_keys=False)
+    model: PreTrainedModel = oneshot(
+        model=str(base), recipe=recipe, dataset=data, num_calibration_samples=8, max_seq_length=16,
+        output_dir=str(output),
+    )  # fmt: skip
+    return model
+
+
+def require_subnet(directory: Path, model_type: str) -> PreTrainedModel:
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == (model_type, 3)
+    assert config["ffn_dim" if model_type == "opt" else "intermediate_size"] == 48
+    narrow = model_type not in ("opt", "gpt_neox")
+    assert config["num_attention_heads"] == (6 if narrow else 8)
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    reloaded: PreTrainedModel
+    reloaded, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    return reloaded
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    found: torch.Tensor = model(torch.arange(3, 15)[None], use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("model_type", list(INSIDE_ONESHOT))
+def test_a_recipe_saves_a_quantized_subnet_that_reloads_equal(model_type: str, data: Dataset, tmp_path: Path) -> None:
+    base = save_base(INSIDE_ONESHOT[model_type] | {"model_type": model_type}, tmp_path / "base")
+    model = run(base, data, tmp_path / "out")
+    reloaded = require_subnet(tmp_path / "out", model_type)
+    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", list(OWN_STAGE))
+def test_offset_norms_are_refused_inside_oneshot_and_run_in_a_stage_of_their_own(
+    model_type: str, data: Dataset, tmp_path: Path
+) -> None:
+    base = save_base(OWN_STAGE[model_type] | {"model_type": model_type}, tmp_path / "base")
+    with pytest.raises(ArchitectureError, match="Run the same recipe with `amoeba run`"):
+        run(base, data, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    reset_session()
+    data.save_to_disk(str(tmp_path / "data"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    plain = {stage: RECIPE[stage] for stage in ("select_stage", "extract_stage")}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    options = RunOptions(num_samples=8, max_seq_length=16, dtype="float32")
+    quantized = run_recipe(str(recipe), str(base), str(tmp_path / "data"), tmp_path / "out", options)
+    reloaded = require_subnet(quantized, model_type)
+    for name in ("DepthShrinkingModifier", "SubnetExtractionModifier", "QuantizationModifier"):
+        assert name in (quantized / "recipe.yaml").read_text()
+    reset_session()
+    dense = run_recipe(str(tmp_path / "plain.yaml"), str(base), str(tmp_path / "data"), tmp_path / "dense", options)
+    expected = logits(AutoModelForCausalLM.from_pretrained(dense))
+    # eight bits are near full precision: a norm that was converted once too often would not be
+    assert (logits(reloaded) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "base", "data", "dense", "out", "plain.yaml", "recipe.yaml"
+    ]  # fmt: skip
