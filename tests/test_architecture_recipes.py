@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from conformance import support_matrix
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
+from tiny_architectures import CONFIGS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,26 +22,9 @@ from amoeba_plugin.conformance import random_model
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.run import RunOptions, run_recipe
 
-COMMON = {
-    "num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 8, "vocab_size": 97,
-    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-GATED = COMMON | {"num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
-SLIDING = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-INSIDE_ONESHOT: dict[str, dict[str, Any]] = {
-    "olmo2": GATED,
-    "granite": GATED | {"attention_multiplier": 0.3, "residual_multiplier": 0.4},
-    "smollm3": GATED | {"no_rope_layers": [1, 0, 1, 0]},
-    "phi3": GATED,
-    "gpt_neox": COMMON | {"intermediate_size": 64},
-    "opt": COMMON | {"ffn_dim": 64},
-}
-OWN_STAGE = {
-    "gemma2": GATED | {"layer_types": SLIDING, "sliding_window": 5, "query_pre_attn_scalar": 8},
-    "gemma3_text": GATED | {"layer_types": SLIDING, "sliding_window": 5, "query_pre_attn_scalar": 8},
-}
-IN_OTHER_TESTS = {"llama", "mistral", "qwen2", "qwen3"}  # test_modifiers.py, test_recipes.py
-QUANTIZED = {*INSIDE_ONESHOT, *OWN_STAGE, *IN_OTHER_TESTS}
+OWN_STAGE = ["gemma2", "gemma3_text"]
+INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
+QUANTIZED = {*INSIDE_ONESHOT, *OWN_STAGE, "llama", "mistral", "qwen2", "qwen3"}  # these in test_modifiers, test_recipes
 
 RECIPE = {
     "select_stage": {
@@ -71,10 +55,10 @@ def data() -> Dataset:
     return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 16} for row in rows])
 
 
-def save_base(config: dict[str, Any], directory: Path) -> Path:
+def save_base(model_type: str, directory: Path) -> Path:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    random_model(config).save_pretrained(directory)
+    random_model(CONFIGS[model_type]).save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(directory)
     return directory
 
@@ -107,19 +91,19 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("model_type", list(INSIDE_ONESHOT))
+@pytest.mark.parametrize("model_type", INSIDE_ONESHOT)
 def test_a_recipe_saves_a_quantized_subnet_that_reloads_equal(model_type: str, data: Dataset, tmp_path: Path) -> None:
-    base = save_base(INSIDE_ONESHOT[model_type] | {"model_type": model_type}, tmp_path / "base")
+    base = save_base(model_type, tmp_path / "base")
     model = run(base, data, tmp_path / "out")
     reloaded = require_subnet(tmp_path / "out", model_type)
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", list(OWN_STAGE))
+@pytest.mark.parametrize("model_type", OWN_STAGE)
 def test_offset_norms_are_refused_inside_oneshot_and_run_in_a_stage_of_their_own(
     model_type: str, data: Dataset, tmp_path: Path
 ) -> None:
-    base = save_base(OWN_STAGE[model_type] | {"model_type": model_type}, tmp_path / "base")
+    base = save_base(model_type, tmp_path / "base")
     with pytest.raises(ArchitectureError, match="Run the same recipe with `amoeba run`"):
         run(base, data, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -142,3 +126,8 @@ def test_offset_norms_are_refused_inside_oneshot_and_run_in_a_stage_of_their_own
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "base", "data", "dense", "out", "plain.yaml", "recipe.yaml"
     ]  # fmt: skip
+
+
+def test_the_table_in_the_readme_is_what_the_tests_show() -> None:
+    """Written by ``python tests/conformance/support_matrix.py``."""
+    assert support_matrix.written() == support_matrix.table(CONFIGS, OWN_STAGE, QUANTIZED)

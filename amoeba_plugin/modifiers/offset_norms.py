@@ -1,9 +1,9 @@
 """Models whose norms llm-compressor exchanges while a recipe runs, and the way round it.
 
-Gemma's norms multiply by ``1 + weight``. Before any modifier acts, ``oneshot`` replaces each by one that multiplies by its
-weight, and puts the originals back afterwards, by the names they had in the whole model. In between, a subnet would be
-built of the wrong norms; afterwards its layers have other names. So nothing structural can happen inside ``oneshot``:
-it happens before, in a session of its own, and ``oneshot`` sees an ordinary checkpoint.
+Gemma's norms multiply by ``1 + weight``. Before any modifier acts, ``oneshot`` replaces each by one that multiplies by
+its weight, and puts the originals back afterwards, by the names they had in the whole model. In between, a subnet would
+be built of the wrong norms; afterwards its layers have other names. So nothing structural can happen inside
+``oneshot``: it happens before, in a session of its own, and ``oneshot`` sees an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def require_own_norms(model: nn.Module) -> None:
     """
     if any(isinstance(module, NormCalibrationModule) for module in model.modules()):
         raise ArchitectureError(
-            f"{type(model).__name__} inside llmcompressor.oneshot: it exchanges the norms of this architecture before a "
-            "recipe runs and puts them back by their names in the whole model, which a subnet does not have. Run the "
+            f"{type(model).__name__} inside llmcompressor.oneshot: it exchanges the norms of this architecture before "
+            "a recipe runs and puts them back by their names in the whole model, which a subnet does not have. Run the "
             "same recipe with `amoeba run`: it selects, trains and extracts in a stage of its own, before oneshot"
         )
 

@@ -1,13 +1,10 @@
-"""README's table of architectures, made from what the conformance tests run.
-
-python tests/conformance/support_matrix.py        # prints it
-"""
+"""README's table of architectures: ``python tests/conformance/support_matrix.py`` writes it."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +16,50 @@ from amoeba_plugin.plugins import architecture_for
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- support:start -->\n).*?(?=<!-- support:end -->)", re.DOTALL)
+HEADER = (
+    "`model_type`",
+    "depth",
+    "attention width",
+    "MLP width",
+    "bias compensation held by",
+    "recipe with quantization",
+)
 UNITS = {"attention": "KV groups", "mlp": "neurons"}
 
 
-def table(tested: Iterable[Mapping[str, Any]], quantized: Iterable[str]) -> str:
+def table(configs: dict[str, dict[str, Any]], own_stage: Iterable[str], quantized: Iterable[str]) -> str:
     """Return a Markdown table.
 
     Args:
-        tested: Configurations of the conformance tests, with ``model_type``.
-        quantized: Model types that a test takes through llm-compressor.
+        configs: Of the conformance tests, by model type.
+        own_stage: Model types that llm-compressor's ``oneshot`` cannot shrink, and ``amoeba run`` can.
+        quantized: Model types that a test takes through a recipe that quantizes.
     """
-    configs = {}
-    for fields in tested:
-        rest = {name: value for name, value in fields.items() if name != "model_type"}
-        configs.setdefault(fields["model_type"], AutoConfig.for_model(fields["model_type"], **rest))
-    lines = [
-        "| `model_type` | depth | attention width | MLP width | bias compensation is held by | quantized in the recipe |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model_type, config in sorted(configs.items()):
+    lines = [HEADER, ("---",) * len(HEADER)]
+    for model_type, fields in sorted(configs.items()):
+        config = AutoConfig.for_model(**fields)
         adapter = architecture_for(model_type)
         groups = {group.name: UNITS[group.name] for group in adapter.channel_groups(config)}
-        cells = (f"`{model_type}`", "layers", groups.get("attention", "–"), groups["mlp"], carrier(adapter, config),
-                 "yes" if model_type in quantized else "–")  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        run = "`amoeba run`" if model_type in own_stage else "yes" if model_type in quantized else "no"
+        widths = (groups.get("attention", "no"), groups["mlp"])
+        lines.append((f"`{model_type}`", "layers", *widths, carrier(adapter, config), run))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def carrier(adapter: ArchitectureAdapter, config: PretrainedConfig) -> str:
-    """Return the model type of the subnets of a model that carry compensating biases."""
-    groups = adapter.channel_groups(config)
-    units = {group.name: group.units for group in groups}
-    config.sliding_window = None  # a window may be all that stands against it
-    config.layer_types = None if getattr(config, "layer_types", None) is None else ["full_attention"] * 4
+    """Return the model type of the subnets that carry compensating biases, of a model without sliding windows."""
+    units = {group.name: group.units for group in adapter.channel_groups(config)}
+    config.sliding_window = None
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
     try:
-        return f"`{adapter.subnet_config(config, range(4), units, frozenset(units)).model_type}`"
+        found = adapter.subnet_config(config, range(config.num_hidden_layers), units, frozenset(units))
     except ArchitectureError:
-        return "–"
+        return "no"
+    return f"`{found.model_type}`"
 
 
-def stated() -> str:
+def written() -> str:
     """Return the table that README holds."""
     found = BLOCK.search(README.read_text(encoding="utf-8"))
     assert found is not None, "README has no block between support:start and support:end"
@@ -66,8 +67,9 @@ def stated() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    from test_architecture_recipes import QUANTIZED
-    from test_architectures import CASES
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from test_architecture_recipes import OWN_STAGE, QUANTIZED
+    from tiny_architectures import CONFIGS
 
-    print(table(CASES, QUANTIZED), end="")
+    text = README.read_text(encoding="utf-8")
+    README.write_text(BLOCK.sub(lambda _: table(CONFIGS, OWN_STAGE, QUANTIZED), text), encoding="utf-8")
