@@ -15,6 +15,7 @@ from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.core import create_session
 from llmcompressor.modeling.offset_norm import NormCalibrationModule
 from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -53,7 +54,9 @@ def run_own_stage(model: PreTrainedModel, modifiers: Sequence[Modifier], batches
         directory: Where the checkpoint goes; made if missing. ``oneshot`` on it appends to the recipe.
     """
     with create_session() as session:
-        session.initialize(recipe=list(modifiers), model=model, calib_data=batches, copy_data=False)
+        session.initialize(
+            recipe=Recipe.from_modifiers(list(modifiers)), model=model, calib_data=batches, copy_data=False
+        )
         session.finalize()
         session.state.model.save_pretrained(directory)
         session.lifecycle.recipe.yaml(str(directory / RECIPE_NAME))
