@@ -22,11 +22,15 @@ from peft.utils import (
     register_peft_method,
     resolve_quantization_backend,
 )
-from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import QuantizationBackend
 
 from amoeba_plugin.errors import PluginError
+
+try:
+    from peft.utils.error import NoMatchingPeftModuleError
+except ImportError:  # before 0.21 it was a plain ValueError
+    NoMatchingPeftModuleError = ValueError
 
 __all__ = [
     "DEFAULT_TARGETS",

@@ -160,6 +160,10 @@ class SmolModel(BaseTuner):
 
     # What PEFT calls
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model: PEFT 0.20 calls its ``forward``, past the hook that draws the router's noise."""
+        return self.model(*args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter on the model (called by PEFT).
 
@@ -169,6 +173,8 @@ class SmolModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
+            if type(error) is not NoMatchingPeftModuleError:  # where it is ValueError: our own errors, which are such
+                raise
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
             raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {sorted(linear)}.") from error
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from amoeba_plugin.errors import AdapterError, ShapeError
+from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
+from amoeba_plugin.smol.host import NoMatchingPeftModuleError
 from amoeba_plugin.smol.model import count_layers
 
 SHAPES = ["4x1", "3x1/2", "2x3/4"]
@@ -201,7 +201,7 @@ def test_transformers_conv1d(tokens: Tensor, randomize: Any) -> None:
         ),
         ({"target_modules": ["embed_tokens"]}, TypeError, "Currently, only `torch.nn.Linear`"),
         ({"num_layers": 6}, AdapterError, "for a model with 6 layers, but the model has 4"),
-        ({"depths": [5]}, ValueError, "depth 5 exceeds the model's 4 layers"),
+        ({"depths": [5]}, ConfigError, "depth 5 exceeds the model's 4 layers; lower depths$"),
     ],
 )
 def test_configs_that_do_not_fit_the_model(
