@@ -98,7 +98,7 @@ class ShapeSpace:
         if parsed not in self:
             raise ShapeError(
                 f"shape {parsed} is outside the space {self}; take a depth and a width from it, "
-                "or repeat the selection with a smaller min_depth or more widths"
+                "or make the strategy or the adapter anew with more depths or widths"
             )
         return parsed
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from peft import PeftConfig
@@ -62,6 +64,8 @@ class SmolConfig(PeftConfig):
         bias: "none", or train the base model's own biases too: "all" of them, or those of the adapted layers
             ("smol_only"; "lora_only" means the same). They change the base model at every shape at once.
         format_version: Version of the saved adapter.
+        init_lora_weights: LoRA's name for ``init_weights``; not kept.
+        fan_in_fan_out: Taken from a script for LoRA and not kept: a ``Conv1D`` is recognised.
 
     Raises:
         ConfigError: If the fields contradict each other.
@@ -96,8 +100,10 @@ class SmolConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'smol_only'."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter."})
+    init_lora_weights: InitVar[bool | str | None] = None
+    fan_in_fan_out: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, init_lora_weights: bool | str | None, fan_in_fan_out: bool | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = extend_peft_type("SMOL")
         if self.format_version > FORMAT_VERSION:
@@ -105,10 +111,20 @@ class SmolConfig(PeftConfig):
                 f"this SMOL adapter has format version {self.format_version}, but this package reads up to "
                 f"{FORMAT_VERSION}; upgrade the package"
             )
+        if init_lora_weights is not None:
+            self.init_weights = init_lora_weights
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        self.check()
+
+    def check(self) -> None:
+        """Check that the fields fit each other, and the model once ``num_layers`` is known.
+
+        Raises:
+            ConfigError: If they do not.
+        """
         self._check_experts()
         self._check_targets()
         self._check_space()
@@ -121,6 +137,9 @@ class SmolConfig(PeftConfig):
             raise ConfigError(
                 f"top_k={self.top_k} experts cannot be chosen from num_experts={self.num_experts}; lower top_k"
             )
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, int | float):
+                raise ConfigError(f"{name}={alpha!r}: the scale of the updates, give a number")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability in [0, 1) is needed")
         if self.router_temperature <= 0:
@@ -153,6 +172,10 @@ class SmolConfig(PeftConfig):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def _check_space(self) -> None:
+        if not is_list(self.widths, str | int | float | Fraction):
+            raise ConfigError(f"widths={self.widths!r}: give a list, such as ['1', '7/8']")
+        if self.depths is not None and not is_list(self.depths, int):
+            raise ConfigError(f"depths={self.depths!r}: give a list of whole numbers, such as [24, 32]")
         try:
             widths = {parse_width(width) for width in self.widths}
         except ShapeError as error:
@@ -194,6 +217,11 @@ class SmolConfig(PeftConfig):
         if self.kept_layers is not None and str(depth) in self.kept_layers:
             return tuple(self.kept_layers[str(depth)])
         return (*range(depth - 1), self.num_layers - 1)
+
+
+def is_list(value: Any, kind: Any) -> bool:
+    """Tell whether this is a list (or tuple, or range) of elements of this kind."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(x, kind) for x in value)
 
 
 def check_kept_layers(layers: list[int] | tuple[int, ...], depth: int, num_layers: int | None) -> None:

@@ -30,7 +30,7 @@ from amoeba_plugin.errors import PluginError
 try:
     from peft.utils.error import NoMatchingPeftModuleError
 except ImportError:  # before 0.21 it was a plain ValueError
-    NoMatchingPeftModuleError = ValueError
+    NoMatchingPeftModuleError = ValueError  # type: ignore[misc,assignment]
 
 __all__ = [
     "DEFAULT_TARGETS",

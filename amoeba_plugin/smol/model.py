@@ -193,7 +193,7 @@ class SmolModel(BaseTuner):
                 f"this SMOL adapter is for a model with {config.num_layers} layers, but the model has {found}; "
                 "load it on the model it was trained on (to serve one subnet, export it with to_lora)"
             )
-        config.__post_init__()  # the depths and kept layers can be checked now
+        config.check()  # the depths and kept layers can be checked now
         return config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

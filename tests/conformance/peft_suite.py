@@ -74,7 +74,7 @@ SKIPS = {
     "for prompt learning only": r"prompt_learning|prompt_tuning|passing_input_embeds",
     "weighted sums of adapters: LoRA and IA3 only": r"weighted_combination_of_adapters",
     "mixed adapter batches: refused by SMOL": r"mixed_adapter_batches",
-    "warning about biases: skipped for every method, by a condition that always holds": r"disable_adapter_with_bias_warns",
+    "warning about biases: skipped for every method": r"disable_adapter_with_bias_warns",
     "several adapters with modules_to_save: skipped for every method": r"active_adapter.*modules_to_save",
     "bitsandbytes 4-bit on a CPU: too inexact": r"merge_unmerge_unload.*4 bit quant with CPU",
     "bitsandbytes is not installed": r"got empty parameter set",

@@ -34,6 +34,12 @@ from amoeba_plugin.smol import SmolConfig
         ({"target_modules": ["q"], "layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
         ({"widths": ["1", "0"]}, r"widths=\['1', '0'\]: width 0"),
         ({"widths": ["half"]}, "'half' is no number"),
+        ({"widths": "7/8"}, r"widths='7/8': give a list, such as \['1', '7/8'\]"),
+        ({"depths": 4}, "depths=4: give a list of whole numbers"),
+        ({"depths": ["4"]}, r"depths=\['4'\]: give a list of whole numbers"),
+        ({"lora_alpha": "16"}, "lora_alpha='16': the scale of the updates"),
+        ({"alpha_pattern": {"q_proj": None}}, "q_proj=None: the scale of the updates"),
+        ({"init_lora_weights": "pissa"}, "init_weights='pissa': choose one of"),
         ({"widths": []}, "give a list with at least one width"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"depths": []}, "give at least one depth"),
@@ -48,6 +54,12 @@ from amoeba_plugin.smol import SmolConfig
 def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SmolConfig(**fields)
+
+
+def test_fields_of_a_script_for_lora_are_understood() -> None:
+    assert SmolConfig(init_lora_weights=False, fan_in_fan_out=True) == SmolConfig(init_weights=False)
+    assert SmolConfig(init_lora_weights="gaussian").init_weights == "gaussian"
+    assert not {"init_lora_weights", "fan_in_fan_out"} & SmolConfig(init_lora_weights=True).to_dict().keys()
 
 
 def test_a_newer_format_is_refused() -> None:
