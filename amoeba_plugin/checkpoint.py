@@ -26,13 +26,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
+from amoeba_plugin.model_card import model_card, write_model_card
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
+from amoeba_plugin.streaming import StreamedWeights, streamed_model
 
 FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
 ELASTIC_NAME, ADAPTER_DIRECTORY, PARITY_NAME = "elastic.json", "adapter", "parity.json"
@@ -50,6 +53,12 @@ class Parity:
     tokens: int
     max_logit_difference: float
     mean_kl_divergence: float  # nats per token
+
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        difference = f"{self.max_logit_difference:.1e} over {self.tokens} tokens"
+        return f"logits differ from the elastic model's by at most {difference}"
 
 
 def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
@@ -117,12 +126,16 @@ def require_replaceable(directory: Path) -> None:
         )
 
 
-def load_elastic(directory: Path, base: str | None = None) -> tuple[ElasticModel, PeftModel | None]:
+def load_elastic(
+    directory: Path, base: str | None = None, stream: bool = False
+) -> tuple[ElasticModel, PeftModel | None]:
     """Load base model, strategy and adapter; the largest shape is active.
 
     Args:
         directory: What :func:`save_elastic` wrote.
         base: Where the base model is now, if it moved.
+        stream: Leave the base model's weights in its safetensors files and load one layer at a time when it is used,
+            for extraction; such a model cannot be trained. A base in another format is loaded as a whole.
 
     Raises:
         ArtifactError: If the directory is no elastic checkpoint, is damaged, or belongs to another base model.
@@ -130,14 +143,20 @@ def load_elastic(directory: Path, base: str | None = None) -> tuple[ElasticModel
     document = _read_elastic_json(directory / ELASTIC_NAME)
     strategy = SubnetStrategy.load(directory)
     reference = base or document["base_model"]
+    adapter = directory / ADAPTER_DIRECTORY
+    weights: StreamedWeights | None = None
     try:
-        model = AutoModelForCausalLM.from_pretrained(reference, dtype=document["dtype"])
+        streamed = streamed_model(reference, document["dtype"]) if stream and not _holds_modules(adapter) else None
+        model: PreTrainedModel
+        if streamed is None:
+            model = AutoModelForCausalLM.from_pretrained(reference, dtype=document["dtype"])
+        else:
+            model, weights = streamed
     except OSError as error:
         raise ArtifactError(
             f"the base model '{reference}' of {directory} cannot be loaded ({error}); say where it is with --base"
         ) from error
-    elastic = ElasticModel(model.eval(), strategy)
-    adapter = directory / ADAPTER_DIRECTORY
+    elastic = ElasticModel(model.eval(), strategy, weights)
     if not adapter.is_dir():
         return elastic, None
     try:
@@ -155,9 +174,12 @@ def extract_checkpoint(
     base: str | None = None,
     adapter: AdapterMode = "fold",
     portable: bool = False,
+    max_shard_size: str = "5GB",
 ) -> Parity:
-    """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with ``parity.json`` beside
-    it.
+    """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with tokenizer, model card and
+    ``parity.json`` beside it.
+
+    The base model's weights stay on disk but for one layer at a time, so that the subnet is all that memory must hold.
 
     Args:
         directory: The elastic checkpoint.
@@ -169,11 +191,12 @@ def extract_checkpoint(
             the absolute path of ``output``.
         portable: Pad layers of different sizes with zeros, so that a stock class holds them; see
             :func:`amoeba_plugin.extraction.extract`.
+        max_shard_size: Of a file of weights, for example "5GB"; larger models get several and an index.
 
     Raises:
         ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
-        ArtifactError: If the output directory is not empty, the elastic checkpoint is damaged, or there is no adapter
-            to keep separate.
+        ArtifactError: If the output directory is not empty or cannot be written, the elastic checkpoint is damaged, or
+            there is no adapter to keep separate.
         AdapterError: If the adapter cannot be a LoRA, because it holds whole modules or biases too.
     """
     parsed = SubnetStrategy.load(directory).space.require(shape)
@@ -185,24 +208,20 @@ def extract_checkpoint(
         raise AdapterError(
             "a separate LoRA has no place in layers padded with zeros; leave out --portable or --adapter"
         )
-    elastic, peft_model = load_elastic(directory, base)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    separate = peft_model is not None and adapter == "separate"
-    try:
+    with whole_or_nothing(output) as partial:
+        elastic, peft_model = load_elastic(directory, base, stream=True)
+        separate = peft_model is not None and adapter == "separate"
         if peft_model is not None and separate:
             _write_lora(elastic, peft_model, parsed, partial / ADAPTER_DIRECTORY, output)
         with peft_model.disable_adapter() if peft_model is not None and separate else nullcontext():
-            extract(elastic, parsed, portable).save_pretrained(partial)
+            subnet = extract(elastic, parsed, portable)
+        subnet.save_pretrained(partial, max_shard_size=max_shard_size)
+        facts = model_card(elastic, subnet, parsed, "none" if peft_model is None else adapter, portable)
+        del subnet  # parity needs the room: it loads what was written
         copy_tokenizer(base or str(elastic.config.name_or_path), partial)
         parity = measure_parity(elastic, parsed, partial)
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
-        if output.is_dir():
-            output.rmdir()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_model_card(partial, facts, parity.in_words, (partial / PER_LAYER_FILE).is_file())
     return parity
 
 
@@ -250,6 +269,14 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
         (found - expected).abs().max().item(),
         divergence.item(),
     )
+
+
+def _holds_modules(adapter: Path) -> bool:
+    """Return whether an adapter brings whole modules: copies of the base's, which must then be in memory."""
+    try:
+        return bool(json.loads((adapter / "adapter_config.json").read_bytes()).get("modules_to_save"))
+    except (OSError, ValueError):  # no adapter, or a damaged one: loading it says so
+        return False
 
 
 def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:

@@ -116,16 +116,21 @@ def extract(
     portable: Annotated[
         bool, typer.Option("--portable", help="Layers of different sizes: pad with zeros to a stock class; no speed.")
     ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
     _be_quiet()
     from amoeba_plugin.checkpoint import extract_checkpoint
+    from amoeba_plugin.extraction import PER_LAYER_FILE
 
-    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable)
-    _done(
-        f"shape {parity.shape} written to {output_dir}; logits differ from the elastic model's by at most "
-        f"{parity.max_logit_difference:.1e} over {parity.tokens} tokens"
-    )
+    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size)
+    _done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")
+    if (output_dir / PER_LAYER_FILE).is_file():
+        _done(
+            "its layers differ in size: load it with trust_remote_code=True, or repeat with --portable for any loader"
+        )
+    elif portable:
+        _done("where its layers differed in size they are padded with zeros: it loads anywhere, but gains no speed")
 
 
 @app.command()

@@ -8,9 +8,11 @@ layer list, exchanged. (The idea is that of ELMS, arXiv:2409.09071, section 3: p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
 from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
+
+if TYPE_CHECKING:
+    from amoeba_plugin.streaming import StreamedWeights
 
 
 class ElasticLinear(nn.Linear):
@@ -123,25 +128,35 @@ class ElasticModel:
     Args:
         model: A full-precision causal LM; its channels are reordered in place.
         strategy: Must carry the model's fingerprint.
+        weights: Where a model without weights takes them from, part by part; such a model can be evaluated and cut, not
+            trained.
 
     Raises:
         ArtifactError: If the strategy belongs to another model.
         ArchitectureError: If the model is quantized, already elastic, or of an unsupported architecture.
     """
 
-    def __init__(self, model: PreTrainedModel, strategy: SubnetStrategy) -> None:
+    def __init__(
+        self, model: PreTrainedModel, strategy: SubnetStrategy, weights: StreamedWeights | None = None
+    ) -> None:
         require_unquantized(model)
         self.model = model
         self.strategy = strategy
+        self._weights = weights
         self.adapter = architecture_for(model.config.model_type)
-        strategy.require_model(model, self.adapter)
+        strategy.require_model(
+            model, self.adapter, nullcontext if weights is None else partial(weights.loaded, copy=False)
+        )
         self.config = copy_config(model.config)
         self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
         self._require_whole_largest()
         self.groups = self._elastic_groups()
         self._listeners: list[Callable[[SubnetShape], None]] = []
-        for group in self.groups:
-            _reorder(group, strategy.width)
+        if weights is None:
+            for group in self.groups:
+                _reorder(group, strategy.width)
+        else:
+            self._load_on_use()
         self._shape = self.space.largest
 
     @property
@@ -153,6 +168,41 @@ class ElasticModel:
     def shape(self) -> SubnetShape:
         """The active shape."""
         return self._shape
+
+    @contextmanager
+    def loaded(self, part: nn.Module) -> Iterator[None]:
+        """Have the weights of a part of the model in memory, reordered, for a block of code.
+
+        Only a model whose weights are streamed has them anywhere else.
+        """
+        if self._weights is None:
+            yield
+            return
+        with self._weights.loaded(part) as fresh:
+            inside = set(part.modules()) if fresh else set()
+            groups = [group for group in self.groups if group.consumer in inside]
+            for group in groups:
+                _reorder(group, self.strategy.width)
+            yield
+            for group in groups:
+                group.consumer.compensation = None
+
+    def _load_on_use(self) -> None:
+        """Load every layer, and every module outside the layers, when it is called, and drop it afterwards."""
+        inside = {module for layer in self.layers for module in layer.modules()}
+        outside = [module for module in self.model.modules() if module._parameters and module not in inside]
+        for part in (*self.layers, *outside):
+            blocks: list[AbstractContextManager[None]] = []
+
+            def enter(part: nn.Module, *_: object, blocks: list[AbstractContextManager[None]] = blocks) -> None:
+                blocks.append(self.loaded(part))
+                blocks[-1].__enter__()
+
+            def leave(*_: object, blocks: list[AbstractContextManager[None]] = blocks) -> None:
+                blocks.pop().__exit__(None, None, None)
+
+            part.register_forward_pre_hook(enter)
+            part.register_forward_hook(leave, always_call=True)
 
     def kept_layers(self, shape: SubnetShape | None = None) -> tuple[int, ...]:
         """Return the indices of the layers that a shape (default: the active one) keeps."""
@@ -277,5 +327,6 @@ def _compensation(group: ElasticGroup, width: WidthStrategy, columns: Tensor) ->
     rows = []
     for share in sorted(width.units, reverse=True):
         kept = width.units[share].get(group.key, group.group.units) * group.group.consumer.channels_per_unit
-        rows.append(weight[:, kept:] @ mean[kept:])
+        # a copy, because the last bit of a product depends on where in memory its factors begin
+        rows.append(weight[:, kept:].contiguous() @ mean[kept:])
     return torch.stack(rows).to(group.consumer.weight.dtype)

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import group_key
@@ -228,10 +229,11 @@ def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedM
 
 
 def _fill_layers(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
-    sources = elastic.adapter.layers(elastic.model)
-    for position, (target, source) in enumerate(zip(elastic.adapter.layers(subnet), sources, strict=True)):
-        for path, module in _parameterised(target):
-            _fill(module, source.get_submodule(path), f"layer {position}, {path}")
+    pairs = list(zip(elastic.adapter.layers(subnet), elastic.adapter.layers(elastic.model), strict=True))
+    for position, (target, source) in enumerate(tqdm(pairs, desc="extraction", unit="layer", leave=False)):
+        with elastic.loaded(source):
+            for path, module in _parameterised(target):
+                _fill(module, source.get_submodule(path), f"layer {position}, {path}")
 
 
 def _fill_rest(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
@@ -242,7 +244,9 @@ def _fill_rest(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
         _require_still_tied(elastic.model)
     for path, module in _parameterised(subnet):
         if module not in layers and module is not tied:
-            _fill(module, elastic.model.get_submodule(path), path)
+            source = elastic.model.get_submodule(path)
+            with elastic.loaded(source):
+                _fill(module, source, path)
 
 
 def _require_still_tied(model: PreTrainedModel) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from amoeba_plugin.errors import ArtifactError, DataError
+from amoeba_plugin.directories import whole_or_nothing
+from amoeba_plugin.errors import DataError
 from amoeba_plugin.preflight import (
     check_against_model,
     load_config,
@@ -119,31 +116,6 @@ def calibration_batches(
     if depth is not None and depth.kept_layers is None:
         objective_named(depth.objective).check(batches)
     return batches
-
-
-@contextmanager
-def whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """Yield a directory that takes the wanted name when the block ends well, and vanishes when it does not.
-
-    Raises:
-        ArtifactError: If the disk is full.
-    """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.is_dir():
-            directory.rmdir()
-        partial.rename(directory)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ArtifactError(
-                f"the disk of {directory} is full; nothing was kept there. Free space or name another --output-dir"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _oneshot(

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
@@ -32,6 +33,7 @@ from amoeba_plugin.shape import ShapeSpace
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 1
 JSON_NAME, TENSORS_NAME = "strategy.json", "strategy.safetensors"
 FINGERPRINT_ELEMENTS = 256
+Loaded = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,18 @@ class SubnetStrategy:
         """The grid of shapes that this strategy can cut."""
         return ShapeSpace(tuple(self.depth.kept), tuple(self.width.units))
 
-    def require_model(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
+    def require_model(self, model: PreTrainedModel, adapter: ArchitectureAdapter, loaded: Loaded = nullcontext) -> None:
         """Refuse a model that is not the one this strategy was made for.
+
+        Args:
+            model: The model.
+            adapter: Its architecture.
+            loaded: Has a layer's weights in memory for a block of code.
 
         Raises:
             ArtifactError: If the fingerprints differ.
         """
-        found = model_fingerprint(model, adapter)
+        found = model_fingerprint(model, adapter, loaded)
         if found != self.fingerprint:
             raise ArtifactError(
                 f"this strategy belongs to a model with fingerprint {self.fingerprint[:12]}, the model given has "
@@ -198,17 +205,19 @@ class SubnetStrategy:
         )
 
 
-def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
+def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter, loaded: Loaded = nullcontext) -> str:
     """Digest the shapes and the first elements of every decoder parameter.
 
     Values are rounded to bf16 first, so that loading a model in another dtype does not change its fingerprint. To be
-    taken before channels are reordered.
+    taken before channels are reordered; ``loaded`` has a layer's weights in memory for a block of code.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in adapter.layers(model).named_parameters():
-        head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(head.view(torch.int16).numpy().tobytes())
+    for index, layer in enumerate(adapter.layers(model)):
+        with loaded(layer):
+            for name, parameter in layer.named_parameters():
+                head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
+                digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())
+                digest.update(head.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

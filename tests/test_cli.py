@@ -19,9 +19,10 @@ from typer.testing import CliRunner, Result
 
 import amoeba_plugin
 from amoeba_plugin.cli import app
+from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.recipes import check_recipe, shipped_recipes
-from amoeba_plugin.run import RunOptions, calibration_batches, whole_or_nothing
+from amoeba_plugin.run import RunOptions, calibration_batches
 
 RECIPE = {
     "select_stage": {
