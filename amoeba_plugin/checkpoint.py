@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -146,7 +146,7 @@ def load_elastic(
     adapter = directory / ADAPTER_DIRECTORY
     weights: StreamedWeights | None = None
     try:
-        streamed = streamed_model(reference, document["dtype"]) if stream and not _holds_modules(adapter) else None
+        streamed = streamed_model(reference, document["dtype"]) if stream and not _holds_base_weights(adapter) else None
         model: PreTrainedModel
         if streamed is None:
             model = AutoModelForCausalLM.from_pretrained(reference, dtype=document["dtype"])
@@ -271,11 +271,12 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
     )
 
 
-def _holds_modules(adapter: Path) -> bool:
-    """Return whether an adapter brings whole modules: copies of the base's, which must then be in memory."""
+def _holds_base_weights(adapter: Path) -> bool:
+    """Return whether an adapter's file brings weights of the base model too, which must then be in memory."""
     try:
-        return bool(json.loads((adapter / "adapter_config.json").read_bytes()).get("modules_to_save"))
-    except (OSError, ValueError):  # no adapter, or a damaged one: loading it says so
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            return not all("smol_" in key for key in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):  # no adapter, or a damaged one: loading it says so
         return False
 
 
