@@ -19,6 +19,7 @@ from amoeba_plugin.architecture import ArchitectureAdapter, group_key
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.objectives import IGNORED, evaluating, model_inputs, target_counts
+from amoeba_plugin.ranks import sum_over_ranks
 
 Batch = dict[str, Tensor]
 logger = logging.getLogger(__name__)
@@ -76,6 +77,13 @@ class ActivationStats:
         """(channels,), mean over tokens of x^2."""
         return self.variance + self.mean.square()
 
+    def over_ranks(self) -> ActivationStats:
+        """Return the statistics of the tokens of all ranks together."""
+        tokens = sum_over_ranks(torch.tensor(self.tokens))
+        mean = sum_over_ranks(self.mean * self.tokens) / tokens.clamp(min=1)
+        between = (self.mean - mean).square() * self.tokens
+        return ActivationStats(int(tokens), mean, sum_over_ranks(self.sum_squared_deviation + between))
+
     def merge(self, other: ActivationStats) -> ActivationStats:
         """Return the statistics of both sets of tokens together."""
         tokens = self.tokens + other.tokens
@@ -115,7 +123,20 @@ def materialise(loader: Iterable[Mapping[str, Any]] | None, device: torch.device
             f"the calibration data is too short: nothing to predict in {len(batches)} batches, whose longest "
             f"sequence has {longest} token(s); pass texts of two tokens or more (a few hundred are usual) with labels"
         )
+    _tell_single_tokens(batches)
     return batches
+
+
+def _tell_single_tokens(batches: Sequence[Batch]) -> None:
+    lengths = torch.cat([batch["attention_mask"].sum(dim=1) for batch in batches])
+    short = int((lengths < 2).sum())
+    if short:
+        logger.warning(
+            "%d of %d calibration sequences have one token or none: nothing can be predicted in them, so that only "
+            "statistics of activations see them; leave them out, or join texts",
+            short,
+            len(lengths),
+        )
 
 
 def _complete(given: Mapping[str, Any], number: int, device: torch.device | str | None) -> Batch:
@@ -159,7 +180,7 @@ def collect_statistics(
         progress: Show a progress bar.
 
     Returns:
-        Statistics by ``group_key(layer, group)``.
+        Statistics by ``group_key(layer, group)``, of the batches of all ranks where there are several.
 
     Raises:
         DataError: If there are no tokens, or an input is NaN or infinite; layer and batch are named.
@@ -196,7 +217,7 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return {key: stats.over_ranks() for key, stats in seen.items()}
 
 
 def load_batches(

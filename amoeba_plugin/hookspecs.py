@@ -14,7 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from amoeba_plugin.architecture import ArchitectureAdapter
     from amoeba_plugin.depth_selectors import DepthSelector
-    from amoeba_plugin.importance import Importance
+    from amoeba_plugin.importance import GroupImportance, Importance
     from amoeba_plugin.objectives import Objective
 
 PROJECT = "amoeba_plugin"
@@ -28,7 +28,7 @@ def amoeba_architectures() -> Sequence[ArchitectureAdapter]:  # type: ignore[emp
 
 
 @hookspec
-def amoeba_importances() -> Mapping[str, Importance]:  # type: ignore[empty-body]
+def amoeba_importances() -> Mapping[str, Importance | GroupImportance]:  # type: ignore[empty-body]
     """Return importances by the name that ``WidthShrinkingModifier.importance`` takes."""
 
 

@@ -1,4 +1,4 @@
-"""Importances: how much every input channel of a linear matters; pure functions of statistics and weight.
+"""Importances: how much every channel or unit matters; pure functions of statistics, weights and gradients.
 
 Scores are compared after standardisation (:mod:`amoeba_plugin.width`), so constant factors mean nothing.
 """
@@ -6,11 +6,14 @@ Scores are compared after standardisation (:mod:`amoeba_plugin.width`), so const
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+import torch_pruning
+from torch import Tensor, nn
 
+from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
 from amoeba_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -34,6 +37,39 @@ class Importance:
     score: Callable[[ActivationStats, Tensor], Tensor]
     square_attention: bool = False
     needs_statistics: bool = True
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class CoupledWeights:
+    """All weights that share one group's units, in one layer.
+
+    Attributes:
+        group: Which rows of the producers and which columns of the consumer belong to a unit.
+        weights: By axis of the group the whole weight that it lies in, (out, in), any float dtype.
+        gradients: Of the mean calibration loss, same axes and shapes, fp32; empty where nobody asked for them.
+    """
+
+    group: ChannelGroup
+    weights: Mapping[ChannelAxis, Tensor]
+    gradients: Mapping[ChannelAxis, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupImportance:
+    """A way to score the units of a group by all the weights they consist of.
+
+    Attributes:
+        name: The name it is registered under.
+        score: Maps the weights, and their gradients where it needs them, to (units,); larger matters more.
+        needs_gradients: True where ``score`` looks at gradients, which take a backward pass over the calibration data
+            and 4 bytes of main memory for each weight (:func:`amoeba_plugin.gradients.loss_gradients`).
+        description: One line for people.
+    """
+
+    name: str
+    score: Callable[[CoupledWeights], Tensor]
+    needs_gradients: bool = False
     description: str = ""
 
 
@@ -69,15 +105,62 @@ def column_norm(stats: ActivationStats, weight: Tensor) -> Tensor:
     return weight.double().square().sum(dim=0).sqrt().float()
 
 
+def group_taylor(coupled: CoupledWeights) -> Tensor:
+    """Score units by the sum of |gradient x weight| over the elements of all their weights, by torch-pruning.
+
+    First-order Taylor expansion of the loss that removing the unit adds (ELMS, arXiv:2409.09071, section 3.1; "param
+    first" of LLM-Pruner, arXiv:2305.11627).
+
+    Returns:
+        (units,), fp32, nats per token.
+    """
+    # imp_u = sum over elements of unit u of |dL/dW * W|
+    return _by_unit(torch_pruning.importance.GroupTaylorImportance, coupled)
+
+
+def group_taylor_vector(coupled: CoupledWeights) -> Tensor:
+    """Score units by |sum of gradient x weight| of each row or column, summed ("vector" of LLM-Pruner)."""
+    return _by_unit(torch_pruning.importance.GroupTaylorImportance, coupled, multivariable=True)
+
+
+def group_magnitude(coupled: CoupledWeights) -> Tensor:
+    """Score units by the sum of squares of all their weights, by torch-pruning: (units,), fp32."""
+    return _by_unit(torch_pruning.importance.GroupMagnitudeImportance, coupled, p=2)
+
+
+def _by_unit(
+    kind: Callable[..., torch_pruning.importance.Importance], coupled: CoupledWeights, **options: Any
+) -> Tensor:
+    """Let torch-pruning sum its group importance over the channels of each unit.
+
+    The group is made by hand: what belongs together is known, and torch-pruning's own graph is wrong where query heads
+    share keys and values.
+    """
+    group = torch_pruning.dependency.Group()
+    units = torch.arange(coupled.group.units)
+    ends = [(axis, torch_pruning.prune_linear_out_channels) for axis in coupled.group.producers]
+    for axis, prune in (*ends, (coupled.group.consumer, torch_pruning.prune_linear_in_channels)):
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.weight = nn.Parameter(coupled.weights[axis].detach().to("cpu", torch.float32))
+        if coupled.gradients:
+            linear.weight.grad = coupled.gradients[axis]
+        node = torch_pruning.dependency.Node(linear, None, axis.path)
+        group.add_dep(torch_pruning.dependency.Dependency(prune, prune, node, node), axis.channels(units).tolist())
+        group[-1].root_idxs = units.repeat_interleave(axis.channels_per_unit).tolist()
+    importance = kind(group_reduction="sum", normalizer=None, **options)
+    scores: Tensor = importance(group)
+    return scores[: len(units)]  # the sum has as many places as the first axis has channels
+
+
 def _on(weight: Tensor, statistic: Tensor) -> Tensor:
     # fp64: an 8-bit bf16 significand would leave ranks to ties, and squares of fp32 can underflow
     return statistic.to(weight.device).double()
 
 
 @hookimpl
-def amoeba_importances() -> Mapping[str, Importance]:
-    """Return FLAP's three metrics, Wanda and magnitude."""
-    built_in = (
+def amoeba_importances() -> Mapping[str, Importance | GroupImportance]:
+    """Return FLAP's three metrics, Wanda, magnitude and Taylor."""
+    built_in: tuple[Importance | GroupImportance, ...] = (
         Importance(
             "flap",
             weighted_input_fluctuation,
@@ -93,6 +176,16 @@ def amoeba_importances() -> Mapping[str, Importance]:
         ),
         Importance(
             "magnitude", column_norm, needs_statistics=False, description="weight norm of the consumer's column"
+        ),
+        GroupImportance("group_magnitude", group_magnitude, description="squared norm of all weights of a unit"),
+        GroupImportance(
+            "taylor", group_taylor, needs_gradients=True, description="sum of |gradient x weight| (ELMS, LLM-Pruner)"
+        ),
+        GroupImportance(
+            "taylor_vector",
+            group_taylor_vector,
+            needs_gradients=True,
+            description="|sum of gradient x weight| per row and column (LLM-Pruner)",
         ),
     )
     return {importance.name: importance for importance in built_in}

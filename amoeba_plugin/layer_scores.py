@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_flow import layer_flow
-from amoeba_plugin.objectives import Objective, Score, evaluating
+from amoeba_plugin.objectives import Objective, Score, better, evaluating
 from amoeba_plugin.ranks import sum_over_ranks
 
 
@@ -94,6 +95,27 @@ def scores_without(
         with _keeping(model, adapter, [index for index in range(layers) if index != removed]):
             scores.append(objective.measure(model, batches))
     return scores
+
+
+def most_sensitive_layers(
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    objective: Objective,
+    batches: Sequence[Batch],
+    count: int,
+    progress: bool = True,
+) -> list[int]:
+    """Return the layers without which the objective is worst, each left out alone (ELMS, arXiv:2409.09071).
+
+    Returns:
+        ``count`` indices, ascending; a layer without which the objective is NaN comes first of all.
+    """
+    scores = scores_without(model, adapter, objective, batches, progress)
+    worst: list[int] = []
+    while len(worst) < count:
+        rest = [index for index in range(len(scores)) if index not in worst]
+        worst.append(reduce(lambda a, b: a if better(objective, scores[b], scores[a]) else b, rest[::-1]))
+    return sorted(worst)
 
 
 def taylor(

@@ -15,7 +15,7 @@ from amoeba_plugin.errors import ArchitectureError, PluginError
 if TYPE_CHECKING:
     from amoeba_plugin.architecture import ArchitectureAdapter
     from amoeba_plugin.depth_selectors import DepthSelector
-    from amoeba_plugin.importance import Importance
+    from amoeba_plugin.importance import GroupImportance, Importance
     from amoeba_plugin.objectives import Objective
 
 BUILT_IN = (
@@ -63,9 +63,9 @@ def architecture_for(model_type: str) -> ArchitectureAdapter:
     return adapter
 
 
-def importance_named(name: str) -> Importance:
+def importance_named(name: str) -> Importance | GroupImportance:
     """Return the importance of that name, or raise :class:`PluginError` with the names that exist."""
-    found: Importance = _named("importance", "amoeba_importances", name)
+    found: Importance | GroupImportance = _named("importance", "amoeba_importances", name)
     return found
 
 

@@ -115,7 +115,8 @@ def _subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretraine
     groups = adapter.channel_groups(config)
     units = {Fraction(1): {group.name: group.units for group in groups}}
     if width is not None:
-        units = {share: kept_units(groups, share, width.round_to) for share in map(parse_width, width.widths)}
+        anchored = Fraction(width.anchor_count, layers)
+        units = {share: kept_units(groups, share, width.round_to, anchored) for share in map(parse_width, width.widths)}
     extraction = recipe.find(SubnetExtractionModifier)
     if extraction is None:
         return config
@@ -132,16 +133,20 @@ def _subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretraine
     )
 
 
-def kept_units(groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int]) -> dict[str, int]:
+def kept_units(
+    groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int], anchored: Fraction = Fraction(0)
+) -> dict[str, int]:
     """Return how many units of each group a width keeps with uniform allocation, by the same arithmetic as selection.
+
+    Where a share of the layers is ``anchored``, this is what all others keep.
 
     Raises:
         RecipeError: If ``round_to`` names a group that does not exist, does not fit its units, or leaves nothing.
     """
-    from amoeba_plugin.width import RankedGroup, rounding_steps, uniform_units
+    from amoeba_plugin.width import RankedGroup, other_share, rounding_steps, uniform_units
 
     unscored = [RankedGroup(group.name, group, torch.empty(0), 0) for group in groups]
-    return uniform_units(unscored, width, rounding_steps(groups, round_to))
+    return uniform_units(unscored, other_share(width, anchored), rounding_steps(groups, round_to))
 
 
 def _check_group_sizes(recipe: CheckedRecipe, config: PretrainedConfig) -> None:

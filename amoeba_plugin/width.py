@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.calibration import ActivationStats
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.importance import Importance
+from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.strategy import WidthStrategy
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class RankedGroup:
     key: str
     group: ChannelGroup
     scores: Tensor  # (units,) fp64, comparable over layers and groups
-    cost: int  # parameters of one unit, biases not counted
+    cost: int  # of one unit, from unit_cost
+    anchored: bool = False  # keeps all its units at every width
 
     @property
     def order(self) -> Tensor:
@@ -48,9 +50,11 @@ def rank_widths(
     stats: Mapping[str, ActivationStats],
     *,
     widths: Sequence[Fraction],
-    importance: Importance,
+    importance: Importance | GroupImportance,
+    gradients: Mapping[str, Tensor] | None = None,
     allocation: Literal["uniform", "global"] = "uniform",
     round_to: Mapping[str, int] | int = 1,
+    anchors: Collection[int] = (),
     bias_compensation: bool = False,
 ) -> WidthStrategy:
     """Order the units of every group by importance and decide how many each width keeps.
@@ -60,12 +64,16 @@ def rank_widths(
         adapter: Its architecture.
         stats: By ``group_key``, from ``collect_statistics``; may lack groups where nothing needs them.
         widths: Shares kept, in (0, 1]. 1 keeps everything, whatever ``round_to`` is.
-        importance: Scores channels.
+        importance: Scores channels or units.
+        gradients: From ``loss_gradients`` of :func:`coupled_parameters`, for importances that need them.
         allocation: ``uniform`` keeps the same number of units in every layer: the share of that group's units.
             ``global`` is the paper's: one threshold over the units of all layers, so that the share counts the
             parameters of units, and layers differ; every group keeps its best unit at least.
         round_to: Consumer's channels that kept sizes are multiples of (the nearest one), for all groups or by group
             name. With ``global`` it moves the share away from the one asked for.
+        anchors: Indices of layers that keep full width (ELMS). The others make up for them: their share is
+            (width * layers - anchors) / (layers - anchors), so that the width is still that of the whole model. With
+            ``global`` they are left out of the threshold, and their parameters count as kept.
         bias_compensation: Also store every channel's mean input.
 
     Returns:
@@ -77,11 +85,13 @@ def rank_widths(
     """
     shares = _require_widths(widths)
     steps = rounding_steps(adapter.channel_groups(model.config), round_to)
-    if importance.needs_statistics or bias_compensation:
-        _require_statistics(model, adapter, stats, importance, bias_compensation)
+    layers = adapter.layers(model)
+    _require_anchors(anchors, len(layers))
+    if bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
+        _require_statistics(model, adapter, stats, importance)
     ranked = [
-        rank_group(layer, group_key(index, group), group, stats.get(group_key(index, group)), importance)
-        for index, layer in enumerate(adapter.layers(model))
+        replace(rank_group(layer, index, group, stats, gradients or {}, importance), anchored=index in anchors)
+        for index, layer in enumerate(layers)
         for group in adapter.channel_groups(model.config)
     ]
     if allocation == "uniform":
@@ -106,27 +116,74 @@ def rank_widths(
 
 
 def rank_group(
-    layer: nn.Module, key: str, group: ChannelGroup, stats: ActivationStats | None, importance: Importance
+    layer: nn.Module,
+    index: int,
+    group: ChannelGroup,
+    stats: Mapping[str, ActivationStats],
+    gradients: Mapping[str, Tensor],
+    importance: Importance | GroupImportance,
 ) -> RankedGroup:
     """Score the units of one group of one layer.
 
     Raises:
-        DataError: If a score is NaN or infinite.
+        DataError: If a score is NaN or infinite, or gradients are missing.
     """
-    weight = _linear(layer, group.consumer.path).weight.detach()
-    channel_scores = importance.score(stats or ActivationStats.empty(group.channels), weight).double().cpu()
-    if not bool(torch.isfinite(channel_scores).all()):
-        raise DataError(
-            f"importance {importance.name} of {key} is NaN or infinite; check the weights and the calibration data"
-        )
-    if importance.square_attention and group.name == "attention":
-        channel_scores = channel_scores.square()
-    # score(unit) = mean of its channels' standardised scores  (FLAP, arXiv:2312.11983, section 4.2)
-    scores = standardised(channel_scores).view(group.units, -1).mean(dim=1)
+    key = group_key(index, group)
+    if isinstance(importance, GroupImportance):
+        scores = importance.score(_coupled(layer, index, group, gradients, importance)).double().cpu()
+        _require_finite(scores, key, importance.name)
+        scores = standardised(scores)
+    else:
+        weight = _linear(layer, group.consumer.path).weight.detach()
+        channels = importance.score(stats.get(key) or ActivationStats.empty(group.channels), weight).double().cpu()
+        _require_finite(channels, key, importance.name)
+        if importance.square_attention and group.name == "attention":
+            channels = channels.square()
+        # score(unit) = mean of its channels' standardised scores  (FLAP, arXiv:2312.11983, section 4.2)
+        scores = standardised(channels).view(group.units, -1).mean(dim=1)
+    return RankedGroup(key, group, scores, unit_cost(layer, group))
+
+
+def unit_cost(layer: nn.Module, group: ChannelGroup) -> int:
+    """Return the parameters of one unit, biases not counted; their ratio is the cost of one group's unit in another's.
+
+    A head in neurons of a gated MLP: 4 d/3 where every query head has its own keys and values, (2g + 2) d/3 for a KV
+    group of g query heads, 2 d/3 for a query head alone; without a gate, half as much again.
+    """
     # A producer's unit has its rows, over all inputs; the consumer's its columns, over all outputs.
     cost = sum(axis.channels_per_unit * _linear(layer, axis.path).in_features for axis in group.producers)
-    cost += group.consumer.channels_per_unit * _linear(layer, group.consumer.path).out_features
-    return RankedGroup(key, group, scores, cost)
+    return cost + group.consumer.channels_per_unit * _linear(layer, group.consumer.path).out_features
+
+
+def coupled_parameters(model: PreTrainedModel, adapter: ArchitectureAdapter) -> dict[str, nn.Parameter]:
+    """Return the weights of all groups of all layers, by "3.mlp.up_proj"."""
+    return {
+        f"{index}.{axis.path}": layer.get_parameter(f"{axis.path}.weight")
+        for index, layer in enumerate(adapter.layers(model))
+        for group in adapter.channel_groups(model.config)
+        for axis in (*group.producers, group.consumer)
+    }
+
+
+def _coupled(
+    layer: nn.Module, index: int, group: ChannelGroup, gradients: Mapping[str, Tensor], importance: GroupImportance
+) -> CoupledWeights:
+    axes = (*group.producers, group.consumer)
+    weights = {axis: _linear(layer, axis.path).weight.detach() for axis in axes}
+    if not importance.needs_gradients:
+        return CoupledWeights(group, weights)
+    missing = [axis.path for axis in axes if f"{index}.{axis.path}" not in gradients]
+    if missing:
+        raise DataError(
+            f"importance {importance.name} needs the gradient of {index}.{missing[0]}; take them by "
+            "loss_gradients(model, coupled_parameters(model, adapter), batches)"
+        )
+    return CoupledWeights(group, weights, {axis: gradients[f"{index}.{axis.path}"] for axis in axes})
+
+
+def _require_finite(scores: Tensor, key: str, name: str) -> None:
+    if not bool(torch.isfinite(scores).all()):
+        raise DataError(f"importance {name} of {key} is NaN or infinite; check the weights and the calibration data")
 
 
 def standardised(scores: Tensor) -> Tensor:
@@ -155,7 +212,7 @@ def nearest_size(units: int, share: Fraction, step: int) -> int:
 
 
 def uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
-    """Return the units kept per group key: the size nearest to the share, the same in every layer.
+    """Return the units kept per group key: the size nearest to the share, the same in every layer but the anchors.
 
     Args:
         ranked: The groups of all layers.
@@ -163,34 +220,77 @@ def uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping
         steps: Units that sizes are multiples of, by group name; from :func:`rounding_steps`.
 
     Raises:
-        RecipeError: If rounding leaves nothing.
+        RecipeError: If rounding leaves nothing, or the anchors alone are more than the share.
     """
     sizes: dict[str, int] = {}
+    layers = Counter(each.group.name for each in ranked)
+    anchored = Counter(each.group.name for each in ranked if each.anchored)
+    told: set[str] = set()
     for each in ranked:
         name, units, step = each.group.name, each.group.units, steps[each.group.name]
-        size = nearest_size(units, share, step)
+        own = share if each.anchored else other_share(share, Fraction(anchored[name], layers[name]))
+        size = units if each.anchored else nearest_size(units, own, step)
         if not size:
             per_unit = each.group.consumer.channels_per_unit
             possible = ", ".join(str(count * per_unit) for count in range(step, units + 1, step))
             raise RecipeError(
-                f"width {share} of {name} is {share * each.group.channels} of {each.group.channels} channels, of which "
+                f"width {share} of {name} is {own * each.group.channels} of {each.group.channels} channels, of which "
                 f"round_to leaves nothing; sizes possible are {possible} channels: take a larger "
                 f"width or a smaller round_to for {name}"
             )
+        if not each.anchored and own * units < Fraction(1, 2) and name not in told:
+            told.add(name)
+            logger.warning("width %s of %d %s units is less than half a unit; every layer keeps one", own, units, name)
         sizes[each.key] = size
     return sizes
 
 
-def _global_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+def other_share(share: Fraction, anchored: Fraction) -> Fraction:
+    """Return the share that other layers keep where ``anchored`` of the whole keep everything.
+
+    >>> other_share(Fraction(1, 2), Fraction(6, 32))
+    Fraction(5, 13)
+    """
+    # x = (r L - A) / (L - A)  (ELMS, arXiv:2409.09071, section 3.1)
     if share == 1:
-        return {each.key: each.group.units for each in ranked}
-    counts = global_prefix([each.scores for each in ranked], [each.cost for each in ranked], share)
-    sizes = {}
-    for each, count in zip(ranked, counts, strict=True):
+        return share
+    if share <= anchored:
+        raise RecipeError(
+            f"width {share} is impossible with these anchor_layers: they alone are {float(anchored):.3g} of the whole; "
+            f"name fewer of them, or take widths above {float(anchored):.3g}"
+        )
+    return (share - anchored) / (1 - anchored)
+
+
+def _global_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+    sizes = {each.key: each.group.units for each in ranked}
+    if share == 1:
+        return sizes
+    others = [each for each in ranked if not each.anchored]
+    cost = {each.key: each.cost * each.group.units for each in ranked}
+    anchored = 1 - Fraction(sum(cost[each.key] for each in others), sum(cost.values()))
+    scores = [each.scores for each in others]
+    counts = global_prefix(scores, [each.cost for each in others], other_share(share, anchored))
+    for each, count in zip(others, counts, strict=True):
         units, step = each.group.units, steps[each.group.name]
         # a group that the threshold leaves whole stays whole; all others keep one step at least
         sizes[each.key] = max(nearest_size(units, Fraction(count, units), step), step)
+    _tell_rescued(share, others, counts)
     return sizes
+
+
+def _tell_rescued(share: Fraction, ranked: Sequence[RankedGroup], counts: Sequence[int]) -> None:
+    """Warn of groups whose best unit is worse than one that was left out."""
+    ordered = [each.scores.sort(descending=True).values for each in ranked]
+    left = [scores[count].item() for scores, count in zip(ordered, counts, strict=True) if count < len(scores)]
+    rescued = [each.key for each, scores in zip(ranked, ordered, strict=True) if left and scores[0].item() < max(left)]
+    if rescued:
+        logger.warning(
+            "width %s: the threshold would leave nothing of %s; each keeps its best unit. A width that small is better "
+            "served by fewer layers",
+            share,
+            ", ".join(rescued),
+        )
 
 
 def global_prefix(scores: Sequence[Tensor], costs: Sequence[int], share: Fraction) -> list[int]:
@@ -253,19 +353,28 @@ def _require_widths(widths: Sequence[Fraction]) -> list[Fraction]:
     return sorted({Fraction(width) for width in widths}, reverse=True)
 
 
+def _require_anchors(anchors: Collection[int], layers: int) -> None:
+    outside = sorted(set(anchors) - set(range(layers)))
+    if outside or (anchors and len(set(anchors)) == layers):
+        raise RecipeError(
+            f"anchor_layers {sorted(set(anchors))} are impossible: the model has layers 0..{layers - 1}, and one of "
+            "them at least must shrink"
+        )
+
+
 def _require_statistics(
     model: PreTrainedModel,
     adapter: ArchitectureAdapter,
     stats: Mapping[str, ActivationStats],
-    importance: Importance,
-    bias_compensation: bool,
+    importance: Importance | GroupImportance,
 ) -> None:
     for index in range(len(adapter.layers(model))):
         for group in adapter.channel_groups(model.config):
             key = group_key(index, group)
             found = len(stats[key].mean) if key in stats else None
             if found != group.channels:
-                asker = f"importance {importance.name}" if importance.needs_statistics else "bias_compensation"
+                scored = isinstance(importance, Importance) and importance.needs_statistics
+                asker = f"importance {importance.name}" if scored else "bias_compensation"
                 raise DataError(
                     f"{asker} needs statistics of {key} over {group.channels} channels, there are "
                     f"{'none' if found is None else f'{found} channels'}; collect them on this model"

@@ -346,3 +346,13 @@ def test_data_that_cannot_be_read_is_refused(tmp_path: Path, tokenizer: Any) -> 
     path = write(tmp_path / "splits", "splits")
     with pytest.raises(DataError, match="has no split 'test'; it has train"):
         load_batches(path, tokenizer, **(OPTIONS | {"split": "test"}))
+
+
+def test_sequences_of_one_token_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    with caplog.at_level("WARNING"):
+        materialise([{"input_ids": torch.tensor([[5, 6, 7], [5, 0, 0], [0, 0, 0]]), "attention_mask": mask}])
+    assert "2 of 3 calibration sequences have one token or none" in caplog.text
+    caplog.clear()
+    materialise([{"input_ids": torch.tensor([[5, 6]])}])
+    assert not caplog.text

@@ -222,6 +222,26 @@ def test_a_saved_recipe_repeats_its_depths_without_searching(
     assert run(base, recipe(given, {"SubnetExtractionModifier": {"shape": "2x1"}}), data).config.num_hidden_layers == 2
 
 
+def test_taylor_and_anchors_in_a_recipe_that_names_the_layers_it_found(
+    base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    width = {"widths": ["1", "1/2"], "importance": "taylor", "anchor_layers": 1}
+    train = {"OneForAllDistillationModifier": {"max_steps": 0, "elastic_dir": str(tmp_path / "elastic")}}
+    run(base, recipe({"WidthShrinkingModifier": width}, train), data, tmp_path / "out")
+    saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    (anchor,) = next(
+        group["WidthShrinkingModifier"]["anchor_layers"]
+        for stage in saved.values()
+        for group in stage.values()
+        if "WidthShrinkingModifier" in group
+    )
+    elastic, _ = load_elastic(tmp_path / "elastic")
+    (_, units), strategy = elastic.strategy.width.units.items(), elastic.strategy.width
+    assert strategy.importance == "taylor"
+    neurons = [units[1][f"{layer}.mlp"] for layer in range(4)]
+    assert neurons == [128 if layer == anchor else 43 for layer in range(4)]  # (4/2 - 1)/3 of 128
+
+
 def test_registering_twice_changes_nothing() -> None:
     register_with_llmcompressor()
     made = ModifierFactory.create(

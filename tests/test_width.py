@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,20 +13,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.architecture import group_key
+from amoeba_plugin.architecture import ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.calibration import ActivationStats, collect_statistics
 from amoeba_plugin.errors import DataError, RecipeError
+from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import Importance
 from amoeba_plugin.plugins import architecture_for, importance_named
 from amoeba_plugin.strategy import WidthStrategy
-from amoeba_plugin.width import global_prefix, nearest_size, rank_group, rank_widths, standardised
+from amoeba_plugin.width import (
+    coupled_parameters,
+    global_prefix,
+    nearest_size,
+    other_share,
+    rank_widths,
+    standardised,
+    unit_cost,
+)
 
 TinyModel = Callable[..., PreTrainedModel]
 Batches = Callable[..., list[dict[str, Tensor]]]
 WIDTHS = [Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)]
+SIZES = {"attention": 4, "mlp": 128}  # units of conftest's models
 HEAD, QUERIES = 16, 2  # of conftest's models: a KV group is 2 heads of 16 channels
 
 
@@ -132,15 +143,150 @@ def test_global_keeps_the_share_of_parameters_within_one_unit(rank: Any, model_t
     assert len(sizes) > 1  # layers differ
 
 
-def test_the_cost_of_a_kv_group_is_the_paper_s(tiny_model: TinyModel) -> None:
-    model, adapter = tiny_model("llama"), architecture_for("llama")
-    attention, mlp = adapter.channel_groups(model.config)
-    magnitude, layer = importance_named("magnitude"), model.model.layers[0]
-    ratio = Fraction(
-        rank_group(layer, "0.attention", attention, None, magnitude).cost,
-        rank_group(layer, "0.mlp", mlp, None, magnitude).cost,
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "neurons"),
+    [  # in units of a head's d_h: 4/3 for MHA, (2g + 2)/3 for a KV group of g query heads
+        (LLAMA, Fraction(512, 3)),
+        (LLAMA | {"num_key_value_heads": 8}, Fraction(1280, 3)),
+        ({**LLAMA, "hidden_size": 2048, "num_key_value_heads": 8, "head_dim": 64}, Fraction(640, 3)),
+        ({**LLAMA, "hidden_size": 2048, "num_key_value_heads": 4, "head_dim": 64}, Fraction(384)),
+        (
+            {**LLAMA, "model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2},
+            Fraction(1024, 3),
+        ),
+        (
+            {**LLAMA, "model_type": "qwen2", "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2},
+            Fraction(1792, 3),
+        ),
+    ],
+)
+def test_the_cost_of_a_head_is_the_paper_s(fields: dict[str, Any], neurons: Fraction) -> None:
+    config = AutoConfig.for_model(**fields, num_hidden_layers=1, vocab_size=8, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapter = architecture_for(config.model_type)
+    attention, mlp = adapter.channel_groups(config)
+    layer = adapter.layers(model)[0]
+    assert Fraction(unit_cost(layer, attention), unit_cost(layer, mlp)) == neurons
+    if config.model_type == "llama":  # a query head alone, its keys and values kept: 2 d_h / 3
+        head_dim = layer.self_attn.head_dim
+        heads = ChannelGroup(
+            "query",
+            config.num_attention_heads,
+            (ChannelAxis("self_attn.q_proj", head_dim),),
+            ChannelAxis("self_attn.o_proj", head_dim),
+        )
+        assert Fraction(unit_cost(layer, heads), unit_cost(layer, mlp)) == Fraction(2 * head_dim, 3)
+        plain = ChannelGroup("plain", 64, (ChannelAxis("mlp.up_proj", 1),), ChannelAxis("mlp.down_proj", 1))  # no gate
+        assert Fraction(unit_cost(layer, attention), unit_cost(layer, plain)) == neurons * Fraction(3, 2)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_anchors_stay_whole_and_the_others_make_up_for_them(rank: Any, allocation: str) -> None:
+    model, strategy = rank(allocation=allocation, anchors=[0, 3], widths=[Fraction(1), Fraction(7, 8), Fraction(5, 8)])
+    whole = parameters_kept(model, strategy.units[Fraction(1)])
+    for width, units in strategy.units.items():
+        assert all(units[f"{layer}.{group}"] == size for layer in (0, 3) for group, size in SIZES.items())
+        assert abs(parameters_kept(model, units) - width * whole) <= 64 * HEAD * (2 * QUERIES + 2)
+    assert all(strategy.units[Fraction(5, 8)][f"{layer}.mlp"] < 128 for layer in (1, 2))
+    if allocation == "uniform":  # x = (r L - A) / (L - A) = (5/8 * 4 - 2) / 2
+        assert {strategy.units[Fraction(5, 8)][f"{layer}.mlp"] for layer in (1, 2)} == {32}
+        assert {strategy.units[Fraction(5, 8)][f"{layer}.attention"] for layer in (1, 2)} == {1}
+
+
+def test_elms_own_example_of_anchors() -> None:
+    share = other_share(Fraction(1, 2), Fraction(6, 32))
+    assert share == Fraction(10, 26)  # 38.5 %
+    assert nearest_size(32, share, 1) == 12
+    assert other_share(Fraction(1), Fraction(6, 32)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchors": [4]}, r"anchor_layers \[4\] are impossible: the model has layers 0\.\.3"),
+        ({"anchors": range(4)}, "one of them at least must shrink"),
+        ({"anchors": [0, 1]}, "width 1/2 is impossible with these anchor_layers: they alone are 0.5 of the whole"),
+        ({"anchors": [0, 1], "allocation": "global"}, "width 1/2 is impossible with these anchor_layers"),
+    ],
+)
+def test_impossible_anchors_are_refused(rank: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        rank(**options)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "phi3", "opt"])
+@pytest.mark.parametrize("name", ["taylor", "taylor_vector", "group_magnitude"])
+def test_group_importances_equal_loops_over_the_elements_of_units(
+    tiny_model: TinyModel, random_batches: Batches, model_type: str, name: str
+) -> None:
+    model, adapter = tiny_model(model_type, layers=2, **EXTRA.get(model_type, {})), architecture_for(model_type)
+    batches = random_batches(3, lengths=(12, 7))
+    gradients = loss_gradients(model, coupled_parameters(model, adapter), batches, progress=False)
+    strategy = rank_widths(model, adapter, {}, widths=WIDTHS, importance=importance_named(name), gradients=gradients)
+    plain = copy.deepcopy(model)
+    targets = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    losses = [plain(**batch, use_cache=False).loss * count for batch, count in zip(batches, targets, strict=True)]
+    (sum(losses) / sum(targets)).backward()
+    for index, layer in enumerate(adapter.layers(plain)):
+        for group in adapter.channel_groups(model.config):
+            scores = [
+                sum(
+                    looped(name, layer, axis, unit, axis is group.consumer)
+                    for axis in (*group.producers, group.consumer)
+                )
+                for unit in range(group.units)
+            ]
+            key = group_key(index, group)
+            ranked = [scores[unit] for unit in strategy.order[key].tolist()]
+            assert all(a >= b * (1 - 1e-4) for a, b in pairwise(ranked))
+            assert sorted(strategy.order[key].tolist()) == list(range(group.units))
+
+
+EXTRA = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 64}}
+
+
+def looped(name: str, layer: nn.Module, axis: ChannelAxis, unit: int, is_consumer: bool) -> float:
+    """Score one unit's part of one linear, channel by channel."""
+    weight = layer.get_submodule(axis.path).weight
+    total = 0.0
+    for within in range(axis.channels_per_unit):
+        channel = axis.first_channel + unit * axis.channels_per_unit + within
+        w, g = (tensor[:, channel] if is_consumer else tensor[channel] for tensor in (weight, weight.grad))
+        total += {
+            "taylor": (w * g).abs().sum(),
+            "taylor_vector": (w * g).sum().abs(),
+            "group_magnitude": w.square().sum(),
+        }[name].item()
+    return total
+
+
+def test_taylor_says_which_gradient_it_lacks(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(DataError, match=r"importance taylor needs the gradient of 0\.self_attn\.q_proj"):
+        rank_widths(model, architecture_for("llama"), {}, widths=WIDTHS, importance=importance_named("taylor"))
+
+
+def test_a_layer_that_would_lose_everything_keeps_one_unit_and_is_named(
+    rank: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        _, strategy = rank(widths=[Fraction(1), Fraction(1, 10)])
+    assert "width 1/10 of 4 attention units is less than half a unit; every layer keeps one" in caplog.text
+    assert caplog.text.count("less than half a unit") == 1
+    assert {strategy.units[Fraction(1, 10)][f"{layer}.attention"] for layer in range(4)} == {1}
+    caplog.clear()
+    # heads that no neuron is worse than: the threshold alone would take all of them
+    poor = Importance(
+        "poor", lambda stats, weight: torch.arange(weight.shape[1]) ** (1.0 if len(stats.mean) == 128 else 1)
     )
-    assert ratio == Fraction((2 * QUERIES + 2) * HEAD, 3)  # (2g + 2) d_h / 3 neurons
+    with caplog.at_level(logging.WARNING):
+        _, strategy = rank(allocation="global", importance=poor, widths=[Fraction(1), Fraction(1, 50)])
+    assert "width 1/50: the threshold would leave nothing of 0.attention, " in caplog.text
+    assert all(count >= 1 for count in strategy.units[Fraction(1, 50)].values())
 
 
 @given(st.data())

@@ -10,11 +10,14 @@ from pydantic import Field, field_validator
 
 from amoeba_plugin.calibration import collect_statistics
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.gradients import loss_gradients
+from amoeba_plugin.importance import GroupImportance, Importance
+from amoeba_plugin.layer_scores import most_sensitive_layers
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import on_main_device, selection_for
-from amoeba_plugin.plugins import importance_named
+from amoeba_plugin.plugins import importance_named, objective_named
 from amoeba_plugin.shape import parse_width
-from amoeba_plugin.width import rank_widths
+from amoeba_plugin.width import coupled_parameters, rank_widths
 
 
 class WidthShrinkingModifier(Modifier):
@@ -26,10 +29,14 @@ class WidthShrinkingModifier(Modifier):
 
     Attributes:
         widths: Shares of channels kept, exact fractions in (0, 1]; 1 must be among them. No default.
-        importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``, or a
-            plugin's.
+        importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``,
+            ``group_magnitude``, ``taylor`` or ``taylor_vector`` (these two take a backward pass over the calibration
+            data, and 4 bytes of main memory per weight), or a plugin's. Default ``flap``.
         allocation: ``uniform``, the same sizes in every layer (stock classes can load them), or ``global``, the
             paper's one threshold over all layers (elastic use only). Default ``uniform``.
+        anchor_layers: Layers that keep full width while the others make up for them, so that widths stay shares of the
+            whole model: their indices, or how many of the most sensitive ones (those without which the calibration
+            loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
         round_to: Channels that kept sizes are multiples of, for all groups or per group (``attention``, ``mlp``).
             Default 1. W4A16 quantization with groups of 128 wants 128.
         bias_compensation: Add what missing channels contributed on average to the output bias. Default false.
@@ -38,6 +45,7 @@ class WidthShrinkingModifier(Modifier):
     widths: list[str]
     importance: str = "flap"
     allocation: Literal["uniform", "global"] = "uniform"
+    anchor_layers: int | list[int] = 0
     round_to: int | dict[str, int] = Field(default=1)
     bias_compensation: bool = False
 
@@ -59,21 +67,43 @@ class WidthShrinkingModifier(Modifier):
         importance_named(name)
         return name
 
+    @field_validator("anchor_layers")
+    @classmethod
+    def _anchors_are_counted(cls, anchors: int | list[int]) -> int | list[int]:
+        if isinstance(anchors, int) and anchors < 0:
+            raise RecipeError(f"anchor_layers {anchors} is impossible; give how many layers, or their indices")
+        return anchors
+
+    @property
+    def anchor_count(self) -> int:
+        """How many layers keep full width."""
+        return self.anchor_layers if isinstance(self.anchor_layers, int) else len(set(self.anchor_layers))
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Collect statistics on the dense model and rank."""
         require_session_order(self)
         selection = selection_for(state)
-        with on_main_device(state.model), selection.timed("width ranking"):
-            needed = importance_named(self.importance).needs_statistics or self.bias_compensation
-            statistics = collect_statistics(state.model, selection.adapter, selection.batches) if needed else {}
+        importance, model, adapter = importance_named(self.importance), state.model, selection.adapter
+        with on_main_device(model), selection.timed("width ranking"):
+            if isinstance(self.anchor_layers, int) and self.anchor_layers:
+                self.anchor_layers = most_sensitive_layers(
+                    model, adapter, objective_named("loss"), selection.batches, self.anchor_layers
+                )
+            statistics, gradients = {}, {}
+            if self.bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
+                statistics = collect_statistics(model, adapter, selection.batches)
+            if isinstance(importance, GroupImportance) and importance.needs_gradients:
+                gradients = loss_gradients(model, coupled_parameters(model, adapter), selection.batches)
             selection.width = rank_widths(
-                state.model,
-                selection.adapter,
+                model,
+                adapter,
                 statistics,
                 widths=[parse_width(width) for width in self.widths],
-                importance=importance_named(self.importance),
+                importance=importance,
+                gradients=gradients,
                 allocation=self.allocation,
                 round_to=self.round_to,
+                anchors=[] if isinstance(self.anchor_layers, int) else self.anchor_layers,
                 bias_compensation=self.bias_compensation,
             )
         return True
