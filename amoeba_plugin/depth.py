@@ -1,24 +1,37 @@
-"""Which layers to keep at every depth: the paper's dynamic program."""
+"""Which layers to keep at every depth: the paper's dynamic program, run on a model."""
 
 from __future__ import annotations
 
-import itertools
+import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
+from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.layer_flow import watched, where_not_finite
-from amoeba_plugin.objectives import Objective, Score, better, evaluating, model_inputs
-from amoeba_plugin.strategy import DepthStrategy
+from amoeba_plugin.layer_flow import where_not_finite
+from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
+from amoeba_plugin.lockstep_check import Contract, OneByOne, check_contract
+from amoeba_plugin.measured import MeasuredTable
+from amoeba_plugin.memory import peak_memory, reset_peak_memory
+from amoeba_plugin.objectives import Objective, Score, evaluating
+from amoeba_plugin.ranks import agreed, gather, rank
+from amoeba_plugin.recurrence import NEAR, Search, evaluations, exchange_evaluations
+from amoeba_plugin.sharding import shard
+from amoeba_plugin.strategy import DepthStrategy, model_fingerprint
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
 
 
 def search_depths(
@@ -31,15 +44,20 @@ def search_depths(
     keep_last: int = 1,
     beam: int = 1,
     exchanges: int = 0,
+    cache_gib: float = 4.0,
+    resume_dir: Path | str | None = None,
     progress: bool = True,
 ) -> DepthStrategy:
     """Find the layers to keep at every depth down to ``min_depth`` (AmoebaLLM, arXiv:2411.10606, section 4.1).
 
-    With N layers allowed to go and M of them to go at most, this scores the model N*M - M(M-1)/2 times, and up to
-    ``beam`` times as often with a beam.
+    With N layers allowed to go and M of them to go at most, this scores N*M - M(M-1)/2 subnets, and up to ``beam``
+    times as many with a beam. Their layers are run in lockstep, so that what subnets share is computed once.
+
+    Where torch.distributed is initialised, ranks share the batches out and all return the same.
 
     Args:
-        model: A causal LM with all its layers; its layers and configuration are restored, after an exception too.
+        model: A causal LM with all its layers; its layers and configuration are restored, after an exception too. It
+            may be offloaded by accelerate: each layer's weights are then fetched once for all subnets of a step.
         adapter: Its architecture.
         objective: What to make best; equal values are decided by its loss.
         batches: From ``materialise``; the same ones for every candidate.
@@ -49,144 +67,154 @@ def search_depths(
             best set may have a part that is not the best of its own, and a wider beam finds it.
         exchanges: Rounds after the program, in each of which every depth tries to exchange one removed layer for one
             kept. 0 is the paper.
+        cache_gib: GiB of hidden states held in memory; on an accelerator as much again on the CPU. The rest is files.
+        resume_dir: Where to keep every score, after every step; what is there already is not measured again.
         progress: Show a progress bar.
 
     Returns:
-        Kept layers and metric for each depth, the whole model's included. Depths need not be nested.
+        Kept layers and metric for each depth, the whole model's included. Depths need not be nested. What the search
+        took, and comparisons too close to call, are in ``DepthStrategy.search``.
 
     Raises:
         RecipeError: If no layer, or too many, would be removed.
         DataError: If the batches lack what the objective needs, or it cannot tell candidates apart.
+        ArtifactError: If ``resume_dir`` holds the scores of another model, other data, or another objective.
     """
     num_layers = len(adapter.layers(model))
     candidates, most = _require_removable(num_layers, min_depth, keep_last)
     objective.check(batches)
-    with _Trial.of(model, adapter, batches) as trial:
-        whole = objective.measure(model, batches)
+    reset_peak_memory()
+    mine, data = shard(batches)
+    total = 1 + evaluations(candidates, most, beam) + exchange_evaluations(candidates, most, exchanges)
+    silent = not progress or rank() != 0
+    with (
+        tqdm(total=total * len(mine), desc="depth search", unit="batch", disable=silent) as bar,
+        _Measurement.of(model, adapter, objective, batches, mine, candidates, cache_gib * GIB, bar.update) as measure,
+        evaluating(model),
+    ):
+        identity = {
+            "model": model_fingerprint(model, adapter),
+            "dtype": str(model.dtype),
+            "data": data,
+            "objective": _identity(objective),
+        }
+        measured = MeasuredTable.resumed(measure, identity, None if resume_dir is None else Path(resume_dir))
+        bar.update(len(measured.scores) * len(mine))
+        whole = measured([WHOLE])[0]
         if not math.isfinite(whole.value):
             raise DataError(
                 f"{objective.name} of the whole model is {whole.value}{where_not_finite(model, adapter, batches)}: "
                 "nothing can be compared with it; "
                 "check the weights, their dtype (float16 overflows), and the calibration data"
             )
-        total = evaluations(candidates, most, beam) + exchanges * sum(n * (candidates - n) for n in range(1, most + 1))
-        with tqdm(total=total, desc="depth search", disable=not progress) as bar:
-
-            def evaluate(removed: frozenset[int]) -> Score:
-                score = trial.measure(objective, removed)
-                bar.update()
-                return score
-
-            table = shrink(candidates, most, evaluate, objective, beam)
-            table = {
-                count: exchange(removed, score, candidates, evaluate, objective, exchanges)
-                for count, (removed, score) in table.items()
-            }
+        search = Search(measured, objective)
+        table = search.exchange(search.shrink(candidates, most, beam), candidates, exchanges)
+        report = {"measured": measured.measured, **measure.report(), "near_ties": _near_ties(search)}
+    _log(report)
     kept = {num_layers: tuple(range(num_layers))}
     metric = {num_layers: whole.value}
     for count, (removed, score) in table.items():
         kept[num_layers - count] = tuple(index for index in range(num_layers) if index not in removed)
         metric[num_layers - count] = score.value
-    return DepthStrategy(kept, objective.name, metric)
+    return DepthStrategy(kept, objective.name, metric, report)
 
 
-def evaluations(candidates: int, most: int, beam: int = 1) -> int:
-    """Return how many subnets the dynamic program scores.
-
-    >>> evaluations(31, 12), evaluations(31, 12, beam=4)
-    (306, 1094)
-    """
-    # state (n-1, m-1) holds min(b, number of ways to choose m-1 of n-1 layers) sets, and each is extended by layer n
-    return sum(
-        min(beam, math.comb(visited - 1, count - 1))
-        for visited in range(1, candidates + 1)
-        for count in range(1, min(visited, most) + 1)
-    )
+def _identity(objective: Objective) -> str:
+    options = {name: value for name, value in vars(objective).items() if not name.startswith("_")}
+    return f"{objective.name} {json.dumps(options, default=repr, sort_keys=True)}" if options else objective.name
 
 
-def shrink(
-    candidates: int, most: int, evaluate: Callable[[frozenset[int]], Score], objective: Objective, beam: int = 1
-) -> dict[int, tuple[frozenset[int], Score]]:
-    """Run the dynamic program over layers ``candidates - 1`` to 0.
+@dataclass
+class _Measurement:
+    """Scores sets of removed layers on the data of all ranks."""
 
-    State (n, m): of the first n layers visited m are removed, all others are active. Keeping a layer costs nothing,
-    removing it costs one evaluation of each set kept in the state before.
+    objective: Objective
+    runner: Lockstep | OneByOne
+    batches: Sequence[Batch]
+    progress: Callable[[int], object]
 
-    Args:
-        candidates: N, layers that may go: indices 0 to N - 1.
-        most: M, the most layers to remove.
-        evaluate: Scores the model without a set of layers.
-        objective: Says which score is better.
-        beam: Sets kept per state; 1 is the paper.
+    @classmethod
+    @contextmanager
+    def of(
+        cls,
+        model: PreTrainedModel,
+        adapter: ArchitectureAdapter,
+        objective: Objective,
+        batches: Sequence[Batch],
+        mine: Sequence[Batch],
+        removable: int,
+        cache_bytes: float,
+        progress: Callable[[int], object],
+    ) -> Iterator[_Measurement]:
+        contract = Contract(f"objective {objective.name} measures it as a whole")
+        if objective.is_separable:
+            contract = check_contract(model, adapter, batches)
+        if agreed(contract.broken is None):
+            with Lockstep.of(
+                model, adapter, mine, removable, cache_bytes, returns_tuples=contract.returns_tuples
+            ) as lockstep:
+                yield cls(objective, lockstep, batches, progress)
+        else:
+            logger.warning(
+                "depth search: every subnet of this %s is run from its embeddings, which takes several times as long: "
+                "%s", type(model).__name__, contract.broken or "another rank has to",
+            )  # fmt: skip
+            with OneByOne.of(model, adapter, mine) as one_by_one:
+                yield cls(objective, one_by_one, batches, progress)
 
-    Returns:
-        For m from 1 to M the removed layers and their score.
+    def __call__(self, sets: Sequence[Removed]) -> list[Score]:
+        if isinstance(self.runner, OneByOne) and not self.objective.is_separable:
+            return [self._measure(self.runner, removed) for removed in sets]
+        observed = self.runner.observe(self.objective, sets, lambda: self.progress(1))
+        return [self.objective.score(rows) for rows in _gathered(observed)]
 
-    Raises:
-        DataError: If no score is finite, or all are the same.
-    """
-    best: dict[int, list[tuple[frozenset[int], Score]]] = {}  # by count, best first
-    seen: list[Score] = []
-    for visited in range(1, candidates + 1):
-        layer = candidates - visited  # from the last candidate towards layer 0
-        before = {0: [frozenset[int]()]} | {count: [removed for removed, _ in kept] for count, kept in best.items()}
-        for count in range(1, min(visited, most) + 1):
-            # S[n,m] = S[n-1,m-1] + {n-th layer} where that is strictly better than S[n-1,m], else S[n-1,m]
-            for earlier in before[count - 1]:
-                removed = earlier | {layer}
-                score = evaluate(removed)
-                seen.append(score)
-                _insert(best.setdefault(count, []), removed, score, objective, beam)
-    if not any(math.isfinite(score.value) for score in seen):
-        raise DataError(
-            f"{objective.name} is NaN or infinite without any of the layers; check weights, dtype and calibration data"
-        )
-    if len(seen) > 1 and len(set(seen)) == 1:
-        raise DataError(
-            f"{objective.name} is {seen[0].value} for all {len(seen)} candidates: it cannot tell layers apart; "
-            "give more or other calibration data, or another objective"
-        )
-    return {count: kept[0] for count, kept in best.items()}
+    def _measure(self, runner: OneByOne, removed: Removed) -> Score:
+        score = runner.measure(self.objective, removed, self.batches)
+        self.progress(len(runner.batches))
+        return score
 
-
-def exchange(
-    removed: frozenset[int],
-    score: Score,
-    candidates: int,
-    evaluate: Callable[[frozenset[int]], Score],
-    objective: Objective,
-    rounds: int,
-) -> tuple[frozenset[int], Score]:
-    """Improve a removal set by exchanging single layers; stops early where no exchange is strictly better.
-
-    Args:
-        removed: The set to begin with.
-        score: Its score.
-        candidates: N, layers that may go: indices 0 to N - 1.
-        evaluate: Scores the model without a set of layers.
-        objective: Says which score is better.
-        rounds: Most exchanges; each costs |removed| * (N - |removed|) evaluations.
-    """
-    for _ in range(rounds):
-        best, best_score = removed, score
-        for back, gone in itertools.product(sorted(removed), sorted(set(range(candidates)) - removed)):
-            other = removed - {back} | {gone}
-            other_score = evaluate(other)
-            if better(objective, other_score, best_score):
-                best, best_score = other, other_score
-        if best == removed:
-            break
-        removed, score = best, best_score
-    return removed, score
+    def report(self) -> dict[str, Any]:
+        """Return what the search took in this process."""
+        runner = self.runner
+        if isinstance(runner, OneByOne):
+            return {"lockstep": False, "layer_forwards": runner.layer_forwards, "peak_bytes": peak_memory()}
+        states = {
+            f"states on {place}": runner.cached.peak.get(place, 0) + runner.flying.peak.get(place, 0)
+            for place in {**runner.cached.peak, **runner.flying.peak}
+        }
+        return {
+            "lockstep": True,
+            "layer_forwards": runner.layer_forwards,
+            "layer_calls": runner.layer_calls,
+            "peak_bytes": states | peak_memory(),
+        }
 
 
-def _insert(
-    kept: list[tuple[frozenset[int], Score]], removed: frozenset[int], score: Score, objective: Objective, beam: int
-) -> None:
-    """Put a set where its score belongs, behind those it is not strictly better than, and forget what falls off."""
-    place = next((place for place, (_, other) in enumerate(kept) if better(objective, score, other)), len(kept))
-    kept.insert(place, (removed, score))
-    del kept[beam:]
+def _gathered(observed: Sequence[Tensor]) -> list[Tensor]:
+    """Return the observations of all ranks: for each set (rows, columns)."""
+    rows = torch.stack(list(observed), dim=1)  # (rows, sets, columns); columns unknown where a rank has no batch
+    columns = int(gather(torch.tensor([rows.shape[-1]])).max())
+    everywhere = gather(rows if len(rows) else rows.new_zeros(0, len(observed), columns))
+    return [everywhere[:, number] for number in range(len(observed))]
+
+
+def _near_ties(search: Search) -> list[dict[str, list[int]]]:
+    pairs = dict.fromkeys((tuple(sorted(tie.preferred)), tuple(sorted(tie.other))) for tie in search.near_ties)
+    return [{"preferred": list(preferred), "other": list(other)} for preferred, other in pairs]
+
+
+def _log(report: Mapping[str, Any]) -> None:
+    peak = ", ".join(f"{place} {size / GIB:.2f} GiB" for place, size in report["peak_bytes"].items())
+    logger.info(
+        "depth search: %d subnets, %d layer-forwards; peak memory: %s",
+        report["measured"], report["layer_forwards"], peak,
+    )  # fmt: skip
+    if report["near_ties"]:
+        logger.warning(
+            "depth search: %d comparisons of subnets are within %g of each other, relative, and may turn out the other "
+            "way on other hardware; the strategy lists them as near_ties. First: without layers %s, or without %s",
+            len(report["near_ties"]), NEAR, report["near_ties"][0]["preferred"], report["near_ties"][0]["other"],
+        )  # fmt: skip
 
 
 def _require_removable(num_layers: int, min_depth: int, keep_last: int) -> tuple[int, int]:
@@ -201,62 +229,3 @@ def _require_removable(num_layers: int, min_depth: int, keep_last: int) -> tuple
             f"kept; take 0..{min_depth}"
         )
     return num_layers - keep_last, num_layers - min_depth
-
-
-@dataclass
-class _Trial:
-    """Scores a model without some of its layers; a context that gives the model back whole and in its own mode.
-
-    Layers before the first removed one compute the same for all candidates that share it, and the dynamic program
-    visits such candidates in a row. Their output is computed once and handed in as ``inputs_embeds``.
-    """
-
-    model: PreTrainedModel
-    adapter: ArchitectureAdapter
-    batches: Sequence[Batch]
-    layers: tuple[nn.Module, ...]
-    config: PretrainedConfig
-    resumable: bool
-    start: int = 0
-    started: Sequence[Batch] = ()
-
-    @classmethod
-    @contextmanager
-    def of(cls, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Iterator[_Trial]:
-        layers, config = tuple(adapter.layers(model)), copy_config(model.config)
-        try:
-            with evaluating(model):
-                yield cls(model, adapter, batches, layers, config, _takes_states(model, adapter), 0, batches)
-        finally:
-            adapter.set_layers(model, layers, range(len(layers)), config)
-
-    def measure(self, objective: Objective, removed: frozenset[int]) -> Score:
-        kept = [index for index in range(len(self.layers)) if index not in removed]
-        start = min(min(removed), kept[-1]) if self.resumable else 0
-        if start != self.start:
-            self.start, self.started = start, self._states_before(start)
-        self._activate([index for index in kept if index >= start])
-        return objective.measure(self.model, self.started)
-
-    def _activate(self, indices: Sequence[int]) -> None:
-        self.adapter.set_layers(self.model, [self.layers[index] for index in indices], indices, self.config)
-
-    def _states_before(self, start: int) -> Sequence[Batch]:
-        if start == 0:
-            return self.batches
-        self._activate(range(start))
-        batches = []
-        for batch in self.batches:
-            with watched(self.layers[start - 1]) as flow:
-                self.adapter.decoder(self.model)(**model_inputs(batch, self.model.device), use_cache=False)
-            rest = {name: value for name, value in batch.items() if name not in ("input_ids", "inputs_embeds")}
-            batches.append({**rest, "inputs_embeds": flow[0][1].to(batch["labels"].device)})
-        return batches
-
-
-def _takes_states(model: PreTrainedModel, adapter: ArchitectureAdapter) -> bool:
-    # Some decoders scale their embeddings first (Gemma): states handed in as inputs_embeds would be scaled again.
-    states = torch.linspace(-1, 1, 2 * model.config.hidden_size).view(1, 2, -1).to(model.device, model.dtype)
-    with evaluating(model), watched(adapter.layers(model)[0]) as flow:
-        adapter.decoder(model)(inputs_embeds=states, use_cache=False)
-    return torch.equal(flow[0][0], states)

@@ -218,7 +218,10 @@ def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:
     """Return the dynamic program and the published selectors."""
     built_in = (
         DepthSelector(
-            "dynamic_program", dynamic_program, options=("beam", "exchanges"), description="the paper's search"
+            "dynamic_program",
+            dynamic_program,
+            options=("beam", "exchanges", "cache_gib", "resume_dir"),
+            description="the paper's search",
         ),
         DepthSelector(
             "block_influence", least_block_influence, description="1 - cosine of input and output (ShortGPT)"

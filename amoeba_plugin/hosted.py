@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,13 +46,17 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Fetch offloaded weights once for a whole block; accelerate would fetch and drop them at every call."""
-    parts = {part for module in modules for part in module.modules() if has_offloaded_params(part)}
+def onloaded(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Fetch the weights that modules hold themselves once for a whole block; accelerate would at every call.
+
+    Args:
+        parts: Such as ``layer.modules()``.
+    """
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(align_module_device(part))
-            stack.enter_context(_kept(part._hf_hook))
+            if has_offloaded_params(part):
+                stack.enter_context(align_module_device(part))
+                stack.enter_context(_kept(part._hf_hook))
         yield
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from amoeba_plugin.architecture import text_model
 from amoeba_plugin.errors import DataError
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that is no target; the convention of torch and transformers
 LOGITS_AT_ONCE = 2**25  # 128 MB in fp32: a whole batch of a 150k vocabulary would take gigabytes
-MODEL_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,11 @@ class Objective(ABC):
     def score(self, observations: Tensor) -> Score:
         """Return the score of the observations of all batches, (rows, columns) fp64; their order does not matter."""
         raise NotImplementedError(f"objective {self.name} has neither observe and score, nor measure")
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether :meth:`measure` is :meth:`score` of what :meth:`observe` returns."""
+        return type(self).measure is Objective.measure
 
     def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
         """Score a model, which is not changed."""
@@ -146,16 +150,17 @@ def _states(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor
     if model._forward_pre_hooks or model._forward_hooks:  # a quantized model unpacks its weights in one
         return model(**inputs, use_cache=False).logits, lambda few: few
     decoder = model.get_decoder()
+    output = decoder(**inputs, use_cache=False)
     token = torch.zeros((1, 1), dtype=torch.int64, device=input_device(model))
 
     def logits(few: Tensor) -> Tensor:
         # The class's own way from states to logits, which may cap and scale them; the decoder answers at once.
-        output = BaseModelOutputWithPast(last_hidden_state=few[None])  # type: ignore[arg-type]  # says FloatTensor
-        with answering(decoder, lambda *args, **kwargs: output):
+        answer = type(output)(**(dict(output) | {"last_hidden_state": few[None]}))
+        with answering(decoder, lambda *args, **kwargs: answer):
             made: Tensor = model(token, use_cache=False).logits
         return made[0]
 
-    return decoder(**inputs, use_cache=False).last_hidden_state, logits
+    return output.last_hidden_state, logits
 
 
 def target_counts(batch: Batch) -> Tensor:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import ArtifactError, RecipeError
+from amoeba_plugin.hosted import onloaded
 from amoeba_plugin.shape import ShapeSpace
 
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 1
@@ -41,11 +42,13 @@ class DepthStrategy:
     """For each depth the indices of the layers kept, ascending; depths need not be nested.
 
     ``metric`` is what the objective measured for each depth on the calibration data; empty where nothing was measured.
+    ``search`` says how the search went, for people.
     """
 
     kept: Mapping[int, tuple[int, ...]]
     objective: str = ""
     metric: Mapping[int, float] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def given(cls, kept: Mapping[str, Sequence[int]], num_layers: int, objective: str = "") -> DepthStrategy:
@@ -153,6 +156,7 @@ class SubnetStrategy:
                 "objective": self.depth.objective,
                 "kept": {str(depth): list(layers) for depth, layers in self.depth.kept.items()},
                 "metric": {str(depth): _finite_or_none(value) for depth, value in self.depth.metric.items()},
+                "search": dict(self.depth.search),
             },
             "width": {
                 "importance": self.width.importance,
@@ -191,6 +195,7 @@ class SubnetStrategy:
                 {int(key): tuple(layers) for key, layers in depth["kept"].items()},
                 depth["objective"],
                 {int(key): math.nan if value is None else float(value) for key, value in depth["metric"].items()},
+                depth.get("search", {}),
             ),
             WidthStrategy(
                 {Fraction(key): dict(units) for key, units in width["units"].items()},
@@ -213,7 +218,7 @@ def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter, load
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for index, layer in enumerate(adapter.layers(model)):
-        with loaded(layer):
+        with loaded(layer), onloaded(layer.modules()):
             for name, parameter in layer.named_parameters():
                 head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
                 digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())

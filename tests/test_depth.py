@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin import depth
-from amoeba_plugin.depth import evaluations, exchange, search_depths, shrink
+from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
 from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.recurrence import Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]
@@ -39,6 +39,24 @@ def deleted(model: PreTrainedModel, removed: frozenset[int]) -> PreTrainedModel:
         model.config.layer_types = [model.config.layer_types[index] for index in kept]
     model.config.num_hidden_layers = len(kept)
     return model
+
+
+def shrink(
+    candidates: int, most: int, evaluate: Callable[[frozenset[int]], Score], objective: Objective, beam: int = 1
+) -> Table:
+    return Search(lambda sets: [evaluate(removed) for removed in sets], objective).shrink(candidates, most, beam)
+
+
+def exchange(
+    removed: frozenset[int],
+    score: Score,
+    candidates: int,
+    evaluate: Callable[[frozenset[int]], Score],
+    objective: Objective,
+    rounds: int,
+) -> tuple[frozenset[int], Score]:
+    search = Search(lambda sets: [evaluate(each) for each in sets], objective)
+    return search.exchange({len(removed): (removed, score)}, candidates, rounds)[len(removed)]
 
 
 def recurrence(
@@ -201,6 +219,43 @@ def test_exchanges_end_where_no_single_one_is_better(candidates: int, data: st.D
     assert all(evaluate(each).value <= score.value for each in neighbours if len(each - last) <= 1)
 
 
+def test_exchanges_ask_for_every_neighbour_of_every_set_at_once() -> None:
+    calls: list[int] = []
+
+    def evaluate(sets: Sequence[frozenset[int]]) -> list[Score]:
+        calls.append(len(sets))
+        return [Score(-float(sum(removed)), 0.0) for removed in sets]  # the first layers go
+
+    search = Search(evaluate, Tabulated())
+    table = search.shrink(6, 3)
+    assert calls == [1, 2, 3, 3, 3, 3]
+    start = {count: (frozenset(range(6 - count, 6)), Score(-99.0, 0.0)) for count in table}
+    assert {count: removed for count, (removed, _) in search.exchange(start, 6, rounds=9).items()} == {
+        1: {0}, 2: {0, 1}, 3: {0, 1, 2},
+    }  # fmt: skip
+    assert calls[6] == exchange_evaluations(6, 3, rounds=1) == 5 + 8 + 9
+
+
+@pytest.mark.parametrize(
+    ("scores", "near"),
+    [
+        ((Score(1.0, 1.0), Score(1.0 + 2e-6, 1.0)), True),
+        ((Score(1.0, 1.0), Score(1.0 + 2e-5, 1.0)), False),
+        ((Score(0.5, 1.0), Score(0.5, 2.0)), False),  # questions answered right: the loss decides, and clearly
+        ((Score(0.5, 1.0), Score(0.5, 1.0 + 2e-6)), True),
+        ((Score(math.nan, 1.0), Score(math.nan, 1.0)), False),
+    ],
+)
+def test_comparisons_within_rounding_are_remembered(scores: tuple[Score, Score], near: bool) -> None:
+    search = Search(lambda sets: [scores[min(removed)] for removed in sets], PerTokenLoss())
+    if math.isfinite(scores[0].value):
+        kept = search.shrink(2, 1)[1][0]
+        assert kept == {0}
+    else:
+        search._prefers(frozenset({0}), scores[0], frozenset({1}), scores[1])
+    assert [(tie.preferred, tie.other) for tie in search.near_ties] == [({0}, {1})] * near
+
+
 def test_a_beam_of_one_is_the_default() -> None:
     assert evaluations(31, 12) == evaluations(31, 12, beam=1) == 306
 
@@ -223,28 +278,6 @@ def test_accuracy_drives_the_search_through_the_model(tiny_model: TinyModel, ran
         assert MultipleChoiceAccuracy().measure(subnet, batches).value == metric
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_reusing_states_changes_nothing(
-    tiny_model: TinyModel, random_batches: RandomBatches, monkeypatch: pytest.MonkeyPatch, model_type: str
-) -> None:
-    def found() -> DepthStrategy:
-        model = tiny_model(model_type, layers=6, **(SLIDING if model_type == "qwen2" else {}))
-        batches = random_batches(2, lengths=(12, 8))
-        adapter = architecture_for(model_type)
-        return search_depths(model, adapter, PerTokenLoss(), batches, min_depth=1, keep_last=0, progress=False)
-
-    resumed = found()
-    monkeypatch.setattr(depth, "_takes_states", lambda model, adapter: False)
-    assert found() == resumed
-
-
-def test_a_decoder_that_scales_its_embeddings_is_run_from_the_start(tiny_model: TinyModel) -> None:
-    model, adapter = tiny_model("llama"), architecture_for("llama")
-    assert depth._takes_states(model, adapter)
-    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] * 8, *args[1:]))
-    assert not depth._takes_states(model, adapter)
-
-
 class Failing(PerTokenLoss):
     """Breaks in the middle of the search."""
 
@@ -258,17 +291,35 @@ class Failing(PerTokenLoss):
         return super().measure(model, batches)
 
 
+class FailingToObserve(PerTokenLoss):
+    """Breaks in the middle of a step."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def observe(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        self.calls -= 1
+        if not self.calls:
+            raise KeyboardInterrupt
+        return super().observe(model, batch)
+
+
+@pytest.mark.parametrize("objective", [Failing, FailingToObserve])
 @pytest.mark.parametrize("calls", [1, 2, 5, 100])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_the_model_is_restored_after_an_exception_too(
-    tiny_model: TinyModel, random_batches: RandomBatches, model_type: str, calls: int
+    tiny_model: TinyModel,
+    random_batches: RandomBatches,
+    model_type: str,
+    calls: int,
+    objective: type[Failing | FailingToObserve],
 ) -> None:
     model = tiny_model(model_type, **(SLIDING if model_type == "qwen2" else {})).train()
     layers, config = list(model.model.layers), model.config.to_dict()
 
     def search() -> None:
         search_depths(
-            model, architecture_for(model_type), Failing(calls), random_batches(), min_depth=2, progress=False
+            model, architecture_for(model_type), objective(calls), random_batches(), min_depth=2, progress=False
         )
 
     if calls == 100:
@@ -280,7 +331,7 @@ def test_the_model_is_restored_after_an_exception_too(
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(4))
     assert model.config.to_dict() == config
     assert all(module.training for module in model.modules())
-    assert not any(layer._forward_hooks for layer in layers)
+    assert not any(layer._forward_hooks or "forward" in vars(layer) for layer in layers)
 
 
 class Given(PerTokenLoss):

@@ -47,14 +47,14 @@ def test_offloaded_weights_are_fetched_once_for_many_calls(
 
     monkeypatch.setattr(AlignDevicesHook, "pre_forward", counted)
     linear = model.model.layers[1].mlp.down_proj
-    with onloaded(model.model.layers[1]):
+    with onloaded(model.model.layers[1].modules()):
         assert linear.weight.device == torch.device("cpu")
         for _ in range(3):
             assert torch.equal(model(ids).logits, wanted)
     assert linear.weight.device == torch.device("meta")
     assert fetched[linear] == 1
     assert fetched[model.model.layers[2].mlp.down_proj] == 3
-    with pytest.raises(KeyError), onloaded(model):
+    with pytest.raises(KeyError), onloaded(model.modules()):
         raise KeyError
     assert linear.weight.device == torch.device("meta")
     assert torch.equal(model(ids).logits, wanted)
@@ -63,7 +63,7 @@ def test_offloaded_weights_are_fetched_once_for_many_calls(
 def test_nothing_is_fetched_where_nothing_is_offloaded(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
     before = model.lm_head.weight
-    with onloaded(model):
+    with onloaded(model.modules()):
         assert model.lm_head.weight is before
 
 

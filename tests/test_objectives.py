@@ -74,6 +74,7 @@ def test_loss_does_not_depend_on_how_many_logits_are_made_at_once(
         ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
         ("cohere", {"logit_scale": 0.25}),
         ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+        ("mixtral", {"num_local_experts": 4}),
     ],
 )
 def test_the_class_itself_caps_and_scales_its_logits_a_few_at_a_time(

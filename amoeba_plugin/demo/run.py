@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shutil
 import tempfile
 import time
@@ -31,6 +30,7 @@ from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.multiple_choice import multiple_choice
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.memory import peak_memory
 from amoeba_plugin.plugins import objective_named
 from amoeba_plugin.profiling import Latency, measure_latency
 from amoeba_plugin.recipes import find_recipe
@@ -307,7 +307,7 @@ def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticM
         hardware=f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, fp32",
         versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
         stage_seconds=seconds,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=peak_memory()["process"],
         data={
             "selection": f"{schedule.calibration_blocks} blocks of {BLOCK_SIZE} tokens of train modules",
             "training": f"{schedule.training_blocks} other blocks of train modules",
@@ -315,8 +315,3 @@ def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticM
             "accuracy": f"{schedule.questions} questions with 4 choices from held-out modules",
         },
     )
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -37,6 +37,10 @@ class DepthShrinkingModifier(Modifier):
             better layers in up to ``beam`` times the time. Default 1.
         exchanges: With ``dynamic_program``: rounds after the program, in each of which every depth tries to exchange
             one removed layer for one kept; 0 is the paper. Default 0.
+        cache_gib: With ``dynamic_program``: GiB of hidden states held in memory, and on an accelerator as much again on
+            the CPU; the rest is held in files. Default 4.
+        resume_dir: With ``dynamic_program``: a directory that keeps every score, so that a killed search goes on where
+            it was. Default ``None``.
         max_batches: Calibration batches used, ``None`` for all. Default ``None``.
         kept_layers: Per depth, the layers to keep. Given: nothing is searched. Else filled in by the search, so that
             the recipe written beside a checkpoint repeats its selection.
@@ -48,6 +52,8 @@ class DepthShrinkingModifier(Modifier):
     objective: str = "loss"
     beam: int = Field(default=1, ge=1)
     exchanges: int = Field(default=0, ge=0)
+    cache_gib: float = Field(default=4.0, gt=0)
+    resume_dir: str | None = None
     max_batches: int | None = Field(default=None, ge=1)
     kept_layers: dict[str, list[int]] | None = None
 

@@ -1,0 +1,157 @@
+"""Whether a decoder's layers can be run one at a time, and the way to score subnets where they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
+from amoeba_plugin.hosted import input_device
+from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
+from amoeba_plugin.objectives import MODEL_INPUTS, Objective, Score, evaluating, model_inputs
+
+if TYPE_CHECKING:
+    from amoeba_plugin.calibration import Batch
+
+ROWS, POSITIONS = 2, 64  # of the first batch: what is checked does not depend on the data
+TOLERANCE = 64  # times the dtype's resolution, relative to the largest state
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a check found: ``broken`` says why a decoder cannot be run in lockstep, None that it can."""
+
+    broken: str | None
+    returns_tuples: bool = False
+
+
+def check_contract(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Contract:
+    """Run a few tokens through subnets in lockstep and through the model itself, with these layers really taken out.
+
+    Args:
+        model: Its layers and configuration are restored.
+        adapter: Its architecture.
+        batches: The first one is used.
+    """
+    if model._forward_pre_hooks or model._forward_hooks:
+        return Contract("the model has forward hooks of its own")
+    piece = {name: value[:ROWS, :POSITIONS] for name, value in batches[0].items() if name in MODEL_INPUTS}
+    with OneByOne.of(model, adapter, [piece]) as trial, evaluating(model):
+        return _check(trial, piece)
+
+
+def _check(trial: OneByOne, piece: Batch) -> Contract:
+    layers = trial.layers
+    met: list[tuple[int, bool]] = []
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            hook = layer.register_forward_hook(_noting(met, index))
+            stack.callback(hook.remove)
+        trial.last_states(piece)
+    if [index for index, _ in met] != list(range(len(layers))):
+        return Contract("its decoder does not call its layers once each, in their order")
+    returns_tuples = met[0][1]
+    sets = [WHOLE, Removed({0}), Removed(range(1, len(layers), 2))]
+    try:
+        found = _in_lockstep(trial, piece, sets, returns_tuples)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return Contract(f"a layer cannot be called on its own ({type(error).__name__}: {error})")
+    for removed, states in zip(sets, found, strict=True):
+        with trial.active(removed):
+            if not _same(states, trial.last_states(piece)):
+                what = f"the model without layers {sorted(removed)}" if removed else "the whole model"
+                return Contract(f"{what} computes something else when its layers are called one at a time")
+    return Contract(None, returns_tuples)
+
+
+def _noting(met: list[tuple[int, bool]], index: int) -> Callable[..., None]:
+    return lambda module, args, output: met.append((index, not isinstance(output, Tensor)))
+
+
+def _in_lockstep(trial: OneByOne, piece: Batch, sets: Sequence[Removed], returns_tuples: bool) -> list[Tensor]:
+    class LastStates(Objective):
+        """Observes the states behind the decoder."""
+
+        def check(self, batches: Sequence[Batch]) -> None:
+            pass
+
+        def observe(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+            return trial.last_states(batch)
+
+    with Lockstep.of(
+        trial.model,
+        trial.adapter,
+        [piece],
+        len(trial.layers),
+        float("inf"),
+        returns_tuples=returns_tuples,
+        tokens_at_once=1,
+    ) as lockstep:
+        return lockstep.observe(LastStates(), sets)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # The same kernels on the same sizes: next to nothing may differ. NaN is for the objective to complain of.
+    largest = b.abs().max().item()
+    return bool(torch.allclose(a, b, rtol=0, atol=TOLERANCE * torch.finfo(b.dtype).eps * largest, equal_nan=True))
+
+
+@dataclass
+class OneByOne:
+    """Runs every subnet from its embeddings, by exchanging the model's list of layers."""
+
+    model: PreTrainedModel
+    adapter: ArchitectureAdapter
+    batches: Sequence[Batch]
+    layers: tuple[nn.Module, ...]
+    config: PretrainedConfig
+    layer_forwards: int = 0
+
+    @classmethod
+    @contextmanager
+    def of(cls, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Iterator[OneByOne]:
+        """Yield one; layers and configuration are given back with the block."""
+        layers, config = tuple(adapter.layers(model)), copy_config(model.config)
+        try:
+            yield cls(model, adapter, batches, layers, config)
+        finally:
+            adapter.set_layers(model, layers, range(len(layers)), config)
+
+    @contextmanager
+    def active(self, removed: Removed) -> Iterator[None]:
+        """Run a block without some layers."""
+        kept = [index for index in range(len(self.layers)) if index not in removed]
+        self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
+        self.layer_forwards += len(kept) * len(self.batches)
+        yield
+
+    def last_states(self, batch: Batch) -> Tensor:
+        """Return what the decoder makes of a batch, (batch, positions, hidden)."""
+        inputs = model_inputs(batch, input_device(self.model))
+        states: Tensor = self.adapter.decoder(self.model)(**inputs, use_cache=False).last_hidden_state
+        return states
+
+    def observe(
+        self, objective: Objective, sets: Sequence[Removed], progress: Callable[[], object] = lambda: None
+    ) -> list[Tensor]:
+        """Return what :meth:`Lockstep.observe` returns."""
+        return [self._rows(objective, removed, progress) for removed in sets]
+
+    def _rows(self, objective: Objective, removed: Removed, progress: Callable[[], object]) -> Tensor:
+        rows = []
+        with self.active(removed):
+            for batch in self.batches:
+                rows.append(objective.observe(self.model, batch))
+                progress()
+        return torch.cat(rows) if rows else torch.zeros(0, 0).double()
+
+    def measure(self, objective: Objective, removed: Removed, batches: Sequence[Batch]) -> Score:
+        """Measure a subnet as a whole, for objectives that are not made of observations."""
+        with self.active(removed):
+            return objective.measure(self.model, batches)

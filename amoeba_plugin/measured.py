@@ -1,0 +1,111 @@
+"""The table of a search over depths: every score measured so far, in memory and on disk, so that it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.objectives import Score
+from amoeba_plugin.ranks import from_first_rank, rank
+from amoeba_plugin.strategy import write_atomically
+
+Removed = frozenset[int]
+FORMAT, VERSION, NAME = "amoeba_plugin.DepthSearch", 1, "depth_search.json"
+
+
+@dataclass
+class MeasuredTable:
+    """Measures sets of removed layers once, and writes what it knows after every call.
+
+    A search that is repeated asks for the same sets in the same order, so with a table that holds some of them it goes
+    on where it was killed, and ends with the same strategy.
+
+    Attributes:
+        measure: Scores the model without each of some sets of layers.
+        identity: What the scores depend on: model, data, objective, dtype.
+        path: The file; None: in memory only.
+        scores: What is known.
+        measured: How many of them this process measured.
+    """
+
+    measure: Callable[[Sequence[Removed]], Sequence[Score]]
+    identity: Mapping[str, str]
+    path: Path | None = None
+    scores: dict[Removed, Score] = field(default_factory=dict)
+    measured: int = 0
+
+    @classmethod
+    def resumed(
+        cls,
+        measure: Callable[[Sequence[Removed]], Sequence[Score]],
+        identity: Mapping[str, str],
+        directory: Path | None,
+    ) -> MeasuredTable:
+        """Return a table that begins with what a directory holds; every rank gets what the first one reads.
+
+        Raises:
+            ArtifactError: If that is of another model, other data or another objective, or is damaged.
+        """
+        if directory is None:
+            return cls(measure, identity)
+        path = directory / NAME
+        data = from_first_rank(path.read_bytes() if rank() == 0 and path.exists() else None)
+        if rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        return cls(measure, identity, path, {} if data is None else _scores(path, data, identity))
+
+    def __call__(self, sets: Sequence[Removed]) -> list[Score]:
+        """Return the scores of the model without each of the sets."""
+        missing = [removed for removed in dict.fromkeys(sets) if removed not in self.scores]
+        if missing:
+            self.scores.update(zip(missing, self.measure(missing), strict=True))
+            self.measured += len(missing)
+            self._save()
+        return [self.scores[removed] for removed in sets]
+
+    def _save(self) -> None:
+        if self.path is None or rank() != 0:
+            return
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            **self.identity,
+            "scores": [
+                {"removed": sorted(removed), "value": _number(score.value), "loss": _number(score.loss)}
+                for removed, score in self.scores.items()
+            ],
+        }
+        write_atomically(self.path, json.dumps(document, allow_nan=False).encode())
+
+
+def _scores(path: Path, data: bytes, identity: Mapping[str, str]) -> dict[Removed, Score]:
+    try:
+        document: dict[str, Any] = json.loads(data)
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise ValueError(f"format {document['format']}, version {document['version']}")
+        found = {name: document[name] for name in identity}
+        scores = {
+            Removed(entry["removed"]): Score(float(entry["value"]), float(entry["loss"]))
+            for entry in document["scores"]
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} is damaged, or no table of a depth search ({error!r}); delete it, or name another resume_dir"
+        ) from error
+    other = [name for name in identity if found[name] != identity[name]]
+    if other:
+        differences = "; ".join(f"{name} is {identity[name][:40]}, there it is {found[name][:40]}" for name in other)
+        raise ArtifactError(
+            f"{path} holds the scores of another search: {differences}. Resume with the same model, calibration data "
+            "and objective, or name another resume_dir"
+        )
+    return scores
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no word for NaN
