@@ -47,6 +47,7 @@ __all__ = [
     "quantization_extra_repr",
     "register",
     "resolve_quantization_backend",
+    "undo_cpu_layout",
 ]
 
 TESTED_VERSIONS = ("0.20", "0.21")
@@ -112,6 +113,12 @@ def device_and_dtype(layer: Any) -> tuple[torch.device | None, torch.dtype | Non
     if device is None:  # a packed layer has no weight
         device = next((parameter.device for parameter in layer.parameters()), None)
     return device, dtype if dtype is not None and dtype.is_floating_point else None
+
+
+def undo_cpu_layout(layer: torch.nn.Module) -> None:
+    """Undo the layout that bitsandbytes gives 4-bit weights on a CPU: PEFT reads them as if they had another."""
+    if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+        layer.state_dict()  # bitsandbytes goes back before it hands out weights
 
 
 def layer_sizes(layer: Any) -> tuple[int, int] | tuple[None, None]:

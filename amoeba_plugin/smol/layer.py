@@ -20,6 +20,7 @@ from amoeba_plugin.smol.host import (
     layer_sizes,
     quantization_extra_repr,
     resolve_quantization_backend,
+    undo_cpu_layout,
 )
 from amoeba_plugin.smol.packed import PackedBackend, PackedLinear
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
@@ -215,6 +216,7 @@ class SmolLinear(nn.Module, SmolLayer):
         self.router.unmerge()
 
     def _add_to_base(self, delta: Tensor, adapter: str, safe_merge: bool) -> None:
+        undo_cpu_layout(self.get_base_layer())
         weight = self.get_base_weight()
         if isinstance(self.get_base_layer(), Conv1D):  # keeps its weight as (in, out)
             delta = delta.T
