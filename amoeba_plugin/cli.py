@@ -15,9 +15,11 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from amoeba_plugin._version import __version__
-from amoeba_plugin.errors import AmoebaError, ArtifactError
+from amoeba_plugin.errors import AmoebaError, ArtifactError, RecipeError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from amoeba_plugin.recipes import CheckedRecipe
 
 EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
@@ -135,21 +137,52 @@ def extract(
 
 @app.command()
 def check(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|SHAPE", help="A recipe's path or shipped name, or DEPTHxWIDTH.")
+    ],
     model: Annotated[str | None, typer.Option(help="Path or hub id; only its configuration is read.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Can it load the subnet: transformers, vllm, llama.cpp or openvino.")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="Quantized so, by the target's name for it: W4A16, Q4_K_M.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the target splits it over.")] = 1,
+    round_to: Annotated[int, typer.Option(min=1, help="Of a SHAPE: channels that sizes are multiples of.")] = 1,
 ) -> None:
-    """Check a recipe, and how it fits a model, without loading weights."""
+    """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
-    from amoeba_plugin.preflight import check_against_model, load_config
+    from amoeba_plugin.preflight import check_against_model, load_config, shape_config, subnet_config
     from amoeba_plugin.recipes import check_recipe, find_recipe
+    from amoeba_plugin.shape import SubnetShape
 
-    checked = check_recipe(find_recipe(recipe))
-    if model is not None:
-        check_against_model(checked, load_config(model))
-    Console().print(_modifier_table(checked))
-    _done(
-        f"{checked.source} can run" + (f" on {model}" if model else "; add --model to check it against a model's sizes")
-    )
+    is_shape = recipe[:1].isdigit() and not Path(recipe).exists()
+    if (is_shape or target or scheme) and (model is None or target is None):
+        raise RecipeError(
+            "whether a subnet can be loaded depends on the model and on what loads it; give --model, --target"
+        )
+    if not is_shape:
+        checked = check_recipe(find_recipe(recipe))
+        if model is not None:
+            check_against_model(checked, load_config(model))
+        Console().print(_modifier_table(checked))
+        on = f" on {model}" if model else "; add --model to check it against a model's sizes"
+        _done(f"{checked.source} can run{on}")
+    if model is not None and target is not None:
+        whole = load_config(model)
+        subnet = shape_config(whole, SubnetShape.parse(recipe), round_to) if is_shape else subnet_config(checked, whole)
+        _check_target(whole.model_type, subnet, target, scheme, tensor_parallel)
+
+
+def _check_target(model_type: str, subnet: PretrainedConfig, target: str, scheme: str | None, devices: int) -> None:
+    from amoeba_plugin.plugins import architecture_for
+    from amoeba_plugin.targets import candidate, require_loadable, targets
+
+    subject = candidate(subnet, architecture_for(model_type), target, scheme, devices)
+    for warning in require_loadable(subject, target):
+        _warn(f"{warning.where}: {warning.rule.says} [{warning.rule.source}]")
+    quantized = f" in {scheme}" if scheme else ""
+    _done(f"{target} can load it, as {subject.class_name}{quantized}, by the rules of {targets()[target].read}")
 
 
 @app.command()
@@ -237,6 +270,10 @@ def _be_quiet() -> None:
 
 def _done(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="green", markup=False)
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False)
 
 
 def _refuse(message: str) -> None:

@@ -96,11 +96,11 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
             "weights; give the original model"
         )
     if recipe.is_structural:
-        config = _subnet_config(recipe, config)
+        config = subnet_config(recipe, config)
     _check_group_sizes(recipe, config)
 
 
-def _subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
+def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration that quantization will see: the subnet's where one is extracted, else the model's."""
     from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
 
@@ -131,6 +131,21 @@ def _subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretraine
     return adapter.subnet_config(
         config, range(shape.depth), units[shape.width], biased if shape.width != 1 else frozenset()
     )
+
+
+def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1) -> PretrainedConfig:
+    """Return the configuration of a shape of a model, allocated uniformly, whatever layers it will keep.
+
+    Raises:
+        ArchitectureError: If the architecture is not supported, or no stock class holds the shape.
+        ShapeError: If the model has fewer layers.
+        RecipeError: If ``round_to`` does not fit the model, or leaves nothing.
+    """
+    adapter = architecture_for(config.model_type)
+    if shape.depth > config.num_hidden_layers:
+        raise ShapeError(f"shape {shape} has more layers than the model, which has {config.num_hidden_layers}")
+    units = kept_units(adapter.channel_groups(config), shape.width, round_to)
+    return adapter.subnet_config(config, range(shape.depth), units)
 
 
 def kept_units(

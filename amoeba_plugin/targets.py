@@ -1,0 +1,261 @@
+"""Whether a target can load a subnet, before anything is spent on it. What targets want is data: ``targets.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.architectures.gated import head_size
+from amoeba_plugin.errors import ArchitectureError, RecipeError
+from amoeba_plugin.extraction import is_per_layer
+from amoeba_plugin.preflight import weightless
+
+RULES = Path(__file__).with_name("targets.yaml")
+
+
+class Rule(BaseModel):
+    """One thing that a target wants; the fields are described in ``targets.yaml``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    check: str
+    level: Literal["refuse", "warn"]
+    says: str
+    source: str
+    value: Any = None
+    classes: list[str] | None = None
+    schemes: list[str] | None = None
+
+
+class Target(BaseModel):
+    """What loads checkpoints: the versions that were read, the schemes it knows, and its rules."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    read: str
+    schemes: Literal["compressed-tensors"] | dict[str, int]
+    rules: list[Rule]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A subnet that somebody wants to load.
+
+    Attributes:
+        config: Its configuration.
+        linears: Per name in a decoder layer the (inputs, outputs), of the first layer.
+        split_inputs: Names of the linears whose inputs, not outputs, are split over devices.
+        group_size: Inputs that share a scale, or ``None``.
+        scheme: Name of the quantization, or ``None``.
+        devices: Over which the model is split (tensor parallel).
+    """
+
+    config: PretrainedConfig
+    linears: Mapping[str, tuple[int, int]]
+    split_inputs: frozenset[str]
+    group_size: int | None = None
+    scheme: str | None = None
+    devices: int = 1
+
+    @property
+    def class_name(self) -> str:
+        """Name of the model's class."""
+        stock: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
+        return str(stock.__name__)
+
+    def inputs(self) -> dict[str, int]:
+        """Return per linear its inputs on one device."""
+        return {
+            name: size[0] // self.devices if name in self.split_inputs else size[0]
+            for name, size in self.linears.items()
+        }
+
+    def outputs(self) -> dict[str, int]:
+        """Return per linear its outputs on one device."""
+        return {
+            name: size[1] if name in self.split_inputs else size[1] // self.devices
+            for name, size in self.linears.items()
+        }
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a candidate breaks, and where."""
+
+    rule: Rule
+    where: str
+
+
+def read_targets(path: Path = RULES) -> dict[str, Target]:
+    """Return the targets by name."""
+    return {name: Target(**fields) for name, fields in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+
+
+@cache
+def targets() -> dict[str, Target]:
+    """Return the targets that come with the package, by name."""
+    return read_targets()
+
+
+def candidate(
+    config: PretrainedConfig,
+    adapter: ArchitectureAdapter,
+    target: str,
+    scheme: str | None = None,
+    devices: int = 1,
+) -> Candidate:
+    """Describe a subnet to a target.
+
+    Args:
+        config: The subnet's.
+        adapter: The whole model's architecture.
+        target: Name of a target.
+        scheme: A quantization scheme of that target, by name.
+        devices: To split the model over.
+
+    Raises:
+        RecipeError: If the target or the scheme is unknown.
+    """
+    group_size = _group_size(_target(target, targets()), target, scheme)
+    single = _one_layer(config)
+    layer = adapter.layers(single)[0]
+    linears = {
+        name.rpartition(".")[2]: (module.in_features, module.out_features)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    consumers = {group.consumer.path.rpartition(".")[2] for group in adapter.channel_groups(single.config)}
+    return Candidate(config, linears, frozenset(consumers), group_size, scheme, devices)
+
+
+def findings(subject: Candidate, target: str) -> list[Finding]:
+    """Return the rules of a target that a candidate breaks, what refuses it first."""
+    found = []
+    for rule in _target(target, targets()).rules:
+        if rule.classes is not None and subject.class_name not in rule.classes:
+            continue
+        if rule.schemes is not None and subject.scheme not in rule.schemes:
+            continue
+        where = CHECKS[rule.check](subject, rule.value)
+        if where:
+            found.append(Finding(rule, where))
+    return sorted(found, key=lambda finding: finding.rule.level)
+
+
+def require_loadable(subject: Candidate, target: str) -> list[Finding]:
+    """Return the warnings of a target about a candidate.
+
+    Raises:
+        ArchitectureError: If the target cannot load it; with every reason and its source.
+    """
+    found = findings(subject, target)
+    refused = [finding for finding in found if finding.rule.level == "refuse"]
+    if refused:
+        reasons = ". ".join(f"{each.where}: {each.rule.says} [{each.rule.source}]" for each in refused)
+        raise ArchitectureError(f"{target} ({targets()[target].read}) cannot load it. {reasons}")
+    return found
+
+
+def _target(name: str, known: Mapping[str, Target]) -> Target:
+    if name not in known:
+        raise RecipeError(f"the target '{name}' is unknown; take one of {', '.join(known)}")
+    return known[name]
+
+
+def _group_size(target: Target, name: str, scheme: str | None) -> int | None:
+    if scheme is None:
+        return None
+    known = PRESET_SCHEMES if target.schemes == "compressed-tensors" else target.schemes
+    if scheme not in known:
+        raise RecipeError(f"{name} has no scheme '{scheme}'; take one of {', '.join(known)}, or leave out --scheme")
+    if isinstance(target.schemes, dict):
+        return target.schemes[scheme]
+    weights = preset_name_to_scheme(scheme, ["Linear"]).weights
+    return None if weights is None or weights.group_size is None or weights.group_size < 1 else weights.group_size
+
+
+def _one_layer(config: PretrainedConfig) -> Any:
+    single = type(config).from_dict(
+        {name: value for name, value in config.to_dict().items() if name != "per_layer_config"}
+    )
+    single.num_hidden_layers = 1
+    if getattr(single, "layer_types", None) is not None:
+        single.layer_types = single.layer_types[:1]
+    return weightless(single)
+
+
+def _class_among(subject: Candidate, allowed: list[str]) -> str:
+    return "" if subject.class_name in allowed else subject.class_name
+
+
+def _layers_alike(subject: Candidate, _: None) -> str:
+    return "per-layer sizes" if is_per_layer(subject.config) else ""
+
+
+def _field_is_off(subject: Candidate, field: str) -> str:
+    return f"{field} is set" if getattr(subject.config, field, False) else ""
+
+
+def _heads_split(subject: Candidate, _: None) -> str:
+    heads, devices = subject.config.num_attention_heads, subject.devices
+    pairs = getattr(subject.config, "num_key_value_heads", None) or heads
+    split = heads % devices == 0 and (pairs % devices == 0 or devices % pairs == 0)
+    return "" if split else f"{heads} heads and {pairs} KV heads over {devices} devices"
+
+
+def _neurons_split(subject: Candidate, _: None) -> str:
+    sizes = {name: subject.linears[name][0] for name in subject.split_inputs}
+    return _listed({name: size for name, size in sizes.items() if size % subject.devices}, "inputs")
+
+
+def _head_size_among(subject: Candidate, allowed: list[int]) -> str:
+    size = head_size(subject.config)
+    return "" if size in allowed else f"heads of {size} channels"
+
+
+def _heads_fill_hidden(subject: Candidate, _: None) -> str:
+    heads, size = subject.config.num_attention_heads, head_size(subject.config)
+    hidden = subject.config.hidden_size
+    return "" if heads * size == hidden else f"{heads} heads of {size} channels on hidden size {hidden}"
+
+
+def _group_size_among(subject: Candidate, allowed: list[int]) -> str:
+    size = subject.group_size
+    return "" if size is None or size in allowed else f"groups of {size}"
+
+
+def _groups_divide_inputs(subject: Candidate, _: None) -> str:
+    size = subject.group_size or 1
+    return _listed({name: inputs for name, inputs in subject.inputs().items() if inputs % size}, "inputs")
+
+
+def _inputs_multiple(subject: Candidate, step: int) -> str:
+    return _listed({name: inputs for name, inputs in subject.inputs().items() if inputs % step}, "inputs")
+
+
+def _outputs_multiple(subject: Candidate, step: int) -> str:
+    return _listed({name: outputs for name, outputs in subject.outputs().items() if outputs % step}, "outputs")
+
+
+def _listed(sizes: Mapping[str, int], unit: str) -> str:
+    return ", ".join(f"{name} ({size} {unit})" for name, size in sizes.items())
+
+
+CHECKS: dict[str, Callable[[Candidate, Any], str]] = {
+    check.__name__.removeprefix("_"): check
+    for check in (
+        _class_among, _layers_alike, _field_is_off, _heads_split, _neurons_split, _head_size_among, _heads_fill_hidden,
+        _group_size_among, _groups_divide_inputs, _inputs_multiple, _outputs_multiple,
+    )
+}  # fmt: skip

@@ -1,0 +1,189 @@
+"""What `amoeba check --target` says: the data file, single rules, and that transformers keeps what it promises."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from typer.testing import CliRunner
+
+from amoeba_plugin.cli import app
+from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.preflight import shape_config
+from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.targets import CHECKS, Candidate, candidate, findings, require_loadable, targets
+
+
+def seven_b(model_type: str = "llama", **fields: object) -> PretrainedConfig:
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008}
+    return AutoConfig.for_model(model_type, **{"num_hidden_layers": 32, **sizes, **fields})
+
+
+def subject(
+    config: PretrainedConfig, shape: str, target: str, scheme: str | None = None, devices: int = 1, round_to: int = 1
+) -> Candidate:
+    subnet = shape_config(config, SubnetShape.parse(shape), round_to)
+    return candidate(subnet, architecture_for(config.model_type), target, scheme, devices)
+
+
+def broken(found: Candidate, target: str) -> set[tuple[str, str]]:
+    return {(finding.rule.check, finding.rule.level) for finding in findings(found, target)}
+
+
+def test_every_rule_names_a_check_and_a_source_and_every_check_is_used():
+    rules = [rule for target in targets().values() for rule in target.rules]
+    assert {rule.check for rule in rules} == set(CHECKS)
+    for name, target in targets().items():
+        known = None if target.schemes == "compressed-tensors" else set(target.schemes)
+        for rule in target.rules:
+            assert rule.source
+            assert not set(rule.schemes or ()) - (known or set(rule.schemes or ())), (name, rule.check)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "scheme", "devices", "round_to", "expected"),
+    [
+        ("24x7/8", "vllm", None, 1, 1, set()),
+        ("24x7/8", "vllm", "W4A16", 1, 128, set()),
+        ("24x7/8", "vllm", "W4A16", 1, 1, {("groups_divide_inputs", "refuse"), ("inputs_multiple", "warn"),
+                                           ("outputs_multiple", "warn")}),
+        ("24x7/8", "vllm", "W8A8", 2, 128, {("heads_split", "refuse")}),  # 7 KV heads
+        ("24x3/4", "vllm", "W8A8", 2, 128, set()),
+        ("24x7/8", "llama.cpp", "Q8_0", 1, 1, set()),
+        ("24x7/8", "llama.cpp", "Q4_K_M", 1, 1, {("inputs_multiple", "warn")}),
+        ("24x7/8", "llama.cpp", "Q4_K_M", 1, 512, set()),
+        ("24x7/8", "openvino", "INT4", 1, 1, {("inputs_multiple", "refuse"), ("heads_fill_hidden", "warn")}),
+        ("24x1", "openvino", "INT4", 1, 1, set()),
+        ("24x7/8", "transformers", "W4A16", 1, 1, {("groups_divide_inputs", "refuse")}),
+        ("24x7/8", "transformers", "W8A8", 1, 1, set()),
+    ],
+)  # fmt: skip
+def test_llama_sizes(
+    shape: str, target: str, scheme: str | None, devices: int, round_to: int, expected: set[tuple[str, str]]
+):
+    assert broken(subject(seven_b(), shape, target, scheme, devices, round_to), target) == expected
+
+
+def test_heads_of_qwen2_cannot_go_for_vllm_but_layers_and_neurons_can():
+    assert broken(subject(seven_b("qwen2"), "24x7/8", "vllm"), "vllm") == {("heads_fill_hidden", "refuse")}
+    assert broken(subject(seven_b("qwen2"), "24x1", "vllm"), "vllm") == set()
+
+
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp", "openvino"])
+def test_compensating_biases_have_no_place_elsewhere(target: str):
+    config, adapter = seven_b(), architecture_for("llama")
+    units = {"attention": 7, "mlp": 9600}
+    biased = candidate(adapter.subnet_config(config, range(4), units, frozenset(units)), adapter, target)
+    assert biased.class_name == "SeedOssForCausalLM"
+    with pytest.raises(ArchitectureError, match="cannot load it"):
+        require_loadable(biased, target)
+    assert broken(biased, target) & {("field_is_off", "refuse"), ("class_among", "refuse")}
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp", "openvino"])
+def test_layers_of_different_sizes_need_transformers(target: str):
+    config = seven_b(num_hidden_layers=4)
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = {1: {"intermediate_size": 9600}}
+    found = broken(candidate(config, architecture_for("llama"), target), target)
+    assert ("layers_alike", "warn" if target == "transformers" else "refuse") in found
+
+
+def test_what_is_unknown_is_refused_with_what_there_is():
+    with pytest.raises(RecipeError, match="take one of transformers, vllm"):
+        subject(seven_b(), "24x1", "tgi")
+    with pytest.raises(RecipeError, match="take one of F16"):
+        subject(seven_b(), "24x1", "llama.cpp", "W4A16")
+    with pytest.raises(ShapeError, match="more layers than the model"):
+        subject(seven_b(), "33x1", "vllm")
+
+
+def test_the_command_takes_shapes_and_recipes(tmp_path: Path):
+    seven_b(num_key_value_heads=32).save_pretrained(tmp_path)
+
+    def check(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["check", *arguments])
+        return result.exit_code, result.stderr
+
+    on = ("--model", str(tmp_path))
+    code, said = check("24x7/8", *on, "--target", "llama.cpp", "--scheme", "Q4_K_M")
+    assert code == 0
+    assert "warning: down_proj (9632 inputs)" in said
+    assert "can load it, as MistralForCausalLM in Q4_K_M" in said
+    code, said = check("24x7/8", *on, "--target", "vllm", "--scheme", "W4A16")
+    assert code == 2
+    assert "https://github.com/vllm-project/vllm" in said
+    code, said = check("llama2-7b", *on, "--target", "vllm", "--scheme", "W4A16")
+    assert code == 0, said
+    code, said = check("llama2-7b", *on, "--target", "vllm", "--scheme", "W4A16", "--tensor-parallel", "4")
+    assert code == 2
+    assert "down_proj (2400 inputs)" in said
+    assert check("24x7/8", "--target", "vllm")[0] == 2
+    assert check("24x7/8", *on)[0] == 2
+
+
+QUANTIZED = st.sampled_from([None, "W8A8", "W4A16"])
+SIZES = st.fixed_dictionaries(
+    {
+        "num_key_value_heads": st.integers(1, 4),
+        "intermediate_size": st.sampled_from([64, 128, 192, 256]),
+        "head_dim": st.sampled_from([16, 32, 64]),
+    }
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=SIZES, queries=st.sampled_from([1, 2]), eighths=st.integers(1, 8), depth=st.integers(1, 2), scheme=QUANTIZED,
+    model_type=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+)  # fmt: skip
+def test_what_is_accepted_for_transformers_saves_and_reloads(
+    sizes: dict[str, int], queries: int, eighths: int, depth: int, scheme: str | None, model_type: str
+):
+    heads = sizes["num_key_value_heads"] * queries
+    whole = AutoConfig.for_model(
+        model_type, num_hidden_layers=2, num_attention_heads=heads, hidden_size=128 if heads in (1, 2, 4, 8) else 384,
+        vocab_size=97, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    shape = SubnetShape.parse(f"{depth}x{eighths}/8")
+    config = shape_config(whole, shape)
+    found = candidate(config, architecture_for(model_type), "transformers", scheme)
+    accepted = not any(finding.rule.level == "refuse" for finding in findings(found, "transformers"))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        base, out = Path(scratch) / "base", Path(scratch) / "out"
+        model.save_pretrained(base)
+        if scheme is None:
+            assert accepted
+            compressed, out = model, base
+        else:
+            modifier = QuantizationModifier(targets=["Linear"], scheme=scheme, ignore=["lm_head"])
+            reset_session()
+            if not accepted:
+                with pytest.raises(ValueError, match="not divisible by group_size"):
+                    oneshot(model=str(base), recipe=modifier, output_dir=str(out))
+                return
+            compressed = oneshot(model=str(base), recipe=modifier, output_dir=str(out))
+        reloaded = AutoModelForCausalLM.from_pretrained(out)
+        tokens = torch.arange(3, 15)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(reloaded(tokens).logits, compressed(tokens).logits, atol=1e-4, rtol=0)
+        stated = reloaded.config.to_dict()
+        for name in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "head_dim",
+        ):
+            assert stated[name] == getattr(config, name)
