@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from amoeba_plugin.architecture import ArchitectureAdapter, group_key
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.hosted import input_device
 from amoeba_plugin.objectives import IGNORED, evaluating, model_inputs, target_counts
 from amoeba_plugin.ranks import sum_over_ranks
 
@@ -213,7 +214,7 @@ def collect_statistics(
         with evaluating(model):
             for batch in tqdm(batches, desc="activation statistics", unit="batch", disable=not progress):
                 number, present = number + 1, batch["attention_mask"].bool()
-                adapter.decoder(model)(**model_inputs(batch, model.device), use_cache=False)
+                adapter.decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

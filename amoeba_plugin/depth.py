@@ -109,6 +109,7 @@ def search_depths(
             )
         search = Search(measured, objective)
         table = search.exchange(search.shrink(candidates, most, beam), candidates, exchanges)
+        bar.total = bar.n  # exchanges come back to sets that are known
         report = {"measured": measured.measured, **measure.report(), "near_ties": _near_ties(search)}
     _log(report)
     kept = {num_layers: tuple(range(num_layers))}
@@ -171,7 +172,9 @@ class _Measurement:
     def _measure(self, runner: OneByOne, removed: Removed) -> Score:
         score = runner.measure(self.objective, removed, self.batches)
         self.progress(len(runner.batches))
-        return score
+        # such scores cannot be put together: ranks that see different data follow the first one
+        value, loss = gather(torch.tensor([[score.value, score.loss]], dtype=torch.float64))[0].tolist()
+        return Score(value, loss)
 
     def report(self) -> dict[str, Any]:
         """Return what the search took in this process."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.hosted import input_device
 from amoeba_plugin.objectives import evaluating, model_inputs
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def layer_flow(model: PreTrainedModel, adapter: ArchitectureAdapter, batch: Batc
     """Return every decoder layer's input and output states on a batch, (batch, positions, hidden) each."""
     with ExitStack() as stack:
         flows = [stack.enter_context(watched(layer)) for layer in adapter.layers(model)]
-        adapter.decoder(model)(**model_inputs(batch, model.device), use_cache=False)
+        adapter.decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
     return [flow[0] for flow in flows]
 
 

@@ -25,6 +25,7 @@ from amoeba_plugin.lockstep_check import check_contract
 from amoeba_plugin.memory import StateStore
 from amoeba_plugin.objectives import Objective, PerTokenLoss, Score, evaluating
 from amoeba_plugin.recurrence import Search
+from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
 
 Batch = dict[str, Tensor]
 Removed = frozenset[int]
@@ -294,3 +295,41 @@ def test_few_recorded_calls_are_kept(
     with evaluating(model), Lockstep.of(model, AnyDecoder(), batches, 5, 2**30) as trial:
         assert scores(trial, SETS) == pytest.approx(wanted, rel=1e-5)
         assert len(trial._calls) == 1
+
+
+def test_what_a_search_took_is_saved_with_its_strategy(
+    tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    found = search_depths(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=2, progress=False)
+    SubnetStrategy(found, WidthStrategy.whole(), "fingerprint").save(tmp_path)
+    search = SubnetStrategy.load(tmp_path).depth.search
+    assert search == found.search
+    assert search["measured"] == 1 + 5
+    assert search["peak_bytes"]["states on cpu"] > 3 * 2 * 12 * 64 * 4 * 3  # 3 batches' states before 3 layers
+    assert search["peak_bytes"]["process"] > search["peak_bytes"]["states on cpu"]
+    assert search["near_ties"] == []
+
+
+def test_near_ties_are_listed_and_logged(
+    tiny_model: TinyModel, random_batches: RandomBatches, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    twin = model.model.layers[1].state_dict()
+    for name, value in model.model.layers[2].state_dict().items():
+        value.copy_(twin[name])  # it makes no difference which of the two goes
+    found = search_depths(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=3, progress=False)
+    assert {"preferred": [2], "other": [1]} in found.search["near_ties"]
+    assert "may turn out the other way on other hardware" in caplog.text
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_bfloat16_is_searched_in_lockstep_too(
+    tiny_model: TinyModel, random_batches: RandomBatches, model_type: str
+) -> None:
+    model = tiny_model(model_type, layers=6).to(torch.bfloat16)
+    found = search_depths(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=3, progress=False)
+    assert found.search["lockstep"]
+    for kept, metric in zip(found.kept.values(), found.metric.values(), strict=True):
+        subnet = deleted(model, Removed(range(6)) - Removed(kept))
+        assert PerTokenLoss().measure(subnet, random_batches()).value == pytest.approx(metric, rel=1e-2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import disk_offload
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import State, active_session, reset_session
@@ -32,6 +33,7 @@ from amoeba_plugin.modifiers import (
     register_with_llmcompressor,
 )
 from amoeba_plugin.modifiers.order import require_order
+from amoeba_plugin.modifiers.selection import on_main_device
 
 TinyModel = Callable[..., PreTrainedModel]
 
@@ -335,3 +337,15 @@ def test_a_quantized_model_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(ArchitectureError, match="already quantized"):
         DepthShrinkingModifier(min_depth=2).initialize(state)
     assert active_session() is not None
+
+
+def test_a_dispatched_model_stays_where_its_parts_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, ids = tiny_model("llama"), torch.arange(3, 9)[None]
+    wanted = model(ids).logits
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    before = {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()}
+    with on_main_device(model) as device:
+        assert device == torch.device("cpu")
+        assert torch.equal(model(ids).logits, wanted)
+    assert {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()} == before
+    assert torch.equal(model(ids).logits, wanted)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.architecture import ArchitectureAdapter, require_unquantized
 from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.hosted import input_device, is_offloaded
 from amoeba_plugin.modifiers.offset_norms import require_own_norms
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
@@ -84,7 +85,13 @@ def forget_selection(model: PreTrainedModel) -> Selection | None:
 
 @contextmanager
 def on_main_device(model: PreTrainedModel) -> Iterator[torch.device]:
-    """Run a block with the model on the accelerator where there is one; it goes back to where it was."""
+    """Run a block with the model on the accelerator where there is one; it goes back to where it was.
+
+    A model that accelerate has dispatched stays where its parts are.
+    """
+    if hasattr(model, "hf_device_map") or is_offloaded(model):
+        yield input_device(model)
+        return
     before = model.device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator if accelerator is not None and before.type == "cpu" else before
