@@ -3,9 +3,9 @@
 Usage: python tests/benchmarks/depth_search.py [cost|regret|count] [--layers 12] [--min-depth 8] [--samples 20]
        [--length 256] [--exchanges 1] [--model demo|random]
 
-``cost`` prints layer-forwards and CPU seconds side by side; a layer-forward is one decoder layer run on one subnet's states
-of one batch. ``regret`` measures every subset of layers that could go, and prints how far from the best one the dynamic
-program, beams and exchanges end. ``count`` prints the layer-forwards of the paper's setting, without a model.
+``cost`` prints layer-forwards and CPU seconds side by side; a layer-forward is one decoder layer run on one subnet's
+states of one batch. ``regret`` measures every subset of layers that could go, and prints how far from the best one the
+dynamic program, beams and exchanges end. ``count`` prints the layer-forwards of the paper's setting, without a model.
 """
 
 from __future__ import annotations
