@@ -70,9 +70,11 @@ class ExpertBank(nn.Module):
         if self.combination == "factors":
             # A_eff = sum_k g_k A_k, B_eff = sum_k g_k B_k, as products with all E weights, of which E-k are 0: the
             # backward of a selection is a scatter, which costs more than the E-k useless products, and keeps a copy.
+            # So would einsum with B, whose experts are not its first dimension.
             mixture = torch.zeros(self.num_experts, dtype=gates.dtype, device=gates.device).scatter(0, indices, gates)
             a_mixed = torch.einsum("e,eri->ri", mixture, a.to(mixture.dtype))
-            return a_mixed.to(self.A.dtype), torch.einsum("oer,e->or", b.to(mixture.dtype), mixture).to(self.B.dtype)
+            b_mixed = (b.to(mixture.dtype) * mixture[None, :, None]).sum(dim=1)
+            return a_mixed.to(self.A.dtype), b_mixed.to(self.B.dtype)
         a, b = a.index_select(0, indices), b.index_select(1, indices)
         weighted_b = gates[None, :, None] * b
         # sum_k g_k B_k A_k = [g_1 B_1 ... g_k B_k] [A_1; ...; A_k]
