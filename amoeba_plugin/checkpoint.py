@@ -31,7 +31,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
-from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
 from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
@@ -68,7 +68,11 @@ def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
         elastic: Freshly made; its space and kept layers are written into the configuration.
         config: Rank, experts and targets; ``widths``, ``depths``, ``kept_layers`` and ``num_layers`` are filled in
             here.
+
+    Raises:
+        AdapterError: If the configuration asks for a depth or width that the base model has not.
     """
+    _require_within(config, elastic.space)
     config.widths = [str(width) for width in elastic.space.widths]
     config.depths = list(elastic.space.depths)
     config.kept_layers = {str(depth): list(kept) for depth, kept in elastic.strategy.depth.kept.items()}
@@ -76,6 +80,17 @@ def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
     peft_model = get_peft_model(elastic.model, config)
     _follow(elastic, peft_model)
     return peft_model
+
+
+def _require_within(config: SmolConfig, space: ShapeSpace) -> None:
+    widths = [width for width in config.widths if parse_width(width) not in space.widths]
+    depths = [depth for depth in config.depths or [] if depth not in space.depths]
+    if widths or depths:
+        asked = ", ".join([f"width {width}" for width in widths] + [f"depth {depth}" for depth in depths])
+        raise AdapterError(
+            f"the adapter asks for {asked}, but the base model has {space}; leave depths and widths out, they are "
+            "filled in"
+        )
 
 
 def save_elastic(elastic: ElasticModel, peft_model: PeftModel | None, directory: Path, base: str) -> None:
@@ -163,6 +178,12 @@ def load_elastic(
         peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"the adapter in {adapter} is damaged or of another model ({error})") from error
+    config = peft_model.peft_config["default"]
+    if isinstance(config, SmolConfig) and not set(elastic.space) <= set(config.space):
+        raise ArtifactError(
+            f"the adapter in {adapter} was trained for {config.space}, but the strategy in {directory} has "
+            f"{elastic.space}; put back the one that was saved with it"
+        )
     _follow(elastic, peft_model)
     return elastic, peft_model
 

@@ -196,6 +196,16 @@ class SmolModel(BaseTuner):
         config.check()  # the depths and kept layers can be checked now
         return config
 
+    def _check_merge_allowed(self) -> None:
+        embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        for name, module in self.model.named_modules():
+            if isinstance(module, SmolLinear) and id(getattr(module.get_base_layer(), "weight", None)) in embeddings:
+                raise AdapterError(
+                    f"'{name}' shares its weight with the input embeddings, so merging into it would change those too; "
+                    "use to_lora() instead, or untie the model first"
+                )
+        super()._check_merge_allowed()
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         keep_packed(model)
 

@@ -145,6 +145,19 @@ class RouterWeights(nn.Module):
         gates = torch.softmax(values / self.config.router_temperature, dim=0)
         return (gates if self.config.adapt_largest else gates * (1 - self._whole(feature))), indices
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, own in self.named_parameters():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != own.shape:
+                raise AdapterError(
+                    f"the saved router's {name} is {tuple(saved.shape)}, but the configuration "
+                    f"({self.config.num_layers} layers, widths {', '.join(self.config.widths)}, "
+                    f"{self.config.num_experts} experts) wants "
+                    f"{tuple(own.shape)}: the tensors are those of another space of shapes; load adapter_config.json "
+                    "and adapter_model.safetensors as they were saved together"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _whole(self, feature: Tensor) -> Tensor:
         """Return () fp32: 1 where every layer is kept at the first width, else 0; no branch, so one compiled graph."""
         layers = len(feature) - len(self.config.widths)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from elastic_models import random_elastic
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor
 
+from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.elastic import ElasticLinear
+from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
+from amoeba_plugin.smol.config import COMBINATIONS
 
 
 @pytest.mark.parametrize("combination", ["factors", "outputs"])
@@ -53,7 +61,50 @@ def test_adapter_equals_folding_it_into_the_prefix(
     assert len(seen_sizes) > 7
 
 
-@pytest.mark.parametrize("combination", ["factors", "outputs"])
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 11), st.integers(1, 11), st.sampled_from(COMBINATIONS))
+def test_any_prefix_on_both_sides(into: int, more_in: int, out: int, more_out: int, combination: str) -> None:
+    base = torch.nn.Sequential(ElasticLinear.convert(torch.nn.Linear(into + more_in, out + more_out)))
+    config = SmolConfig(
+        r=2, widths=["1", "1/2"], target_modules=["0"], init_weights=False, combination=combination, num_experts=3
+    )
+    model = get_peft_model(base, config).eval()
+    model.set_shape("1x1/2")
+    layer = model.base_model.model[0]
+    layer.base_layer.active_in, layer.base_layer.active_out = into, out
+    x = torch.randn(3, into)
+    whole = torch.cat([x, torch.zeros(3, more_in)], dim=1)  # a channel that is not there is one that is zero
+    expected = layer.base_layer(x) + (whole @ layer.get_delta_weight("default").T)[:, :out]
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": ["1", "7/8"]}, r"asks for width 7/8, but the base model has .* widths \{1, 3/4, 1/2\}"),
+        ({"depths": [4, 1]}, r"asks for depth 1, but the base model has depths \{4, 3, 2\}"),
+    ],
+)
+def test_shapes_that_the_base_has_not(base_model: Callable[..., Any], fields: dict[str, Any], message: str) -> None:
+    elastic = random_elastic(base_model(num_attention_heads=8, num_key_value_heads=4, hidden_size=32))
+    with pytest.raises(AdapterError, match=message):
+        attach_smol(elastic, SmolConfig(target_modules=["q_proj"], **fields))
+    attach_smol(elastic, SmolConfig(target_modules=["q_proj"], widths=["1", "1/2"], depths=[4]))
+
+
+def test_an_adapter_of_another_space_than_the_strategy(base_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = base_model(num_attention_heads=8, num_key_value_heads=4, hidden_size=32)
+    model.save_pretrained(tmp_path / "base")
+    elastic = random_elastic(model)
+    peft_model = attach_smol(elastic, SmolConfig(target_modules=["q_proj"]))
+    save_elastic(elastic, peft_model, tmp_path / "elastic", str(tmp_path / "base"))
+    path = tmp_path / "elastic" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"widths": ["1", "3/4", "1/3"]}))
+    with pytest.raises(ArtifactError, match=r"trained for .*\{1, 3/4, 1/3\}, but the strategy in .*\{1, 3/4, 1/2\}"):
+        load_elastic(tmp_path / "elastic")
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
 def test_without_adapt_largest_the_whole_model_stays_the_base(
     smol_model: Callable[..., Any], tokens: Tensor, combination: str
 ) -> None:

@@ -74,6 +74,34 @@ def test_disabling_a_merged_adapter_frees_the_shape(smol_model: Callable[..., Pe
     model.set_shape("2x1")
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT, for a tied target of any method
+def test_merging_into_a_tied_weight_is_refused(
+    base_model: Any, smol_config: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    base = base_model(tie_word_embeddings=True)
+    model = get_peft_model(base, smol_config(target_modules=["q_proj", "lm_head"], init_weights=False)).eval()
+    before = base.get_input_embeddings().weight.clone()
+    expected = model(tokens).logits
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterError, match="'lm_head' shares its weight with the input embeddings"):
+            merge()
+    assert torch.equal(base.get_input_embeddings().weight, before)
+    model.to_lora(tmp_path)
+    lora = PeftModel.from_pretrained(model.unload(), tmp_path).eval()
+    torch.testing.assert_close(lora(tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_excluded_modules_get_no_adapter(smol_model: Callable[..., PeftModel]) -> None:
+    model = smol_model(exclude_modules=["down_proj", "q_proj"])
+    adapted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, SmolLinear)}
+    assert adapted == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+
+
+def test_biases_of_two_adapters_are_refused(smol_model: Callable[..., PeftModel], smol_config: Any) -> None:
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        smol_model(bias="all").add_adapter("b", smol_config(bias="smol_only"))
+
+
 def test_safe_merge_refuses_what_is_not_finite(smol_model: Callable[..., PeftModel]) -> None:
     model = smol_model()
     layer = model.base_model.model.model.layers[1].mlp.up_proj
@@ -199,6 +227,7 @@ def test_transformers_conv1d(tokens: Tensor, randomize: Any) -> None:
             NoMatchingPeftModuleError,
             r"not found.*Linear layers of this model: \['down_proj",
         ),
+        ({"target_modules": []}, NoMatchingPeftModuleError, r"Linear layers of this model: \['down_proj"),
         ({"target_modules": ["embed_tokens"]}, TypeError, "Currently, only `torch.nn.Linear`"),
         ({"num_layers": 6}, AdapterError, "for a model with 6 layers, but the model has 4"),
         ({"depths": [5]}, ConfigError, "depth 5 exceeds the model's 4 layers; lower depths$"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -140,5 +141,31 @@ def test_tensors_of_another_space(saved: dict[str, Any], base_model: Any) -> Non
     path = saved["adapter"] / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"widths": ["1", "1/2"]}))
-    with pytest.raises(RuntimeError, match="shape_router.smol_router.default.down_weight"):
+    with pytest.raises(AdapterError, match=r"down_weight is \(16, 7\).* widths 1, 1/2, .* wants \(16, 6\)"):
         PeftModel.from_pretrained(base_model(), saved["adapter"])
+
+
+def test_the_model_card_names_base_and_library(saved: dict[str, Any]) -> None:
+    model = AutoPeftModelForCausalLM.from_pretrained(saved["adapter"])
+    model.create_or_update_model_card(str(saved["adapter"]))
+    tags = ModelCard.load(saved["adapter"] / "README.md").data.tags
+    assert {"transformers", f"base_model:adapter:{saved['base']}"} <= set(tags)
+
+
+@pytest.mark.parametrize("bias", ["all", "smol_only", "lora_only"])
+def test_trained_biases_are_saved_and_loaded(
+    smol_model: Callable[..., PeftModel], base_model: Any, randomize: Any, tokens: Tensor, tmp_path: Path, bias: str
+) -> None:
+    model = smol_model(bias=bias, target_modules=["q_proj", "up_proj"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    layers = range(4)
+    names = ["q_proj"] if bias != "all" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert len([name for name in trained if "layers" in name]) == len(layers) * len(names)
+    assert all(any(part in name for part in names) for name in trained if "layers" in name)
+    randomize(model, only=".bias")
+    model.set_shape("2x1/2")
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    loaded.set_shape("2x1/2")
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=0, atol=1e-6)
