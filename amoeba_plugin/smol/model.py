@@ -199,12 +199,20 @@ class SmolModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
         for name, module in self.model.named_modules():
-            if isinstance(module, SmolLinear) and id(getattr(module.get_base_layer(), "weight", None)) in embeddings:
+            if not isinstance(module, SmolLinear):
+                continue
+            backend = module.quantization_backend
+            if backend is not None and not getattr(backend, "supports_merge", True):
+                raise AdapterError(
+                    f"'{name}' is quantized by {backend.backend_name}, whose weights cannot be changed, so nothing can "
+                    "be merged into it; serve the adapter beside the base model (to_lora())"
+                )
+            if id(getattr(module.get_base_layer(), "weight", None)) in embeddings:
                 raise AdapterError(
                     f"'{name}' shares its weight with the input embeddings, so merging into it would change those too; "
                     "use to_lora() instead, or untie the model first"
                 )
-        super()._check_merge_allowed()
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         keep_packed(model)

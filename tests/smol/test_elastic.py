@@ -62,20 +62,27 @@ def test_adapter_equals_folding_it_into_the_prefix(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 11), st.integers(1, 11), st.sampled_from(COMBINATIONS))
-def test_any_prefix_on_both_sides(into: int, more_in: int, out: int, more_out: int, combination: str) -> None:
-    base = torch.nn.Sequential(ElasticLinear.convert(torch.nn.Linear(into + more_in, out + more_out)))
+@given(
+    st.integers(1, 9), st.integers(0, 9), st.integers(1, 11), st.integers(0, 11), st.integers(1, 3),
+    st.sampled_from(COMBINATIONS),
+)  # fmt: skip
+def test_any_prefix_on_both_sides(
+    into: int, more_in: int, out: int, more_out: int, parts: int, combination: str
+) -> None:
+    part = out + more_out  # a fused linear keeps a prefix of every part
+    base = torch.nn.Sequential(ElasticLinear.convert(torch.nn.Linear(into + more_in, parts * part)))
     config = SmolConfig(
         r=2, widths=["1", "1/2"], target_modules=["0"], init_weights=False, combination=combination, num_experts=3
     )
     model = get_peft_model(base, config).eval()
     model.set_shape("1x1/2")
     layer = model.base_model.model[0]
-    layer.base_layer.active_in, layer.base_layer.active_out = into, out
+    layer.base_layer.active_in = into
+    layer.base_layer.active_rows = tuple(slice(index * part, index * part + out) for index in range(parts))
     x = torch.randn(3, into)
     whole = torch.cat([x, torch.zeros(3, more_in)], dim=1)  # a channel that is not there is one that is zero
-    expected = layer.base_layer(x) + (whole @ layer.get_delta_weight("default").T)[:, :out]
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    update = (whole @ layer.get_delta_weight("default").T).unflatten(1, (parts, part))[..., :out]
+    torch.testing.assert_close(model(x), layer.base_layer(x) + update.flatten(1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

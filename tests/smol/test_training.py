@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-
-from amoeba_plugin.smol import SmolConfig
 
 
 def gradients(model: PeftModel) -> dict[str, Tensor]:
@@ -117,34 +114,3 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for name, expected in alone.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes(bits: int, tokens: Tensor) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    layer = (
-        bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-        if bits == 8
-        else bitsandbytes.nn.Linear4bit(64, 64)
-    )
-    base = torch.nn.Sequential(layer).to("cpu")
-    config = SmolConfig(r=4, widths=["1", "1/2"], target_modules=["0"], init_weights=False)
-    model = get_peft_model(base, config).eval()
-    x = torch.randn(2, 3, 64)
-    outputs = {}
-    for width in ("1", "1/2"):
-        model.set_shape(f"1x{width}")
-        outputs[width] = model(x)
-        update = outputs[width] - base[0].base_layer(x)
-        torch.testing.assert_close(update, x @ base[0].get_delta_weight("default").T, rtol=1e-2, atol=1e-2)
-    assert not torch.allclose(outputs["1"], outputs["1/2"])
-    outputs["1"].sum().backward()
-    assert base[0].smol_experts["default"].A.grad.abs().sum() > 0
-    with torch.no_grad():  # after such a forward bitsandbytes has 4-bit weights in another layout
-        before = model(x)
-        model.merge_adapter()
-        merged = model(x)
-        model.unmerge_adapter()
-        for result in (merged, model(x)):
-            assert (result - before).norm() < {8: 0.05, 4: 0.2}[bits] * before.norm()  # the error of quantizing anew
