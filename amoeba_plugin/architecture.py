@@ -28,11 +28,16 @@ class ChannelAxis:
         path: Of a linear, or of a norm over the channels.
         channels_per_unit: Neighbouring channels that stay or go together.
         first_channel: Where the run starts; not 0 for the later parts of a fused linear.
+        expert: Of a module that keeps the weights of all its experts in parameters of three dimensions, (experts, out,
+            in): the expert that the channels belong to.
+        parameter: The name of the weight within its module.
     """
 
     path: str
     channels_per_unit: int
     first_channel: int = 0
+    expert: int | None = None
+    parameter: str = "weight"
 
     def channels(self, order: Tensor) -> Tensor:
         """Spread an order of units over their channels: (units,) -> (units * channels_per_unit,), int64.
@@ -42,6 +47,22 @@ class ChannelAxis:
         """
         within = torch.arange(self.channels_per_unit)
         return self.first_channel + (order[:, None] * self.channels_per_unit + within).flatten()
+
+    def prefix(self, units: int) -> slice:
+        """Return the channels of the first units."""
+        return slice(self.first_channel, self.first_channel + units * self.channels_per_unit)
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """Return the whole weight that holds the channels, (out, in) for a linear or an expert; no copy."""
+        return self.weight_of(layer.get_submodule(self.path))
+
+    def weight_of(self, module: nn.Module) -> Tensor:
+        """Return the weight, given the module that holds it."""
+        return self.part(module.get_parameter(self.parameter))
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """Return the expert's part of a tensor in the shape of the whole parameter; that itself for a linear."""
+        return parameter if self.expert is None else parameter[self.expert]
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class ChannelGroup:
     256
 
     Attributes:
-        name: The same in every layer.
+        name: The same in every layer, and for all experts of one.
         units: Of the whole model.
         producers: Have the channels as output rows.
         consumer: Has them as input columns.
@@ -78,8 +99,9 @@ class ChannelGroup:
 
 
 def group_key(layer: int, group: ChannelGroup) -> str:
-    """Return the name under which a layer's group is found in statistics and strategies: "3.attention"."""
-    return f"{layer}.{group.name}"
+    """Return the name under which a layer's group is found in statistics and strategies: "3.attention", "3.mlp.7"."""
+    expert = group.consumer.expert
+    return f"{layer}.{group.name}" if expert is None else f"{layer}.{group.name}.{expert}"
 
 
 class ArchitectureAdapter(ABC):

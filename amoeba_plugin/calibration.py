@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amoeba_plugin.architecture import ArchitectureAdapter, group_key
+from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.experts import expert_inputs
 from amoeba_plugin.hosted import input_device
 from amoeba_plugin.objectives import IGNORED, evaluating, model_inputs, target_counts
 from amoeba_plugin.ranks import sum_over_ranks
@@ -191,10 +192,13 @@ def collect_statistics(
     seen: dict[str, ActivationStats] = {}
     number, present = -1, torch.empty(0, dtype=torch.bool)  # of the running batch; present is (batch, positions)
 
-    def watch(key: str) -> Callable[..., None]:
+    def watch(key: str, group: ChannelGroup) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            # OPT calls its MLP with batch and positions as one axis.
-            tokens = args[0].flatten(0, -2)[present.flatten().to(args[0].device)]
+            rows = present.flatten().to(args[0].device)
+            if group.consumer.expert is None:
+                tokens = args[0].flatten(0, -2)[rows]  # OPT calls its MLP with batch and positions as one axis
+            else:
+                tokens = expert_inputs(group, module, args, rows)
             stats = ActivationStats.of(tokens)
             if not bool(torch.isfinite(stats.sum_squared_deviation).all()):
                 raise DataError(
@@ -210,7 +214,7 @@ def collect_statistics(
         for index, layer in enumerate(adapter.layers(model)):
             for group in adapter.channel_groups(model.config):
                 consumer = layer.get_submodule(group.consumer.path)
-                handles.append(consumer.register_forward_pre_hook(watch(group_key(index, group))))
+                handles.append(consumer.register_forward_pre_hook(watch(group_key(index, group), group)))
         with evaluating(model):
             for batch in tqdm(batches, desc="activation statistics", unit="batch", disable=not progress):
                 number, present = number + 1, batch["attention_mask"].bool()
@@ -218,7 +222,17 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    return {key: stats.over_ranks() for key, stats in seen.items()}
+    seen = {key: stats.over_ranks() for key, stats in seen.items()}
+    idle = [key for key, stats in seen.items() if not stats.tokens]
+    if idle:
+        logger.warning(
+            "no calibration token reached %d of %d experts (%s, ...), whose neurons keep the order they have; "
+            "give more calibration data",
+            len(idle),
+            sum(key.count(".") == 2 for key in seen),
+            idle[0],
+        )
+    return seen
 
 
 def load_batches(

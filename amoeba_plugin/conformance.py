@@ -187,10 +187,10 @@ class ArchitectureConformance:
         """The largest shape is the untouched model, though every group's channels moved."""
         model = self.model()
         before, weights = self.logits(model), {name: each.clone() for name, each in model.state_dict().items()}
-        elastic = ElasticModel(model, random_strategy(model))
-        for group in elastic.groups:
-            moved = group.consumer.weight
-            assert not any(moved.shape == each.shape and torch.equal(moved, each) for each in weights.values())
+        ElasticModel(model, random_strategy(model))
+        for name, weight in model.state_dict().items():
+            if name.endswith(tuple(f"{group.consumer.path}.{group.consumer.parameter}" for group in self._groups())):
+                assert not torch.equal(weight, weights[name]), name
         _close(self.logits(model), before, "the largest shape")
 
     def test_leaving_a_shape_restores_model_and_configuration(self) -> None:
@@ -224,7 +224,7 @@ class ArchitectureConformance:
                 for group in groups:
                     key = group_key(index, group)
                     gone = group.consumer.channels(strategy.width.order[key][strategy.width.units[width][key] :])
-                    layer.get_parameter(f"{group.consumer.path}.weight")[:, gone] = 0
+                    group.consumer.weight(layer)[:, gone] = 0
         elastic = self.elastic()
         with elastic.active(f"4x{width}") as model:
             _close(self.logits(model), self.logits(masked), f"4x{width}")
@@ -274,11 +274,12 @@ class ArchitectureConformance:
 
     def test_bias_compensation_is_stored_or_refused(self) -> None:
         """Never dropped: either the extracted subnet has it, or an error says what to do."""
-        elastic, bare = self.elastic(bias_compensation=True), self.elastic()
-        with elastic.active("3x1/2") as model, bare.active("3x1/2") as without:
-            expected = self.logits(model)
-            assert (expected - self.logits(without)).abs().max() > TOLERANCE, "compensation does nothing"
+        bare = self.elastic()
         try:
+            elastic = self.elastic(bias_compensation=True)
+            with elastic.active("3x1/2") as model, bare.active("3x1/2") as without:
+                expected = self.logits(model)
+                assert (expected - self.logits(without)).abs().max() > TOLERANCE, "compensation does nothing"
             subnet = extract(elastic, "3x1/2")
         except ArchitectureError as refusal:
             if "bias_compensation: false" in str(refusal):
@@ -309,12 +310,12 @@ def require_stated_sizes(
         assert group.units == units[group.name], group.name
         for position, layer in enumerate(layers):
             where = f"layer {position}, {group.name}"
-            assert layer.get_parameter(f"{group.consumer.path}.weight").shape[-1] == group.channels, where
+            assert group.consumer.weight(layer).shape[-1] == group.channels, where
             rows: dict[str, int] = {}
             for axis in (*group.producers, *group.norms):
                 rows[axis.path] = rows.get(axis.path, 0) + group.units * axis.channels_per_unit
-            for path, expected in rows.items():
-                assert layer.get_parameter(f"{path}.weight").shape[0] == expected, f"{where}: {path}"
+                assert len(axis.weight(layer)) >= rows[axis.path], f"{where}: {axis.path}"
+            assert all(len(axis.weight(layer)) == rows[axis.path] for axis in group.producers), where
     indices = [
         (position, vars(module)["layer_idx"])
         for position, layer in enumerate(layers)

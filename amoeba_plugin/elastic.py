@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ChannelAxis, ChannelGroup, copy_config, group_key, require_unquantized
+from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_unquantized
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.experts import ElasticExperts
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
@@ -102,18 +103,14 @@ class ElasticGroup:
         """Activate the first ``units`` units."""
         blocks: dict[ElasticLinear, list[slice]] = {}
         for axis, linear in zip(self.group.producers, self.producers, strict=True):
-            blocks.setdefault(linear, []).append(_prefix(axis, units))
+            blocks.setdefault(linear, []).append(axis.prefix(units))
         for linear, rows in blocks.items():
             linear.active_rows = joined(rows)
         for axis, norm in zip(self.group.norms, self.norms, strict=True):
             assert isinstance(norm, SlicedModule)
-            norm.active = {name: (0, (_prefix(axis, units),)) for name in norm._parameters}
+            norm.active = {name: (0, (axis.prefix(units),)) for name in norm._parameters}
         self.consumer.active_in = units * self.group.consumer.channels_per_unit
         self.consumer.compensation_row = compensation_row
-
-
-def _prefix(axis: ChannelAxis, units: int) -> slice:
-    return slice(axis.first_channel, axis.first_channel + units * axis.channels_per_unit)
 
 
 class ElasticModel:
@@ -150,11 +147,13 @@ class ElasticModel:
         self.config = copy_config(model.config)
         self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
         self._require_whole_largest()
-        self.groups = self._elastic_groups()
+        self.groups, self.experts = self._elastic_groups(), self._elastic_experts()
         self._listeners: list[Callable[[SubnetShape], None]] = []
         if weights is None:
             for group in self.groups:
                 _reorder(group, strategy.width)
+            for experts in self.experts:
+                experts.reorder(strategy.width.order)
         else:
             self._load_on_use()
         self._shape = self.space.largest
@@ -183,6 +182,9 @@ class ElasticModel:
             groups = [group for group in self.groups if group.consumer in inside]
             for group in groups:
                 _reorder(group, self.strategy.width)
+            for experts in self.experts:
+                if experts.module in inside:
+                    experts.reorder(self.strategy.width.order)
             yield
             for group in groups:
                 group.consumer.compensation = None
@@ -231,6 +233,8 @@ class ElasticModel:
             units = self.units(shape.width, group.key, group.group)
             group.set_units(units, row)
             self.adapter.set_units(group.layer, group.group, units)
+        for experts in self.experts:
+            experts.set_units(self.strategy.width.units[shape.width])
         self._shape = shape
         for listener in self._listeners:
             listener(shape)
@@ -242,6 +246,8 @@ class ElasticModel:
         """
         for group in self.groups:
             group.set_units(units[group.group.name], group.consumer.compensation_row)
+        for experts in self.experts:
+            experts.set_units({key: units[group.name] for key, group in experts.groups.items()})
 
     @contextmanager
     def active(self, shape: SubnetShape | str) -> Iterator[PreTrainedModel]:
@@ -262,6 +268,8 @@ class ElasticModel:
                 linear.restore()
             for norm in group.norms:
                 restore_parameters(norm)
+        for experts in self.experts:
+            experts.restore()
 
     def _elastic_groups(self) -> tuple[ElasticGroup, ...]:
         groups = self.adapter.channel_groups(self.config)
@@ -269,6 +277,21 @@ class ElasticModel:
             _elastic_group(group_key(index, group), group, layer)
             for index, layer in enumerate(self.layers)
             for group in groups
+            if group.consumer.expert is None
+        )
+
+    def _elastic_experts(self) -> tuple[ElasticExperts, ...]:
+        groups = [group for group in self.adapter.channel_groups(self.config) if group.consumer.expert is not None]
+        if groups and self.strategy.width.bias_compensation:
+            raise ArchitectureError(
+                f"bias compensation on {self.config.model_type}: the experts' weights have no biases beside them; set "
+                "bias_compensation: false in WidthShrinkingModifier"
+            )
+        if not groups:
+            return ()
+        return tuple(
+            ElasticExperts.convert(layer, {group_key(index, group): group for group in groups})
+            for index, layer in enumerate(self.layers)
         )
 
     def _require_whole_largest(self) -> None:

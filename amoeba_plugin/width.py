@@ -96,6 +96,11 @@ def rank_widths(
     ]
     if allocation == "uniform":
         units = {share: uniform_units(ranked, share, steps) for share in shares}
+    elif allocation == "global" and any(each.group.consumer.expert is not None for each in ranked):
+        raise RecipeError(
+            "allocation: global would give the experts of one layer different sizes, which no class can hold; take "
+            "allocation: uniform"
+        )
     elif allocation == "global":
         units = {share: _global_units(ranked, share, steps) for share in shares}
     else:
@@ -134,7 +139,7 @@ def rank_group(
         _require_finite(scores, key, importance.name)
         scores = standardised(scores)
     else:
-        weight = _linear(layer, group.consumer.path).weight.detach()
+        weight = group.consumer.weight(layer).detach()
         channels = importance.score(stats.get(key) or ActivationStats.empty(group.channels), weight).double().cpu()
         _require_finite(channels, key, importance.name)
         if importance.square_attention and group.name == "attention":
@@ -151,34 +156,39 @@ def unit_cost(layer: nn.Module, group: ChannelGroup) -> int:
     group of g query heads, 2 d/3 for a query head alone; without a gate, half as much again.
     """
     # A producer's unit has its rows, over all inputs; the consumer's its columns, over all outputs.
-    cost = sum(axis.channels_per_unit * _linear(layer, axis.path).in_features for axis in group.producers)
-    return cost + group.consumer.channels_per_unit * _linear(layer, group.consumer.path).out_features
+    cost = sum(axis.channels_per_unit * axis.weight(layer).shape[1] for axis in group.producers)
+    return cost + group.consumer.channels_per_unit * len(group.consumer.weight(layer))
 
 
 def coupled_parameters(model: PreTrainedModel, adapter: ArchitectureAdapter) -> dict[str, nn.Parameter]:
-    """Return the weights of all groups of all layers, by "3.mlp.up_proj"."""
+    """Return the weights of all groups of all layers, by "3.mlp.up_proj", or "3.mlp.experts.down_proj" of all
+    experts."""
     return {
-        f"{index}.{axis.path}": layer.get_parameter(f"{axis.path}.weight")
+        _name(index, axis): layer.get_parameter(f"{axis.path}.{axis.parameter}")
         for index, layer in enumerate(adapter.layers(model))
         for group in adapter.channel_groups(model.config)
         for axis in (*group.producers, group.consumer)
     }
 
 
+def _name(index: int, axis: ChannelAxis) -> str:
+    return f"{index}.{axis.path}" if axis.expert is None else f"{index}.{axis.path}.{axis.parameter}"
+
+
 def _coupled(
     layer: nn.Module, index: int, group: ChannelGroup, gradients: Mapping[str, Tensor], importance: GroupImportance
 ) -> CoupledWeights:
     axes = (*group.producers, group.consumer)
-    weights = {axis: _linear(layer, axis.path).weight.detach() for axis in axes}
+    weights = {axis: axis.weight(layer).detach() for axis in axes}
     if not importance.needs_gradients:
         return CoupledWeights(group, weights)
-    missing = [axis.path for axis in axes if f"{index}.{axis.path}" not in gradients]
+    missing = [_name(index, axis) for axis in axes if _name(index, axis) not in gradients]
     if missing:
         raise DataError(
-            f"importance {importance.name} needs the gradient of {index}.{missing[0]}; take them by "
+            f"importance {importance.name} needs the gradient of {missing[0]}; take them by "
             "loss_gradients(model, coupled_parameters(model, adapter), batches)"
         )
-    return CoupledWeights(group, weights, {axis: gradients[f"{index}.{axis.path}"] for axis in axes})
+    return CoupledWeights(group, weights, {axis: axis.part(gradients[_name(index, axis)]) for axis in axes})
 
 
 def _require_finite(scores: Tensor, key: str, name: str) -> None:
@@ -379,9 +389,3 @@ def _require_statistics(
                     f"{asker} needs statistics of {key} over {group.channels} channels, there are "
                     f"{'none' if found is None else f'{found} channels'}; collect them on this model"
                 )
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    linear = layer.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    return linear

@@ -24,12 +24,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON | {"intermediate_size": 64},
     "granite": GATED | MULTIPLIERS | {"tie_word_embeddings": True},
     "llama": GATED | {"attention_bias": True, "mlp_bias": True},
+    "mixtral": GATED | {"num_local_experts": 3, "num_experts_per_tok": 2},
     "mistral": GATED | {"sliding_window": 5},
     "olmo2": GATED,
     "opt": COMMON | {"ffn_dim": 64},
     "phi3": GATED | {"sliding_window": 5},
     "qwen2": GATED | WINDOWS | {"tie_word_embeddings": True},
     "qwen3": GATED | WINDOWS | {"tie_word_embeddings": True},
+    "qwen3_moe": GATED | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "smollm3": GATED | WINDOWS | {"no_rope_layers": NO_ROPE},
 }
 for _model_type, _config in CONFIGS.items():

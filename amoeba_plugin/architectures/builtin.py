@@ -9,6 +9,7 @@ from amoeba_plugin.architectures.classic import OPT, GPTNeoX
 from amoeba_plugin.architectures.gemma import Gemma
 from amoeba_plugin.architectures.granite import SwitchedBiases
 from amoeba_plugin.architectures.llama import LlamaFamily
+from amoeba_plugin.architectures.moe import MixtureOfExperts
 from amoeba_plugin.architectures.olmo2 import Olmo2
 from amoeba_plugin.architectures.phi3 import Phi3
 from amoeba_plugin.hookspecs import hookimpl
@@ -17,4 +18,4 @@ from amoeba_plugin.hookspecs import hookimpl
 @hookimpl
 def amoeba_architectures() -> Sequence[ArchitectureAdapter]:
     """Return one adapter per design."""
-    return (LlamaFamily(), SwitchedBiases(), Olmo2(), Phi3(), Gemma(), GPTNeoX(), OPT())
+    return (LlamaFamily(), SwitchedBiases(), Olmo2(), Phi3(), Gemma(), GPTNeoX(), OPT(), MixtureOfExperts())

@@ -129,6 +129,22 @@ class TestOPTWithProjections(ArchitectureConformance):
     config = CONFIGS["opt"] | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
 
+class TestMixtral(ArchitectureConformance):
+    config = CONFIGS["mixtral"]
+
+
+class TestQwen3Moe(ArchitectureConformance):
+    config = CONFIGS["qwen3_moe"]
+
+    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
+        assert subnet.config.intermediate_size == self.config["intermediate_size"]  # of layers that it has not
+
+    def test_layers_of_another_kind_are_refused(self) -> None:
+        model = random_model(self.config | {"mlp_only_layers": [1]})
+        with pytest.raises(ArchitectureError, match="experts in every layer"):
+            random_strategy(model)
+
+
 def test_every_built_in_architecture_is_tested_here() -> None:
     served = {model_type for adapter in amoeba_architectures() for model_type in adapter.model_types}
     tests = [each for name, each in globals().items() if name.startswith("Test")]

@@ -1,0 +1,104 @@
+"""Mixtures of experts, whose weights transformers keeps in three dimensions: (experts, out, in).
+
+The neurons of every expert are a channel group of their own, with an order of its own; all experts of a layer keep the
+same number of them, which is what a stock class can hold. Both halves of ``gate_up_proj`` keep a prefix, so its active
+part is copied once per forward, while that of ``down_proj`` is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from amoeba_plugin.architecture import ChannelGroup
+from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.slicing import SlicedModule, joined, restore_parameters, slice_parameters
+
+
+@dataclass(frozen=True)
+class ElasticExperts:
+    """The experts of one layer; made by :meth:`convert`."""
+
+    module: nn.Module
+    layer: nn.Module
+    groups: Mapping[str, ChannelGroup]  # by key, one per expert
+
+    @classmethod
+    def convert(cls, layer: nn.Module, groups: Mapping[str, ChannelGroup]) -> ElasticExperts:
+        """Make a layer's experts elastic at full size, in place.
+
+        Raises:
+            ArchitectureError: If they are elastic already, or their parameters are not three-dimensional.
+        """
+        path = next(iter(groups.values())).consumer.path
+        module = layer.get_submodule(path)
+        if isinstance(module, SlicedModule) or any(each.dim() != 3 for each in module.parameters(recurse=False)):
+            raise ArchitectureError(
+                f"{path} is a {type(module).__name__} that is already elastic, or keeps its experts apart; load the "
+                "model with transformers, in full precision, and make it elastic before anything else"
+            )
+        slice_parameters(module)
+        return cls(module, layer, groups)
+
+    @torch.no_grad()
+    def reorder(self, order: Mapping[str, Tensor]) -> None:
+        """Permute every expert's neurons, in place; experts without an order stay."""
+        for key, group in self.groups.items():
+            if key not in order:
+                continue
+            for axis in group.producers:
+                weight, channels = axis.weight(self.layer), axis.channels(order[key])
+                run = weight[axis.first_channel : axis.first_channel + len(channels)]
+                run.copy_(weight[channels.to(weight.device)])
+            weight, channels = group.consumer.weight(self.layer), group.consumer.channels(order[key])
+            weight.copy_(weight[:, channels.to(weight.device)])
+
+    def set_units(self, units: Mapping[str, int]) -> None:
+        """Activate the first units of every expert.
+
+        Args:
+            units: By key; missing ones are whole.
+
+        Raises:
+            ShapeError: If experts would differ, which no class can hold.
+        """
+        sizes = {units.get(key, group.units) for key, group in self.groups.items()}
+        if len(sizes) != 1:
+            raise ShapeError(
+                f"the experts of one layer keep {', '.join(map(str, sorted(sizes)))} neurons; they must keep the same "
+                "number: select with allocation: uniform"
+            )
+        kept, group = sizes.pop(), next(iter(self.groups.values()))
+        assert isinstance(self.module, SlicedModule)
+        self.module.active = {
+            group.producers[0].parameter: (1, joined(axis.prefix(kept) for axis in group.producers)),
+            group.consumer.parameter: (2, (group.consumer.prefix(kept),)),
+        }
+
+    def restore(self) -> None:
+        """Turn them into ordinary experts again, in place."""
+        restore_parameters(self.module)
+
+
+def expert_inputs(group: ChannelGroup, module: Any, args: tuple[Tensor, ...], present: Tensor) -> Tensor:
+    """Return what flows into an expert's ``down_proj``, which no module of its own would show.
+
+    Args:
+        group: One expert's.
+        module: The experts.
+        args: Of its forward: states (tokens, hidden), and the experts chosen (tokens, top k).
+        present: (tokens,) bool; padded tokens are left out.
+
+    Returns:
+        (tokens that chose this expert, neurons), before routing weights.
+    """
+    states, chosen = args[0], args[1]
+    expert = group.consumer.expert
+    rows = states[(chosen == expert).any(dim=-1) & present]
+    # The activation is the host's own; of its ways to compute the product around it, this is the plain one.
+    return module._apply_gate(functional.linear(rows, group.producers[0].weight_of(module)))  # type: ignore[no-any-return]
