@@ -314,8 +314,8 @@ def require_stated_sizes(
             rows: dict[str, int] = {}
             for axis in (*group.producers, *group.norms):
                 rows[axis.path] = rows.get(axis.path, 0) + group.units * axis.channels_per_unit
-                assert len(axis.weight(layer)) >= rows[axis.path], f"{where}: {axis.path}"
-            assert all(len(axis.weight(layer)) == rows[axis.path] for axis in group.producers), where
+            for axis in (*group.producers, *group.norms):
+                assert len(axis.weight(layer)) == rows[axis.path], f"{where}: {axis.path}"
     indices = [
         (position, vars(module)["layer_idx"])
         for position, layer in enumerate(layers)

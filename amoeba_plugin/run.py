@@ -123,10 +123,10 @@ def _oneshot(
 ) -> None:
     from transformers import set_seed
 
-    from amoeba_plugin.modifiers.offset_norms import has_offset_norms
+    from amoeba_plugin.modifiers.own_stage import needs_own_stage
 
     set_seed(options.seed)
-    if batches is None or not recipe.structural or not has_offset_norms(weightless(load_config(model))):
+    if batches is None or not recipe.structural or not needs_own_stage(weightless(load_config(model))):
         _host(model, recipe.source, batches, output_dir, options)
         return
     rest = [modifier for modifier in recipe.modifiers if modifier not in recipe.structural]
@@ -154,7 +154,7 @@ def _own_stage(recipe: CheckedRecipe, model: str, batches: list[Batch], director
     from transformers import AutoModelForCausalLM
 
     from amoeba_plugin.checkpoint import copy_tokenizer
-    from amoeba_plugin.modifiers.offset_norms import run_own_stage
+    from amoeba_plugin.modifiers.own_stage import run_own_stage
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype).eval()
     run_own_stage(whole, recipe.structural, batches, directory)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_key
+from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.calibration import ActivationStats
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance

@@ -22,10 +22,11 @@ from amoeba_plugin.conformance import random_model
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.run import RunOptions, run_recipe
 
-OWN_STAGE = ["gemma2", "gemma3_text"]
+OWN_STAGE = ["gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
 INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
 QUANTIZED = {*INSIDE_ONESHOT, *OWN_STAGE, "llama", "mistral", "qwen2", "qwen3"}  # these in test_modifiers, test_recipes
 
+SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
 RECIPE = {
     "select_stage": {
         "select_modifiers": {
@@ -75,7 +76,8 @@ def run(base: Path, data: Dataset, output: Path) -> PreTrainedModel:
 def require_subnet(directory: Path, model_type: str) -> PreTrainedModel:
     config = json.loads((directory / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == (model_type, 3)
-    assert config["ffn_dim" if model_type == "opt" else "intermediate_size"] == 48
+    field, neurons = SIZES.get(model_type, ("intermediate_size", 48))
+    assert config[field] == neurons
     narrow = model_type not in ("opt", "gpt_neox")
     assert config["num_attention_heads"] == (6 if narrow else 8)
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
@@ -100,7 +102,7 @@ def test_a_recipe_saves_a_quantized_subnet_that_reloads_equal(model_type: str, d
 
 
 @pytest.mark.parametrize("model_type", OWN_STAGE)
-def test_offset_norms_are_refused_inside_oneshot_and_run_in_a_stage_of_their_own(
+def test_what_oneshot_exchanges_is_refused_there_and_run_in_a_stage_of_their_own(
     model_type: str, data: Dataset, tmp_path: Path
 ) -> None:
     base = save_base(model_type, tmp_path / "base")

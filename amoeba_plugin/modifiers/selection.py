@@ -22,7 +22,7 @@ from amoeba_plugin.architecture import ArchitectureAdapter, require_unquantized
 from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.hosted import input_device, is_offloaded
-from amoeba_plugin.modifiers.offset_norms import require_own_norms
+from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
 
@@ -71,7 +71,7 @@ def selection_for(state: State) -> Selection:
     model = state.model
     if model not in _SELECTIONS:
         require_unquantized(model)
-        require_own_norms(model)
+        require_own_modules(model)
         adapter = architecture_for(model.config.model_type)
         batches = materialise(state.data.calib)
         _SELECTIONS[model] = Selection(adapter, model_fingerprint(model, adapter), batches)

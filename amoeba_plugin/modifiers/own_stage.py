@@ -1,9 +1,13 @@
-"""Models whose norms llm-compressor exchanges while a recipe runs, and the way round it.
+"""Models whose modules llm-compressor exchanges before a recipe runs, and the way round it.
 
-Gemma's norms multiply by ``1 + weight``. Before any modifier acts, ``oneshot`` replaces each by one that multiplies by
-its weight, and puts the originals back afterwards, by the names they had in the whole model. In between, a subnet would
-be built of the wrong norms; afterwards its layers have other names. So nothing structural can happen inside
-``oneshot``: it happens before, in a session of its own, and ``oneshot`` sees an ordinary checkpoint.
+1. Gemma's norms multiply by ``1 + weight``. ``oneshot`` replaces each by one that multiplies by its weight, and puts
+   the originals back afterwards, by the names they had in the whole model. In between, a subnet would be built of the
+   wrong norms; afterwards its layers have other names.
+2. Experts in three-dimensional parameters are replaced by linears, expert by expert, and stay so; a stock class could
+   not be filled from them.
+
+So nothing structural can happen inside ``oneshot`` with these: it happens before, in a session of its own, and
+``oneshot`` sees an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from pathlib import Path
 
 from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.core import create_session
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.offset_norm import NormCalibrationModule
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
@@ -24,22 +30,28 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.modifiers.saving import RECIPE_NAME, plain_recipe
 
 
-def has_offset_norms(model: nn.Module) -> bool:
-    """Tell whether ``oneshot`` would exchange a model's norms; weights are not looked at."""
+def needs_own_stage(model: nn.Module) -> bool:
+    """Tell whether ``oneshot`` would exchange modules of a model; weights are not looked at."""
     known = {*NormCalibrationModule.registered_names(), *NormCalibrationModule.registered_aliases()}
-    return any(standardize_lookup_name(type(module).__name__) in known for module in model.modules())
+    norms = any(standardize_lookup_name(type(module).__name__) in known for module in model.modules())
+    return norms or bool(get_non_linearized_moes(model))
 
 
-def require_own_norms(model: nn.Module) -> None:
-    """Refuse a model whose norms the host has exchanged.
+def require_own_modules(model: nn.Module) -> None:
+    """Refuse a model whose modules the host has exchanged.
 
     Raises:
         ArchitectureError: With the way round.
     """
-    if any(isinstance(module, NormCalibrationModule) for module in model.modules()):
+    exchanged = {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, NormCalibrationModule | LinearExperts2D)
+    }
+    if exchanged:
         raise ArchitectureError(
-            f"{type(model).__name__} inside llmcompressor.oneshot: it exchanges the norms of this architecture before "
-            "a recipe runs and puts them back by their names in the whole model, which a subnet does not have. Run the "
+            f"{type(model).__name__} inside llmcompressor.oneshot, which has exchanged modules of this architecture "
+            f"({', '.join(sorted(exchanged))}) before the recipe runs, so that no subnet can be made of them. Run the "
             "same recipe with `amoeba run`: it selects, trains and extracts in a stage of its own, before oneshot"
         )
 
