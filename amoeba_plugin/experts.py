@@ -98,7 +98,7 @@ def expert_inputs(group: ChannelGroup, module: Any, args: tuple[Tensor, ...], pr
         (tokens that chose this expert, neurons), before routing weights.
     """
     states, chosen = args[0], args[1]
-    expert = group.consumer.expert
-    rows = states[(chosen == expert).any(dim=-1) & present]
+    assert group.consumer.expert is not None
+    rows = states[torch.eq(chosen, group.consumer.expert).any(dim=-1) & present]
     # The activation is the host's own; of its ways to compute the product around it, this is the plain one.
     return module._apply_gate(functional.linear(rows, group.producers[0].weight_of(module)))  # type: ignore[no-any-return]

@@ -96,6 +96,7 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
             "weights; give the original model"
         )
     if recipe.is_structural:
+        _require_experts_unquantized(recipe, config)
         config = subnet_config(recipe, config)
     _check_group_sizes(recipe, config)
 
@@ -151,6 +152,18 @@ def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1
 def kept_units(
     groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int], anchored: Fraction = Fraction(0)
 ) -> dict[str, int]:
+def _require_experts_unquantized(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
+    groups = architecture_for(config.model_type).channel_groups(config)
+    quantizing = [type(each).__name__ for each in recipe.modifiers if hasattr(each, "resolve_quantization_config")]
+    if quantizing and any(group.consumer.expert is not None for group in groups):
+        raise ArchitectureError(
+            f"{recipe.source}: {quantizing[0]} on the experts of {config.model_type}: llm-compressor saves them one by "
+            "one under names that transformers does not read back, and fills with random numbers. End the recipe at "
+            "SubnetExtractionModifier; the subnet is an ordinary checkpoint, which your server's own tools quantize"
+        )
+
+
+def kept_units(groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int]) -> dict[str, int]:
     """Return how many units of each group a width keeps with uniform allocation, by the same arithmetic as selection.
 
     Where a share of the layers is ``anchored``, this is what all others keep.

@@ -186,7 +186,7 @@ class TestBeforeAnythingLoads:
 
     def test_an_unsupported_architecture_is_refused(self, files: Files):
         AutoConfig.for_model("gpt2").save_pretrained(files["model"])
-        assert "supported are llama" in refused(*run_arguments(files))
+        assert "supported are gemma2" in refused(*run_arguments(files))
 
     def test_a_quantized_model_is_refused(self, files: Files):
         path = files["model"] / "config.json"

@@ -22,7 +22,7 @@ HEADER = (
     "attention width",
     "MLP width",
     "bias compensation held by",
-    "recipe with quantization",
+    "recipe",
 )
 UNITS = {"attention": "KV groups", "mlp": "neurons"}
 
@@ -39,10 +39,13 @@ def table(configs: dict[str, dict[str, Any]], own_stage: Iterable[str], quantize
     for model_type, fields in sorted(configs.items()):
         config = AutoConfig.for_model(**fields)
         adapter = architecture_for(model_type)
-        groups = {group.name: UNITS[group.name] for group in adapter.channel_groups(config)}
-        run = "`amoeba run`" if model_type in own_stage else "yes" if model_type in quantized else "no"
-        widths = (groups.get("attention", "no"), groups["mlp"])
-        lines.append((f"`{model_type}`", "layers", *widths, carrier(adapter, config), run))
+        groups = {"attention": "no"}
+        for group in adapter.channel_groups(config):
+            groups[group.name] = UNITS[group.name] if group.consumer.expert is None else "neurons of every expert"
+        run = "with `amoeba run`" if model_type in own_stage else "yes"
+        run += "" if model_type in quantized else ", not quantized"
+        cells = ("layers", groups["attention"], groups["mlp"], carrier(adapter, config), run)
+        lines.append((f"`{model_type}`", *cells))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

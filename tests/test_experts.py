@@ -1,0 +1,113 @@
+"""Experts: what is collected and ranked per expert, against loops over tokens; what they cannot do is refused."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from tiny_architectures import CONFIGS
+from torch.nn import functional
+
+from amoeba_plugin.architecture import group_key
+from amoeba_plugin.calibration import collect_statistics
+from amoeba_plugin.conformance import random_model, random_strategy
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.width import rank_widths
+
+TYPES = ["mixtral", "qwen3_moe"]
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 97, (3, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return [{"input_ids": ids, "attention_mask": mask, "labels": ids}]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_statistics_are_those_of_the_tokens_that_chose_the_expert(model_type: str) -> None:
+    model, seen = random_model(CONFIGS[model_type]), []
+    experts = model.model.layers[2].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    (batch,) = batches()
+    with torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    states, chosen, _ = seen[0]
+    stats = collect_statistics(model, architecture_for(model_type), [batch], progress=False)
+    for expert in range(model.config.num_experts):
+        rows = []
+        for token in range(len(states)):
+            if expert in chosen[token].tolist() and batch["attention_mask"].flatten()[token]:
+                gate, up = (experts.gate_up_proj[expert] @ states[token]).chunk(2)
+                rows.append((functional.silu(gate) * up).detach().double())
+        found = stats[f"2.mlp.{expert}"]
+        assert found.tokens == len(rows) > 1
+        torch.testing.assert_close(found.mean, torch.stack(rows).mean(dim=0), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.variance, torch.stack(rows).var(dim=0, correction=0), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_expert_keeps_its_own_best_neurons(model_type: str) -> None:
+    model = random_model(CONFIGS[model_type])
+    adapter = architecture_for(model_type)
+    widths = [Fraction(1), Fraction(1, 2)]
+    strategy = rank_widths(model, adapter, {}, widths=widths, importance=importance_named("magnitude"))
+    half = widths[1]
+    orders = set()
+    for index, layer in enumerate(model.model.layers):
+        for expert in range(model.config.num_experts):
+            key = f"{index}.mlp.{expert}"
+            norms = layer.mlp.experts.down_proj[expert].norm(dim=0)
+            assert strategy.order[key].tolist() == norms.argsort(descending=True, stable=True).tolist()
+            assert strategy.units[half][key] == len(norms) // 2
+            orders.add(tuple(strategy.order[key].tolist()))
+    assert len(orders) == 4 * model.config.num_experts
+
+
+def test_an_expert_that_no_token_reached_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(CONFIGS["mixtral"] | {"num_local_experts": 60})
+    (batch,) = batches()
+    few = {name: value[:1, :4] for name, value in batch.items()}
+    collect_statistics(model, architecture_for("mixtral"), [few], progress=False)
+    assert "no calibration token reached" in caplog.text
+    assert "of 240 experts" in caplog.text
+
+
+def test_experts_of_different_sizes_are_refused() -> None:
+    model = random_model(CONFIGS["mixtral"])
+    adapter = architecture_for("mixtral")
+    with pytest.raises(RecipeError, match="allocation: uniform"):
+        rank_widths(
+            model, adapter, {}, widths=[Fraction(1), Fraction(1, 2)], importance=importance_named("magnitude"),
+            allocation="global",
+        )  # fmt: skip
+    strategy = random_strategy(model)
+    strategy.width.units[Fraction(1, 2)]["1.mlp.0"] -= 1
+    elastic = ElasticModel(model, strategy)
+    with pytest.raises(ShapeError, match="31, 32 neurons"):
+        elastic.set_shape("4x1/2")
+
+
+def test_experts_have_no_place_for_compensation() -> None:
+    model = random_model(CONFIGS["mixtral"])
+    with pytest.raises(ArchitectureError, match="bias_compensation: false"):
+        ElasticModel(model, random_strategy(model, bias_compensation=True))
+
+
+def test_a_model_made_elastic_twice_is_refused() -> None:
+    model = random_model(CONFIGS["qwen3_moe"])
+    first = ElasticModel(model, random_strategy(model))
+    for group in first.groups:
+        for linear in {*group.producers, group.consumer}:
+            linear.restore()
+    with pytest.raises(ArchitectureError, match="already elastic"):
+        ElasticModel(model, random_strategy(model))
+
+
+def test_keys_name_the_expert() -> None:
+    groups = architecture_for("mixtral").channel_groups(random_model(CONFIGS["mixtral"]).config)
+    assert [group_key(3, group) for group in groups] == ["3.attention", "3.mlp.0", "3.mlp.1", "3.mlp.2"]
