@@ -149,9 +149,6 @@ def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1
     return adapter.subnet_config(config, range(shape.depth), units)
 
 
-def kept_units(
-    groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int], anchored: Fraction = Fraction(0)
-) -> dict[str, int]:
 def _require_experts_unquantized(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
     groups = architecture_for(config.model_type).channel_groups(config)
     quantizing = [type(each).__name__ for each in recipe.modifiers if hasattr(each, "resolve_quantization_config")]
@@ -163,7 +160,9 @@ def _require_experts_unquantized(recipe: CheckedRecipe, config: PretrainedConfig
         )
 
 
-def kept_units(groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int]) -> dict[str, int]:
+def kept_units(
+    groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int], anchored: Fraction = Fraction(0)
+) -> dict[str, int]:
     """Return how many units of each group a width keeps with uniform allocation, by the same arithmetic as selection.
 
     Where a share of the layers is ``anchored``, this is what all others keep.
