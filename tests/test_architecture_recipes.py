@@ -33,14 +33,8 @@ OFFSET_NORMS = ["gemma2", "gemma3_text"]
 EXPERTS = ["mixtral", "qwen3_moe"]
 OWN_STAGE = [*OFFSET_NORMS, *EXPERTS]
 INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
-QUANTIZED = {
-    *INSIDE_ONESHOT,
-    *OFFSET_NORMS,
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-}  # these in test_modifiers, test_recipes
+IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # test_modifiers.py, test_recipes.py
+QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *IN_OTHER_TESTS}
 
 SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
 RECIPE = {

@@ -14,8 +14,9 @@ from amoeba_plugin.calibration import collect_statistics
 from amoeba_plugin.conformance import random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.plugins import architecture_for, importance_named
-from amoeba_plugin.width import rank_widths
+from amoeba_plugin.width import coupled_parameters, rank_widths
 
 TYPES = ["mixtral", "qwen3_moe"]
 
@@ -66,6 +67,28 @@ def test_every_expert_keeps_its_own_best_neurons(model_type: str) -> None:
             assert strategy.units[half][key] == len(norms) // 2
             orders.add(tuple(strategy.order[key].tolist()))
     assert len(orders) == 4 * model.config.num_experts
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phi3"])
+def test_taylor_sums_over_all_weights_of_a_neuron(model_type: str) -> None:
+    """Independent of views: gradient x weight of the whole parameters, added up by hand."""
+    model = random_model(CONFIGS[model_type])
+    adapter, data = architecture_for(model_type), batches()
+    gradients = loss_gradients(model, coupled_parameters(model, adapter), data, progress=False)
+    strategy = rank_widths(
+        model, adapter, {}, widths=[Fraction(1)], importance=importance_named("taylor"), gradients=gradients
+    )
+    mlp = model.model.layers[1].mlp
+    if model_type == "phi3":
+        key, up, down = "1.mlp", mlp.gate_up_proj.weight, mlp.down_proj.weight
+        up_gradient, down_gradient = gradients["1.mlp.gate_up_proj"], gradients["1.mlp.down_proj"]
+    else:
+        key, up, down = "1.mlp.2", mlp.experts.gate_up_proj[2], mlp.experts.down_proj[2]
+        up_gradient = gradients["1.mlp.experts.gate_up_proj"][2]
+        down_gradient = gradients["1.mlp.experts.down_proj"][2]
+    rows = (up * up_gradient).abs().sum(dim=1)
+    scores = rows[:64] + rows[64:] + (down * down_gradient).abs().sum(dim=0)
+    assert strategy.order[key].tolist() == scores.argsort(descending=True).tolist()
 
 
 def test_an_expert_that_no_token_reached_is_named(caplog: pytest.LogCaptureFixture) -> None:
