@@ -15,12 +15,19 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GPTNeoXForCausalLM,
+    GraniteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Olmo2ForCausalLM,
+    OPTForCausalLM,
     PretrainedConfig,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     SeedOssForCausalLM,
+    SmolLM3ForCausalLM,
 )
 
 if TYPE_CHECKING:
@@ -30,23 +37,18 @@ else:
 
 
 class PerLayerSizes(_Stock):
-    """Builds the stock model with one layer, then every layer from the configuration that is its own."""
+    """Builds the stock model, then every layer anew from the configuration that is its own."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         # Heads, keys and neurons are read from the layers' configurations; who asks the model's gets the largest.
         config.allow_global_per_layer_attribute_access = True
-        single = copy.deepcopy(config)
-        single.per_layer_config = None
-        single.num_hidden_layers = 1
-        if getattr(config, "layer_types", None) is not None:
-            single.layer_types = config.layer_types[:1]
-        super().__init__(single, *args, **kwargs)
-        config._attn_implementation = single._attn_implementation
+        alike = copy.deepcopy(config)
+        alike.per_layer_config = None
+        super().__init__(alike, *args, **kwargs)
+        config._attn_implementation = alike._attn_implementation
         decoder: Any = self.get_decoder()  # type: ignore[no-untyped-call]
-        build = type(decoder.layers[0])
-        del decoder.layers[0]
-        for index in range(config.num_hidden_layers):
-            decoder.layers.append(build(config.per_layer_config[index], index))
+        for index, layer in enumerate(decoder.layers):
+            decoder.layers[index] = type(layer)(config.per_layer_config[index], index)
         for module in self.modules():  # one configuration for all, or set_attn_implementation would not reach a layer
             if hasattr(module, "config"):
                 vars(module)["config"] = config
@@ -71,6 +73,34 @@ class PerLayerQwen3ForCausalLM(PerLayerSizes, Qwen3ForCausalLM):
 
 class PerLayerSeedOssForCausalLM(PerLayerSizes, SeedOssForCausalLM):
     """``SeedOssForCausalLM``, one size per layer."""
+
+
+class PerLayerGemma2ForCausalLM(PerLayerSizes, Gemma2ForCausalLM):
+    """``Gemma2ForCausalLM``, one size per layer."""
+
+
+class PerLayerGemma3ForCausalLM(PerLayerSizes, Gemma3ForCausalLM):
+    """``Gemma3ForCausalLM``, one size per layer."""
+
+
+class PerLayerGPTNeoXForCausalLM(PerLayerSizes, GPTNeoXForCausalLM):
+    """``GPTNeoXForCausalLM``, one size per layer."""
+
+
+class PerLayerGraniteForCausalLM(PerLayerSizes, GraniteForCausalLM):
+    """``GraniteForCausalLM``, one size per layer."""
+
+
+class PerLayerOPTForCausalLM(PerLayerSizes, OPTForCausalLM):
+    """``OPTForCausalLM``, one size per layer."""
+
+
+class PerLayerOlmo2ForCausalLM(PerLayerSizes, Olmo2ForCausalLM):
+    """``Olmo2ForCausalLM``, one size per layer."""
+
+
+class PerLayerSmolLM3ForCausalLM(PerLayerSizes, SmolLM3ForCausalLM):
+    """``SmolLM3ForCausalLM``, one size per layer."""
 
 
 for _class in PerLayerSizes.__subclasses__():  # saving a model of these classes saves this file beside it
