@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch
 
 ROWS, POSITIONS = 2, 64  # of the first batch: what is checked does not depend on the data
-TOLERANCE = 64  # times the dtype's resolution, relative to the largest state
+TOLERANCE = 16  # times the resolution of the dtype, relative to the largest state
 
 
 @dataclass(frozen=True)
