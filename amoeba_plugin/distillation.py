@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from amoeba_plugin.batching import IGNORED
 
-CHUNK_ELEMENTS = 2**22  # logits per chunk: 16 MiB in fp32
+# Logits per chunk: 16 MiB in fp32; on a CPU 4 MiB, which stay in its caches and in memory that need not be mapped anew.
+CHUNK_ELEMENTS = {"cpu": 2**20}
+DEFAULT_CHUNK_ELEMENTS = 2**22
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # ((n, vocabulary) fp32 logits, their place among the rows) -> (n,) nats
 Divergence = Callable[
@@ -81,11 +83,23 @@ def next_token_loss(logits: Tensor, positions: Positions) -> Tensor:
         logits: (batch * P, vocabulary), at ``positions.columns``.
         positions: Which rows count, and their labels.
     """
+    return sum_over_rows(next_token_rows(positions), logits, positions.rows)
 
-    def row_loss(student: Tensor, place: slice) -> Tensor:
-        return _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
 
-    return sum_over_rows(row_loss, logits, positions.rows)
+def next_token_rows(positions: Positions, keep: Callable[[slice, Tensor], None] | None = None) -> RowLoss:
+    """Return the loss of :func:`next_token_loss` by rows.
+
+    Args:
+        positions: Which rows count, and their labels.
+        keep: Called with each chunk's place and logits, for the subnets that learn from them.
+    """
+
+    def row_loss(logits: Tensor, place: slice) -> Tensor:
+        if keep is not None:
+            keep(place, logits.detach())
+        return _cross_entropy(logits, positions.labels[place]) / max(1, positions.num_targets)
+
+    return row_loss
 
 
 def distilled_loss(
@@ -106,6 +120,14 @@ def distilled_loss(
         temperature: Divides both logits; gradients are not multiplied by its square.
         kd_weight: w in [0, 1].
     """
+    row_loss = distilled_rows(positions, teacher, divergence, temperature, kd_weight)
+    return sum_over_rows(row_loss, logits, positions.rows)
+
+
+def distilled_rows(
+    positions: Positions, teacher: Tensor, divergence: Divergence, temperature: float = 1.0, kd_weight: float = 1.0
+) -> RowLoss:
+    """Return the loss of :func:`distilled_loss` by rows; arguments as there."""
 
     def row_loss(student: Tensor, place: slice) -> Tensor:
         # L_i = w KD_i + (1 - w) CE_i (AmoebaLLM, arXiv:2411.10606, section on distillation; the paper has w = 1)
@@ -115,7 +137,7 @@ def distilled_loss(
         cross_entropy = _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
         return kd_weight * distillation + (1 - kd_weight) * cross_entropy
 
-    return sum_over_rows(row_loss, logits, positions.rows)
+    return row_loss
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -144,8 +166,8 @@ def jensen_shannon_divergence(student_logits: Tensor, teacher_logits: Tensor, te
     return _mean(jensen_shannon_rows, student_logits, teacher_logits, temperature)
 
 
-def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> tuple[Tensor, Tensor]:
-    """Scale a subnet's loss to the size of the largest subnet's; only the gradient's scale changes with it.
+def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> Tensor:
+    """Return what a subnet's loss is multiplied with, to be as large as the largest subnet's: () constant.
 
     Args:
         loss: () of the subnet, not negative.
@@ -153,20 +175,23 @@ def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> tupl
         max_ratio: The largest ratio. A divergence goes to 0 where student and teacher agree, and the ratio to infinity.
 
     Returns:
-        The scaled loss, and the ratio (constant); 1 where both losses are 0.
+        The ratio; 1 where both losses are 0. Only the gradient's scale changes with it.
 
-    >>> scaled, ratio = balance(torch.tensor(4.0), torch.tensor(2.0))
-    >>> scaled.item(), ratio.item()
-    (2.0, 0.5)
+    >>> balance(torch.tensor(4.0), torch.tensor(2.0)).item()
+    0.5
     """
-    # stopgrad(L_1 / L_i) * L_i (arXiv:2411.10606, loss-magnitude balancing)
+    # stopgrad(L_1 / L_i) (arXiv:2411.10606, loss-magnitude balancing)
     numerator, denominator = loss_largest.detach(), loss.detach()
     ratio = torch.where((numerator == 0) & (denominator == 0), torch.ones_like(denominator), numerator / denominator)
-    ratio = ratio.clamp(max=max_ratio)
-    return ratio * loss, ratio
+    return ratio.clamp(max=max_ratio)
 
 
-def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Return how many rows of logits a chunk has on a device."""
+    return max(1, CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS) // vocabulary)
+
+
+def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk: int | None = None) -> Tensor:
     """Add up a loss over some rows of the logits, a chunk at a time.
 
     The gradient is computed together with the value and kept in the logits' dtype, so that no second pass is needed.
@@ -176,9 +201,9 @@ def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk_element
         row_loss: Maps fp32 logits (n, vocabulary) and the slice of ``rows`` they stand for to (n,) losses.
         logits: (rows of all positions, vocabulary).
         rows: (N,) int64, distinct indices into the logits.
-        chunk_elements: Logits per chunk.
+        chunk: Rows per chunk; None: what suits the device.
     """
-    chunk = max(1, chunk_elements // logits.shape[-1])
+    chunk = chunk or chunk_rows(logits.shape[-1], logits.device)
     total: Tensor = _SumOverRows.apply(logits, rows, row_loss, chunk)  # type: ignore[no-untyped-call]
     return total
 
@@ -186,24 +211,23 @@ def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk_element
 def soft_cross_entropy_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``-sum_v p_T(v) log p_S(v)`` per row: (n, vocabulary) twice -> (n,) nats."""
     # KD = -(1/|M|) sum_t sum_v p_T(v|t) log p_S(v|t) (arXiv:2411.10606); with teacher entropy, so L_1 / L_i stays tame
-    return -(torch.softmax(teacher / temperature, dim=-1) * torch.log_softmax(student / temperature, dim=-1)).sum(
-        dim=-1
-    )
+    student, teacher = _soften(student, temperature), _soften(teacher, temperature)
+    return -(torch.softmax(teacher, dim=-1) * torch.log_softmax(student, dim=-1)).sum(dim=-1)
 
 
 def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``sum_v p_T (log p_T - log p_S)`` per row: (n, vocabulary) twice -> (n,) nats."""
-    return _kl(torch.log_softmax(teacher / temperature, dim=-1), torch.log_softmax(student / temperature, dim=-1))
+    return _kl(_log_probabilities(teacher, temperature), _log_probabilities(student, temperature))
 
 
 def reverse_kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``sum_v p_S (log p_S - log p_T)`` per row: (n, vocabulary) twice -> (n,) nats."""
-    return _kl(torch.log_softmax(student / temperature, dim=-1), torch.log_softmax(teacher / temperature, dim=-1))
+    return _kl(_log_probabilities(student, temperature), _log_probabilities(teacher, temperature))
 
 
 def jensen_shannon_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``(KL(p_T || m) + KL(p_S || m)) / 2`` per row, m the mean of both: (n, vocabulary) twice -> (n,) nats."""
-    log_student, log_teacher = (torch.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    log_student, log_teacher = (_log_probabilities(logits, temperature) for logits in (student, teacher))
     log_mean = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0))
     return (_kl(log_teacher, log_mean) + _kl(log_student, log_mean)) / 2
 
@@ -256,6 +280,14 @@ def _mean(divergence: Divergence, student_logits: Tensor, teacher_logits: Tensor
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)  # 0 where ignored
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(_soften(logits, temperature), dim=-1)
+
+
+def _soften(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature  # a pass over all logits, mostly for nothing
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from typing import TypeVar
 
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,14 @@ class SandwichSampler:
         space: Where shapes are drawn from.
         num_random: Shapes between largest and smallest; the paper has 2.
         seed: Of the whole training.
+        listed: Shapes that the random ones are drawn from, depth and width together; empty: depth and width are drawn
+            apart, as in the paper.
     """
 
     space: ShapeSpace
     num_random: int = 2
     seed: int = 0
+    listed: tuple[SubnetShape, ...] = ()
 
     def shapes(self, step: int, micro_step: int = 0) -> list[SubnetShape]:
         """Return the shapes of one micro-batch, largest first, smallest last.
@@ -42,21 +48,26 @@ class SandwichSampler:
         if len(self.space) == 1:
             return [self.space.largest]
         rng = random.Random(_text(self.seed, step, micro_step))
+        return [self.space.largest, *self._between(rng), self.space.smallest]
+
+    def _between(self, rng: random.Random) -> list[SubnetShape]:
+        if self.listed:
+            return _draw(rng, self.listed, self.num_random)
         # Depths: uniform over all but the largest, with replacement. Widths: uniform over all, without replacement.
         # Drawn independently, paired by position (arXiv:2411.10606, sandwich sampling; the reference code's draws).
         depths = [rng.choice(self.space.depths[1:] or self.space.depths) for _ in range(self.num_random)]
-        between = [SubnetShape(depth, width) for depth, width in zip(depths, self._widths(rng), strict=True)]
-        return [self.space.largest, *between, self.space.smallest]
-
-    def _widths(self, rng: random.Random) -> list[Fraction]:
-        if len(self.space.widths) >= self.num_random:
-            return rng.sample(self.space.widths, self.num_random)
-        return rng.choices(self.space.widths, k=self.num_random)
+        widths = _draw(rng, self.space.widths, self.num_random)
+        return [SubnetShape(depth, width) for depth, width in zip(depths, widths, strict=True)]
 
 
 def step_seed(seed: int, step: int, micro_step: int) -> int:
     """Return a seed in [0, 2**63) for whatever else a micro-batch draws."""
     return random.Random(_text(seed, step, micro_step)).getrandbits(63)
+
+
+def _draw(rng: random.Random, values: Sequence[Value], count: int) -> list[Value]:
+    """Draw without replacement where there are enough values."""
+    return rng.sample(values, count) if len(values) >= count else rng.choices(values, k=count)
 
 
 def _text(seed: int, step: int, micro_step: int) -> str:

@@ -1,95 +1,55 @@
-"""OneForAllTrainer: every micro-batch trains the largest, some random and the smallest subnet, the largest as teacher.
+"""OneForAllTrainer: a ``transformers.Trainer`` whose every micro-batch trains all kinds of subnets of an elastic model.
 
-(AmoebaLLM, arXiv:2411.10606: sandwich sampling, in-place distillation, loss-magnitude balancing.) It is a
-``transformers.Trainer``: what works there works here.
+What works with Trainer works here; the step itself is :mod:`amoeba_plugin.subnet_step`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import copy
+import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
-
-from amoeba_plugin.architecture import text_model
-from amoeba_plugin.batching import require_targets
-from amoeba_plugin.distillation import (
-    DIVERGENCES,
-    Positions,
-    balance,
-    distilled_loss,
-    next_token_loss,
-    target_positions,
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from amoeba_plugin.batching import require_targets
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import DataError, RecipeError, TrainingError
-from amoeba_plugin.sampling import SandwichSampler, step_seed
-from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.smol.router import RouterWeights
+from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.sampling import SandwichSampler
+from amoeba_plugin.subnet_log import routing_log
+from amoeba_plugin.subnet_step import StepHost, SubnetStep
+from amoeba_plugin.training_checkpoints import last_complete_checkpoint
+from amoeba_plugin.training_options import OneForAllOptions
 
-
-@dataclass(frozen=True)
-class OneForAllOptions:
-    """What one-for-all training does beside what ``TrainingArguments`` say.
-
-    Args:
-        loss: What subnets learn from the largest: "soft_cross_entropy" (the paper), "kl", "reverse_kl" or
-            "jensen_shannon".
-        temperature: Divides both logits.
-        kd_weight: Share of distillation in a subnet's loss, in [0, 1]; the rest is next-token cross-entropy.
-        loss_balancing: Scale each subnet's loss to the size of the largest subnet's.
-        max_balance_ratio: The largest scale; reached where a divergence goes to 0.
-        distill_all_tokens: Distil every position, not just those before a target token.
-        num_random: Random shapes per micro-batch, beside largest and smallest.
-        train_largest: False: the largest subnet only teaches; it gets no backward pass. For an adapter that leaves the
-            whole model alone (``SmolConfig.adapt_largest=False``).
-
-    Raises:
-        RecipeError: If a value is out of range.
-    """
-
-    loss: str = "soft_cross_entropy"
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    loss_balancing: bool = True
-    max_balance_ratio: float = 10.0
-    distill_all_tokens: bool = False
-    num_random: int = 2
-    train_largest: bool = True
-
-    def __post_init__(self) -> None:
-        if self.loss not in DIVERGENCES:
-            raise RecipeError(f"loss '{self.loss}' is unknown; choose one of {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
-            raise RecipeError(
-                f"temperature {self.temperature}: it divides logits, give a number above 0 (the paper: 1)"
-            )
-        if not 0 <= self.kd_weight <= 1:
-            raise RecipeError(f"kd_weight {self.kd_weight}: give a share in [0, 1] (the paper: 1)")
-        if not self.max_balance_ratio > 0:
-            raise RecipeError(f"max_balance_ratio {self.max_balance_ratio}: give a number above 0")
-        if self.num_random < 0:
-            raise RecipeError(f"num_random {self.num_random}: give 0 or more (the paper: 2)")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OneForAllTrainer(Trainer):
     """Trains all subnets of an elastic model at once.
 
-    Each micro-batch draws its shapes; each subnet runs forward and backward before the next one is active, so that only
-    one subnet's activations are alive. Between steps the largest shape is active: saving and evaluation see the whole
-    model.
+    Between steps the largest shape is active: saving and evaluation see the whole model.
 
     The logged ``loss`` is the largest subnet's next-token cross-entropy. Beside it are logged, as means over the
-    logging window, ``loss/SHAPE`` (before balancing) and ``balance/SHAPE`` (the ratio); for SMOL also
-    ``router/SHAPE/expert_I``, the mixture without noise as it is now.
+    logging window, ``loss/SHAPE`` (before balancing), ``balance/SHAPE`` (the ratio) and, with ``conflict_every``,
+    ``conflict/SHAPE~SHAPE`` (the cosine of two subnets' gradients); for SMOL also ``router/SHAPE/expert_I`` and
+    ``router/SHAPE/entropy`` (nats), of the mixture without noise as it is now.
+
+    With several processes all of them draw the same shapes, a balancing ratio is that of all processes' losses together,
+    and gradients are exchanged once per optimizer step.
 
     Args:
         model: What is trained: the elastic model's own, or the ``PeftModel`` around it.
@@ -99,6 +59,7 @@ class OneForAllTrainer(Trainer):
 
     Raises:
         TrainingError: If the arguments ask for what this training cannot do, or the adapter does not follow the shape.
+        ShapeError: If a sampled shape is not in the space.
     """
 
     def __init__(
@@ -109,18 +70,28 @@ class OneForAllTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         _require_follows(model, elastic)
-        args = trainer_kwargs.get("args")
-        if args is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # layers a subnet drops get no gradient from it
         super().__init__(model=model, **trainer_kwargs)
-        _require_supported(self)
+        if self.args.ddp_find_unused_parameters is None:
+            self.args = copy.copy(self.args)
+            self.args.ddp_find_unused_parameters = True  # layers a subnet drops get no gradient from it
+        _require_supported(self, options)
         self.elastic = elastic
         self.options = options
-        self.sampler = SandwichSampler(elastic.space, options.num_random, self.args.seed)
-        self._means = _Means()
+        host = StepHost(
+            lambda loss: self.accelerator.backward(loss),
+            self._synchronized,
+            self._mean_over_processes,
+            HALF.get(self.accelerator.mixed_precision),
+        )
+        self.subnets = SubnetStep(model, elastic, options, self.args.seed, host)
+        self.subnets.chunked &= not self.args.torch_compile  # one graph for all subnets: nothing is exchanged in it
         self._micro_step = (-1, 0)  # optimizer step, micro-batches of it seen so far
-        self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
-        self._keeps_logits = "logits_to_keep" in signature(text_model(model).forward).parameters
+        self.add_callback(_FiniteGradients(self))
+
+    @property
+    def sampler(self) -> SandwichSampler:
+        """Draws the shapes of each micro-batch."""
+        return self.subnets.sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's; refuses a data set without a target token."""
@@ -145,101 +116,30 @@ class OneForAllTrainer(Trainer):
             DataError: If the batch has no labels.
             TrainingError: If a loss is not finite; the gradients are cleared, the parameters untouched.
         """
-        step, micro_step = self._next_micro_step()
+        place = self._next_micro_step()
         model.train()
         inputs = self._prepare_inputs(inputs)
-        if inputs.get("labels") is None:
-            raise DataError(
-                f"a training batch has {', '.join(inputs)}, but no labels; add a column 'labels', one per token"
-            )
-        labels = inputs.pop("labels")
-        positions = target_positions(labels, inputs.get("attention_mask"), self.options.distill_all_tokens)
+        positions = self.subnets.positions(inputs)
         if positions.num_targets == 0 and self.accelerator.num_processes == 1:
-            return torch.zeros((), device=labels.device)  # with several processes the others wait for our gradients
-        for router in self._routers:
-            router.generator.manual_seed(step_seed(self.args.seed, step, micro_step))
-        shapes = self.sampler.shapes(step, micro_step)
+            return torch.zeros((), device=positions.rows.device)  # of several processes, others wait for our gradients
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
         share = self._share(positions.num_targets, num_items_in_batch)
-        try:
-            losses = self._run_subnets(model, inputs, positions, shapes, share)
-        finally:
-            self.elastic.set_shape(self.elastic.space.largest)
-        self._require_finite(losses, shapes, step)
-        return losses[0] * share
+        self._wrapped = model
+        return self.subnets.run(model, inputs, positions, place, share)
 
-    def _run_subnets(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        positions: Positions,
-        shapes: list[SubnetShape],
-        share: Tensor | float,
-    ) -> Tensor:
-        """Run forward and backward of every subnet in order; return their losses before balancing, (shapes,) fp32."""
-        losses: list[Tensor] = []
-        teacher = torch.empty(0)
-        for index, shape in enumerate(shapes):
-            learns = index > 0 or self.options.train_largest
-            with self._synchronized(model, last=index == len(shapes) - 1), torch.set_grad_enabled(learns):
-                self.elastic.set_shape(shape)
-                logits = self._logits(model, inputs, positions)  # (batch * P, vocabulary)
-                if index == 0:
-                    loss = next_token_loss(logits, positions)
-                    teacher = self._teacher(logits, positions)  # (N, vocabulary)
-                    objective = loss
-                else:
-                    divergence = DIVERGENCES[self.options.loss]
-                    loss = distilled_loss(
-                        logits, positions, teacher, divergence, self.options.temperature, self.options.kd_weight
-                    )
-                    objective = self._balanced(loss, losses[0], shape)
-                if index == len(shapes) - 1:
-                    objective = objective + self._load_balancing()
-                del logits
-                losses.append(loss.detach())
-                self._means.add(f"loss/{shape}", losses[-1])
-                # total = L_1 + sum_i stopgrad(L_1 / L_i) L_i: gradients add up, one subnet's activations are alive
-                if learns:
-                    self.accelerator.backward(objective * share)
-        return torch.stack(losses)
-
-    def _load_balancing(self) -> Tensor | float:
-        """Return SMOL's ``router_load_balancing`` term, once per micro-batch: () fp32, or 0."""
-        term = getattr(self.model, "load_balancing_loss", None)
-        if term is None:
-            return 0.0
-        value: Tensor = term()
-        if value.requires_grad:
-            self._means.add("load_balancing", value.detach())
-        return value
-
-    def _balanced(self, loss: Tensor, loss_largest: Tensor, shape: SubnetShape) -> Tensor:
-        if not self.options.loss_balancing:
-            return loss
-        scaled, ratio = balance(loss, loss_largest, self.options.max_balance_ratio)
-        self._means.add(f"balance/{shape}", ratio)
-        return scaled
-
-    def _logits(self, model: nn.Module, inputs: Mapping[str, Any], positions: Positions) -> Tensor:
-        if self._keeps_logits:
-            logits: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
-        else:
-            logits = model(**inputs).logits[:, positions.columns]
-        return logits.flatten(0, 1)
-
-    def _teacher(self, logits: Tensor, positions: Positions) -> Tensor:
-        """Keep the largest subnet's logits where they are distilled, in the dtype they were computed in."""
-        kept = logits.detach() if len(positions.rows) == len(logits) else logits.detach()[positions.rows]
-        # Under autocast accelerate hands out fp32 copies of half-precision outputs; nothing is lost on the way back.
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        return kept if half is None else kept.to(half)
-
-    def _synchronized(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients between processes with the last subnet only, and only in the step's last micro-batch."""
         if last or not self.accelerator.sync_gradients:
             return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(self._wrapped)
         return context
+
+    def _mean_over_processes(self, loss: Tensor, num_targets: int) -> Tensor:
+        """A balancing ratio of each process's own would make the update depend on how rows are dealt out."""
+        if self.accelerator.num_processes == 1:
+            return loss
+        sums: Tensor = self.accelerator.reduce(torch.stack([loss * num_targets, loss.new_tensor(num_targets)]), "sum")
+        return sums[0] / sums[1].clamp(min=1)
 
     def _share(self, num_targets: int, num_items_in_batch: Tensor | int | None) -> Tensor | float:
         """Return which part of the optimizer step's targets a micro-batch has: the weight of its mean losses."""
@@ -256,17 +156,6 @@ class OneForAllTrainer(Trainer):
         self._micro_step = (step, seen + 1)
         return step, seen
 
-    def _require_finite(self, losses: Tensor, shapes: list[SubnetShape], step: int) -> None:
-        if bool(losses.isfinite().all()):
-            return
-        if self.model is not None:
-            self.model.zero_grad()
-        index = int((~losses.isfinite()).nonzero()[0])
-        raise TrainingError(
-            f"the loss of subnet {shapes[index]} is {losses[index].item()} at step {step}; no parameter was changed by "
-            "this step. Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
-        )
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the largest subnet, as Trainer does."""
         with self.elastic.active(self.elastic.space.largest):
@@ -276,49 +165,55 @@ class OneForAllTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding the subnets' means to what Trainer logs of the training."""
         if "loss" in logs or "train_loss" in logs:
-            shapes, means = self._means.flush(self._mean_over_processes)
+            shapes, means = self.subnets.means.flush()
             logs.update(means)
-            logs.update(self._routing(shapes))
+            routing = getattr(self.model, "routing", None)
+            if routing is not None:
+                logs.update(routing_log(routing, self.elastic, shapes))
         super().log(logs, start_time)
 
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(values, "mean") if self.accelerator.num_processes > 1 else values
-        return reduced
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does; what could not be written whole is taken away.
 
-    def _routing(self, shapes: list[str]) -> dict[str, float]:
-        routing = getattr(self.model, "routing", None)
-        if routing is None:
-            return {}
-        weights: dict[str, float] = {}
-        for shape in shapes:
-            with self.elastic.active(shape):
-                values = routing().tolist()  # (experts,)
-            weights |= {f"router/{shape}/expert_{index}": value for index, value in enumerate(values)}
-        return weights
+        Raises:
+            TrainingError: If a file could not be written (a full disk).
+        """
+        try:
+            super()._save_checkpoint(model, trial)
+        # torch reports a file that it could not write as a RuntimeError, safetensors as an error of its own
+        except (OSError, RuntimeError, SafetensorError) as error:
+            directory = Path(self.args.output_dir)
+            partial = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            shutil.rmtree(partial, ignore_errors=True)
+            last = last_complete_checkpoint(directory)
+            advice = f"go on from {last} (resume_from_checkpoint)" if last else "start again"
+            raise TrainingError(
+                f"the checkpoint {partial} cannot be written ({error}); make room on the disk, or name another "
+                f"output directory, then {advice}"
+            ) from error
 
 
-class _Means:
-    """Running means by name, summed on the device: nothing waits for a number before it is logged."""
+class _FiniteGradients(TrainerCallback):
+    """Stops before a gradient that is not finite reaches the parameters: a loss can be finite all the same."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = defaultdict(int)
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a ()-shaped value to the mean of that name."""
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] += 1
-
-    def flush(self, reduce: Callable[[Tensor], Tensor]) -> tuple[list[str], dict[str, float]]:
-        """Return the shapes seen and all means, and start again; ``reduce`` averages (names,) values over processes."""
-        if not self._sums:
-            return [], {}
-        names = sorted(self._sums)
-        values = reduce(torch.stack([self._sums[name] / self._counts[name] for name in names])).tolist()
-        self._sums.clear()
-        self._counts.clear()
-        shapes = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
-        return shapes, dict(zip(names, values, strict=True))
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the gradients as they are after clipping."""
+        model = self._trainer.model
+        if self._trainer.accelerator.scaler is not None or model is None:  # fp16: the scaler skips such steps
+            return
+        gradients = [value.grad for value in model.parameters() if value.grad is not None]
+        norm = torch.stack([value.norm() for value in torch._foreach_norm(gradients)]).sum() if gradients else None
+        if norm is not None and not bool(norm.isfinite()):
+            model.zero_grad()
+            raise TrainingError(
+                f"the gradient at step {state.global_step} is not finite; no parameter was changed by this step, and "
+                "the checkpoints written before are good. Lower the learning rate"
+            )
 
 
 def _require_follows(model: nn.Module, elastic: ElasticModel) -> None:
@@ -334,14 +229,20 @@ def _require_follows(model: nn.Module, elastic: ElasticModel) -> None:
         )
 
 
-def _require_supported(trainer: Trainer) -> None:
+def _require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
     if trainer.args.n_gpu > 1:
         raise TrainingError(
             "one process with several GPUs (DataParallel) is not supported; start one per GPU with torchrun"
         )
     if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed is not supported; use DDP or FSDP2 through accelerate or torchrun")
+        raise TrainingError("DeepSpeed is not supported; use DDP through accelerate or torchrun")
     if trainer.args.label_smoothing_factor:
         raise TrainingError(
             "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
         )
+    if options.conflict_every and trainer.accelerator.num_processes > 1:
+        raise TrainingError(
+            "conflict_every compares the gradients of one process; measure in a run with one, or set it to 0"
+        )
+
+

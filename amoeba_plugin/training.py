@@ -18,7 +18,8 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.progress import SubnetProgress
 from amoeba_plugin.sampling import SandwichSampler
-from amoeba_plugin.trainer import OneForAllOptions, OneForAllTrainer
+from amoeba_plugin.trainer import OneForAllTrainer
+from amoeba_plugin.training_options import OneForAllOptions
 
 __all__ = ["OneForAllOptions", "OneForAllTrainer", "SandwichSampler", "train_one_for_all"]
 

@@ -67,7 +67,9 @@ def test_balanced_objective_and_gradient_by_hand():
     student = torch.tensor([log_odds(0.25)], requires_grad=True)
     teacher = torch.tensor([log_odds(0.5)])
     largest = torch.tensor(LN2, requires_grad=True)
-    scaled, ratio = balance(soft_cross_entropy(student, teacher), largest)
+    loss = soft_cross_entropy(student, teacher)
+    ratio = balance(loss, largest)
+    scaled = ratio * loss
     scaled.backward()
     expected = LN2 / (2 * LN2 - 0.5 * LN3)
     assert scaled.item() == pytest.approx(LN2, abs=1e-6)
@@ -78,10 +80,10 @@ def test_balanced_objective_and_gradient_by_hand():
 
 def test_balance_is_bounded_and_defined_at_zero():
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    assert balance(torch.tensor(1e-9), one, max_ratio=5.0)[1] == 5.0
-    assert balance(zero, one, max_ratio=5.0)[1] == 5.0
-    assert balance(zero, zero)[1] == 1.0
-    assert balance(one, torch.tensor(math.nan))[1].isnan()
+    assert balance(torch.tensor(1e-9), one, max_ratio=5.0) == 5.0
+    assert balance(zero, one, max_ratio=5.0) == 5.0
+    assert balance(zero, zero) == 1.0
+    assert balance(one, torch.tensor(math.nan)).isnan()
 
 
 def test_the_mask_is_shifted():
@@ -149,8 +151,8 @@ def test_distilled_loss_equals_a_loop_over_tokens(
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize("chunk_elements", [1, 21, 10**6])
-def test_chunks_change_neither_value_nor_gradient(name: str, chunk_elements: int):
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_change_neither_value_nor_gradient(name: str, chunk: int):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(9, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(5, 7, generator=generator, dtype=torch.float64)
@@ -160,7 +162,7 @@ def test_chunks_change_neither_value_nor_gradient(name: str, chunk_elements: int
     def row_loss(student: Tensor, place: slice) -> Tensor:
         return DIVERGENCES[name](student, teacher[place], 1.5) * weights[place]
 
-    found = sum_over_rows(row_loss, logits, rows, chunk_elements)
+    found = sum_over_rows(row_loss, logits, rows, chunk)
     (gradient,) = torch.autograd.grad(3 * found, logits)
     expected = (DIVERGENCES[name](logits[rows], teacher, 1.5) * weights).sum()
     (expected_gradient,) = torch.autograd.grad(3 * expected, logits)

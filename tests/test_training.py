@@ -206,7 +206,7 @@ def test_a_largest_subnet_that_only_teaches_stays_the_base_and_the_others_learn_
     expected = gradients_of(model)
     model.zero_grad()
     trainer = make_trainer(elastic, tmp_path, dataclasses.replace(PAPER, train_largest=False), model)
-    trainer.sampler = mock.Mock(shapes=lambda step, micro_step: shapes)
+    trainer.subnets.sampler = mock.Mock(shapes=lambda step, micro_step: shapes)
     trainer.training_step(model, dict(batch), num_items_in_batch=20)
     found = gradients_of(model)
     assert found.keys() == expected.keys()
@@ -216,15 +216,17 @@ def test_a_largest_subnet_that_only_teaches_stays_the_base_and_the_others_learn_
     assert torch.equal(elastic.model.eval()(batch["input_ids"]).logits, base)
 
 
-def test_models_without_logits_to_keep_give_the_same_gradients(tmp_path: Path):
+def test_every_way_to_the_logits_gives_the_same_gradients(tmp_path: Path):
     gradients = []
-    for keeps in (True, False):
+    for chunked, keeps in ((True, True), (False, True), (False, False)):
         elastic = make_elastic()
         trainer = make_trainer(elastic, tmp_path)
-        trainer._keeps_logits = keeps
+        assert trainer.subnets.chunked
+        trainer.subnets.chunked, trainer.subnets.keeps_logits = chunked, keeps
         trainer.training_step(elastic.model, PaddingCollator()(make_rows(3)), 15)
         gradients.append(gradients_of(elastic.model))
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -275,7 +277,7 @@ def test_only_one_subnet_is_alive_at_a_time(tmp_path: Path):
     elastic = make_elastic()
     events = []
     elastic.on_shape_change(lambda shape: events.append(str(shape)))
-    elastic.model.lm_head.register_full_backward_hook(lambda *_: events.append("backward"))
+    elastic.model.model.norm.register_full_backward_hook(lambda *_: events.append("backward"))
     trainer = make_trainer(elastic, tmp_path)
     events.clear()
     trainer.training_step(elastic.model, PaddingCollator()(make_rows(2)), 10)

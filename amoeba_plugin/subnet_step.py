@@ -1,0 +1,265 @@
+"""One micro-batch of one-for-all training: the largest, some random and the smallest subnet, the largest as teacher.
+
+(AmoebaLLM, arXiv:2411.10606: sandwich sampling, in-place distillation, loss-magnitude balancing.) Each subnet runs
+forward and backward before the next one is active, so that only one subnet's activations are alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amoeba_plugin.architecture import text_model
+from amoeba_plugin.chunked_head import chunked_head, has_plain_head
+from amoeba_plugin.distillation import (
+    DIVERGENCES,
+    Positions,
+    RowLoss,
+    balance,
+    distilled_rows,
+    next_token_rows,
+    sum_over_rows,
+    target_positions,
+)
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import DataError, TrainingError
+from amoeba_plugin.sampling import SandwichSampler, step_seed
+from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.smol.router import RouterWeights
+from amoeba_plugin.subnet_log import GradientConflict, SubnetMeans
+from amoeba_plugin.training_options import OneForAllOptions
+
+
+@dataclass
+class StepHost:
+    """What the loop around a step provides.
+
+    Attributes:
+        backward: Differentiates a loss; accelerate's scales it where training is in fp16.
+        synchronized: Context of a subnet's forward and backward, given whether it is the micro-batch's last: gradients
+            are exchanged between processes with the last one only.
+        mean_over_processes: Mean of a loss over the targets of all processes, given this one's and its targets.
+        dtype: The half precision that autocast computes in; None: the model's own dtype.
+    """
+
+    backward: Callable[[Tensor], Any] = torch.Tensor.backward
+    synchronized: Callable[[bool], AbstractContextManager[Any]] = field(default=lambda last: nullcontext())
+    mean_over_processes: Callable[[Tensor, int], Tensor] = field(default=lambda loss, num_targets: loss)
+    dtype: torch.dtype | None = None
+
+
+class SubnetStep:
+    """Adds up the gradients of all subnets of a micro-batch.
+
+    Args:
+        model: What is trained: the elastic model's own, or the ``PeftModel`` around it.
+        elastic: Switches its shape.
+        options: Of the objective and the sampling.
+        seed: Of the sampling and the routers' noise.
+        host: What the loop around it provides.
+
+    Attributes:
+        means: Running means, as they are logged: ``loss/SHAPE`` before balancing, ``balance/SHAPE`` (the ratio),
+            ``conflict/SHAPE~SHAPE`` (cosine of gradients), ``load_balancing`` (the routers' term).
+        chunked: Take the losses where the head stands, so that a subnet's logits never exist at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        elastic: ElasticModel,
+        options: OneForAllOptions,
+        seed: int,
+        host: StepHost,
+    ) -> None:
+        self.elastic, self.options, self.seed, self.host = elastic, options, seed, host
+        shapes = tuple(elastic.space.require(shape) for shape in options.sampled_shapes)
+        self.sampler = SandwichSampler(elastic.space, options.num_random, seed, shapes)
+        self.means = SubnetMeans()
+        self._model, self._inner = model, text_model(model)
+        self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
+        self.chunked = has_plain_head(self._inner)
+        self.keeps_logits = "logits_to_keep" in signature(self._inner.forward).parameters
+
+    def positions(self, inputs: Mapping[str, Any]) -> Positions:
+        """Return where a micro-batch has losses.
+
+        Raises:
+            DataError: If it has no labels, or they do not align with its tokens.
+        """
+        labels = inputs.get("labels")
+        if labels is None:
+            raise DataError(
+                f"a training batch has {', '.join(inputs)}, but no labels; add a column 'labels', one per token"
+            )
+        if labels.shape != inputs["input_ids"].shape:
+            raise DataError(
+                f"a training batch has input_ids {tuple(inputs['input_ids'].shape)} and labels {tuple(labels.shape)}; "
+                "give one label per token, -100 where nothing is to be predicted"
+            )
+        return target_positions(labels, inputs.get("attention_mask"), self.options.distill_all_tokens)
+
+    def run(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        positions: Positions,
+        place: tuple[int, int],
+        share: Tensor | float,
+    ) -> Tensor:
+        """Run forward and backward of every subnet; the largest shape is active at the end.
+
+        Args:
+            model: The model as wrapped for training.
+            inputs: The micro-batch without its labels: ``input_ids`` (batch, length) int64, perhaps an
+                ``attention_mask``.
+            positions: Where it has losses.
+            place: Optimizer steps done so far, and micro-batches of the current one.
+            share: The micro-batch's part of the optimizer step: the weight of its mean losses.
+
+        Returns:
+            The largest subnet's next-token cross-entropy times ``share``: () fp32.
+
+        Raises:
+            TrainingError: If a loss or a balancing ratio is not finite; the gradients are cleared, the parameters
+                untouched.
+        """
+        for router in self._routers:
+            router.generator.manual_seed(step_seed(self.seed, *place))
+        shapes = self.sampler.shapes(*place)
+        every = self.options.conflict_every
+        conflict = GradientConflict(model.parameters()) if every and place[0] % every == 0 and not place[1] else None
+        try:
+            losses, scales = self._run_subnets(model, inputs, positions, shapes, place[0], share, conflict)
+        finally:
+            self.elastic.set_shape(self.elastic.space.largest)
+        self._require_finite(model, losses, scales, shapes, place[0], positions.num_targets)
+        for name, cosine in (conflict.cosines() if conflict is not None else {}).items():
+            self.means.add(f"conflict/{name}", cosine)
+        return losses[0] * share
+
+    def _run_subnets(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        positions: Positions,
+        shapes: list[SubnetShape],
+        step: int,
+        share: Tensor | float,
+        conflict: GradientConflict | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return losses before balancing and balancing ratios, (shapes,) fp32 each."""
+        teacher = KeptLogits(len(positions.rows), self._compute_dtype())
+        losses: list[Tensor] = []
+        scales: list[Tensor] = []
+        largest = torch.empty(0)
+        for index, shape in enumerate(shapes):
+            learns = index > 0 or self.options.train_largest
+            with self.host.synchronized(index == len(shapes) - 1), torch.set_grad_enabled(learns):
+                self.elastic.set_shape(shape)
+                row_loss = self._row_loss(positions, teacher, step, is_largest=index == 0)
+                loss = self._loss(model, inputs, positions, row_loss)
+                overall = self.host.mean_over_processes(loss.detach(), positions.num_targets)
+                if index == 0:
+                    largest = overall
+                scale = torch.ones_like(overall)
+                if index > 0 and self.options.loss_balancing:
+                    scale = balance(overall, largest, self.options.max_balance_ratio)
+                    self.means.add(f"balance/{shape}", scale)
+                self.means.add(f"loss/{shape}", overall)
+                losses.append(loss.detach())
+                scales.append(scale)
+                objective = scale * loss
+                if index == len(shapes) - 1:
+                    objective = objective + self._load_balancing()
+                # total = L_1 + sum_i stopgrad(L_1 / L_i) L_i: gradients add up, one subnet's activations are alive
+                if learns:
+                    self.host.backward(objective * share)
+                del loss, objective
+            if conflict is not None and learns:
+                conflict.after(str(shape))
+        return torch.stack(losses), torch.stack(scales)
+
+    def _load_balancing(self) -> Tensor | float:
+        """Return SMOL's ``router_load_balancing`` term, once per micro-batch: () fp32, or 0."""
+        term = getattr(self._model, "load_balancing_loss", None)
+        if term is None:
+            return 0.0
+        value: Tensor = term()
+        if value.requires_grad:
+            self.means.add("load_balancing", value.detach())
+        return value
+
+    def _row_loss(self, positions: Positions, teacher: KeptLogits, step: int, is_largest: bool) -> RowLoss:
+        if is_largest:
+            return next_token_rows(positions, teacher.write)
+        weight = self.options.kd_weight_at(step)
+        divergence = DIVERGENCES[self.options.loss]
+        return distilled_rows(positions, teacher.values, divergence, self.options.temperature, weight)
+
+    def _loss(self, model: nn.Module, inputs: Mapping[str, Any], positions: Positions, row_loss: RowLoss) -> Tensor:
+        if self.chunked:
+            with chunked_head(self._inner, positions.rows, row_loss):
+                loss: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
+            return loss
+        if self.keeps_logits:
+            logits: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
+        else:
+            logits = model(**inputs).logits[:, positions.columns]
+        return sum_over_rows(row_loss, logits.flatten(0, 1), positions.rows)
+
+    def _compute_dtype(self) -> torch.dtype:
+        if self.host.dtype is not None:
+            return self.host.dtype
+        head = self._inner.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        dtype: torch.dtype = weight.dtype if weight is not None and weight.is_floating_point() else self._inner.dtype
+        return dtype
+
+    def _require_finite(
+        self,
+        model: nn.Module,
+        losses: Tensor,
+        scales: Tensor,
+        shapes: list[SubnetShape],
+        step: int,
+        num_targets: int,
+    ) -> None:
+        finite = losses.isfinite() & scales.isfinite()  # (shapes,)
+        missing = self.host.mean_over_processes((~finite).sum().float(), max(1, num_targets))  # all stop, or none
+        if not bool(missing):
+            return
+        model.zero_grad()
+        index = int((~finite).int().argmax())
+        value = f"loss of subnet {shapes[index]} is {losses[index].item()}"
+        if bool(losses[index].isfinite()):
+            value = f"balancing ratio of subnet {shapes[index]} is {scales[index].item()} at a loss of {losses[index]}"
+        if bool(finite.all()):
+            value = "loss of a subnet is not finite in another process"
+        raise TrainingError(
+            f"the {value} at step {step}; no parameter was changed by this step, and the checkpoints written before "
+            "are good. Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
+        )
+
+
+class KeptLogits:
+    """The teacher's logits at the positions that are distilled, once, in the dtype they were computed in."""
+
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
+        self._rows, self._dtype = rows, dtype
+        self.values = torch.empty(0)  # (rows, vocabulary)
+
+    def write(self, place: slice, logits: Tensor) -> None:
+        """Keep (n, vocabulary) logits of some rows."""
+        if not len(self.values):
+            # Losses see fp32 copies of half-precision logits; nothing is lost on the way back.
+            self.values = logits.new_empty((self._rows, logits.shape[-1]), dtype=self._dtype)
+        self.values[place] = logits

@@ -1,0 +1,70 @@
+"""Checkpoints of a training in progress: which one is whole, and whether it belongs to the training at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.strategy import write_atomically
+
+SETTINGS_NAME = "one_for_all.json"
+
+
+def last_complete_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end; None where there is none.
+
+    Trainer writes its state last: a checkpoint whose state is missing or cut off was interrupted while being saved.
+
+    Args:
+        directory: ``output_dir`` of a training.
+    """
+    steps = sorted(
+        (int(path.name.rpartition("-")[2]), path)
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    )
+    return next((path for step, path in reversed(steps) if _is_complete(path, step)), None)
+
+
+def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse checkpoints of another training; note the settings where there are none yet.
+
+    Args:
+        directory: Holds the checkpoints, or will.
+        settings: What must be equal for a training to go on: JSON values by name.
+
+    Raises:
+        ArtifactError: If the directory belongs to another model, space or recipe, or holds something else.
+    """
+    path = directory / SETTINGS_NAME
+    if path.is_file():
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ArtifactError(f"{path} is damaged ({error}); name another checkpoint_dir") from error
+        wanted = json.loads(json.dumps(settings))
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ArtifactError(
+                    f"{directory} holds checkpoints of another training: its {name} is {found.get(name)}, here it is "
+                    f"{wanted.get(name)}; name another checkpoint_dir, or repeat the recipe it was begun with"
+                )
+        return
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ArtifactError(f"{directory} exists and holds no checkpoints of this training; name another directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(settings, indent=1).encode())
+
+
+def _is_complete(checkpoint: Path, step: int) -> bool:
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and state.get("global_step") == step

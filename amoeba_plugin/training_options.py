@@ -1,0 +1,68 @@
+"""What one-for-all training does, as checked values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from amoeba_plugin.distillation import DIVERGENCES
+from amoeba_plugin.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class OneForAllOptions:
+    """What one-for-all training does beside what ``TrainingArguments`` say.
+
+    Args:
+        loss: What subnets learn from the largest: "soft_cross_entropy" (the paper), "kl", "reverse_kl" or
+            "jensen_shannon".
+        temperature: Divides both logits.
+        kd_weight: Share of distillation in a subnet's loss, in [0, 1]; the rest is next-token cross-entropy.
+        loss_balancing: Scale each subnet's loss to the size of the largest subnet's.
+        max_balance_ratio: The largest scale; reached where a divergence goes to 0.
+        distill_all_tokens: Distil every position, not just those before a target token.
+        distill_steps: Optimizer steps with distillation; after them all subnets learn from the labels alone. None: all.
+        num_random: Random shapes per micro-batch, beside largest and smallest.
+        sampled_shapes: Shapes that the random ones are drawn from, depth and width together: ``("24x7/8", ...)``.
+            Empty: depth and width are drawn apart, from the whole space (the paper).
+        train_largest: False: the largest subnet only teaches; it gets no backward pass. For an adapter that leaves the
+            whole model alone (``SmolConfig.adapt_largest=False``).
+        conflict_every: Optimizer steps between two measurements of gradient conflict, the cosines between the subnets'
+            gradients; each holds one more copy of the gradients per subnet. 0: never.
+
+    Raises:
+        RecipeError: If a value is out of range.
+    """
+
+    loss: str = "soft_cross_entropy"
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    loss_balancing: bool = True
+    max_balance_ratio: float = 10.0
+    distill_all_tokens: bool = False
+    distill_steps: int | None = None
+    num_random: int = 2
+    sampled_shapes: tuple[str, ...] = ()
+    train_largest: bool = True
+    conflict_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in DIVERGENCES:
+            raise RecipeError(f"loss '{self.loss}' is unknown; choose one of {', '.join(DIVERGENCES)}")
+        if not self.temperature > 0:
+            raise RecipeError(
+                f"temperature {self.temperature}: it divides logits, give a number above 0 (the paper: 1)"
+            )
+        if not 0 <= self.kd_weight <= 1:
+            raise RecipeError(f"kd_weight {self.kd_weight}: give a share in [0, 1] (the paper: 1)")
+        if not self.max_balance_ratio > 0:
+            raise RecipeError(f"max_balance_ratio {self.max_balance_ratio}: give a number above 0")
+        if self.num_random < 0:
+            raise RecipeError(f"num_random {self.num_random}: give 0 or more (the paper: 2)")
+        if self.distill_steps is not None and self.distill_steps < 0:
+            raise RecipeError(f"distill_steps {self.distill_steps}: give 0 or more optimizer steps, or leave it out")
+        if self.conflict_every < 0:
+            raise RecipeError(f"conflict_every {self.conflict_every}: give optimizer steps, or 0 for never")
+
+    def kd_weight_at(self, step: int) -> float:
+        """Return the share of distillation at an optimizer step."""
+        return self.kd_weight if self.distill_steps is None or step < self.distill_steps else 0.0
