@@ -1,11 +1,12 @@
-"""Elastic checkpoints: base model reference + strategy + SMOL adapter; every shape is cut from one without training.
+"""Elastic checkpoints: base model reference + strategy + adapter; every shape is cut from one without training.
 
 ::
 
     DIRECTORY/
       elastic.json                                   format, version, where the base model is
       strategy.json, strategy.safetensors            which layers and channels every shape keeps
-      adapter/                                       an ordinary PEFT directory (absent where nothing was trained)
+      adapter/                                       an ordinary PEFT directory, SMOL or LoRA (absent without one)
+      base/                                          only where the base itself was trained: the whole model, reordered
 
 The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, which reorders first.
 """
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
@@ -39,6 +41,7 @@ from amoeba_plugin.streaming import StreamedWeights, streamed_model
 
 FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
 ELASTIC_NAME, ADAPTER_DIRECTORY, PARITY_NAME = "elastic.json", "adapter", "parity.json"
+BASE_DIRECTORY = "base"
 PARITY_TOKENS = 64
 
 AdapterMode = Literal["fold", "separate"]
@@ -93,7 +96,9 @@ def _require_within(config: SmolConfig, space: ShapeSpace) -> None:
         )
 
 
-def save_elastic(elastic: ElasticModel, peft_model: PeftModel | None, directory: Path, base: str) -> None:
+def save_elastic(
+    elastic: ElasticModel, peft_model: PeftModel | None, directory: Path, base: str, trained_base: bool = False
+) -> None:
     """Write an elastic checkpoint: all of it or nothing.
 
     Args:
@@ -101,6 +106,7 @@ def save_elastic(elastic: ElasticModel, peft_model: PeftModel | None, directory:
         peft_model: Gives the adapter; ``None`` where nothing was trained.
         directory: New, empty, or an elastic checkpoint, which is replaced.
         base: Path or hub id under which the base model can be loaded again.
+        trained_base: The base itself was trained: write it beside the strategy, whole.
 
     Raises:
         ArtifactError: If the directory holds something else.
@@ -109,7 +115,12 @@ def save_elastic(elastic: ElasticModel, peft_model: PeftModel | None, directory:
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        elastic.strategy.save(partial)
+        strategy = elastic.reordered_strategy() if trained_base else elastic.strategy
+        strategy.save(partial)
+        if trained_base:
+            with elastic.active(elastic.space.largest) as model:  # a host's override of save_pretrained compresses
+                PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY)
+            _copy_tokenizer(base, partial / BASE_DIRECTORY)
         if peft_model is not None:
             with elastic.active(elastic.space.largest):
                 peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY))
@@ -119,6 +130,7 @@ def save_elastic(elastic: ElasticModel, peft_model: PeftModel | None, directory:
             "base_model": base,
             "dtype": str(elastic.model.dtype).removeprefix("torch."),
             "space": str(elastic.space),
+            "trained_base": trained_base,
         }
         write_atomically(partial / ELASTIC_NAME, json.dumps(document, indent=1).encode())
         shutil.rmtree(directory, ignore_errors=True)
@@ -148,18 +160,21 @@ def load_elastic(
 
     Args:
         directory: What :func:`save_elastic` wrote.
-        base: Where the base model is now, if it moved.
+        base: Where the base model is now, if it moved; a trained base is in the directory itself.
         stream: Leave the base model's weights in its safetensors files and load one layer at a time when it is used,
             for extraction; such a model cannot be trained. A base in another format is loaded as a whole.
 
     Raises:
-        ArtifactError: If the directory is no elastic checkpoint, is damaged, or belongs to another base model.
+        ArtifactError: If the directory is no elastic checkpoint, is damaged, or belongs to another base model, or its
+            adapter to another space.
     """
     document = _read_elastic_json(directory / ELASTIC_NAME)
     strategy = SubnetStrategy.load(directory)
     reference = base or document["base_model"]
     adapter = directory / ADAPTER_DIRECTORY
     weights: StreamedWeights | None = None
+    if document.get("trained_base"):
+        reference = str(directory / BASE_DIRECTORY)
     try:
         streamed = streamed_model(reference, document["dtype"]) if stream and not _holds_base_weights(adapter) else None
         model: PreTrainedModel
@@ -302,6 +317,9 @@ def _holds_base_weights(adapter: Path) -> bool:
 
 
 def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:
+    if not isinstance(peft_model.active_peft_config, SmolConfig):
+        follow_lora(elastic, peft_model)
+        return
     elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.kept_layers(shape)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from amoeba_plugin.experts import ElasticExperts
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
-from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
+from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy, model_fingerprint
 
 if TYPE_CHECKING:
     from amoeba_plugin.streaming import StreamedWeights
@@ -98,6 +98,10 @@ class ElasticGroup:
     producers: tuple[ElasticLinear, ...]
     consumer: ElasticLinear
     norms: tuple[nn.Module, ...]
+
+    def reordered(self, means: Tensor, order: Tensor) -> Tensor:
+        """Return the consumer's mean inputs, (channels,), in the order that its columns were brought into."""
+        return means[self.group.consumer.channels(order)]
 
     def set_units(self, units: int, compensation_row: int | None) -> None:
         """Activate the first ``units`` units."""
@@ -258,6 +262,28 @@ class ElasticModel:
             yield self.model
         finally:
             self.set_shape(before)
+
+    def reordered_strategy(self) -> SubnetStrategy:
+        """Return the strategy for the model as it is now, its channels in order of importance; it changes no order.
+
+        Raises:
+            ArchitectureError: If missing channels are compensated: the biases were made from the weights of before.
+        """
+        width = self.strategy.width
+        if width.bias_compensation:
+            raise ArchitectureError(
+                "a model whose own weights were trained has no biases that stand in for its missing channels; select "
+                "with bias_compensation: false, or train an adapter"
+            )
+        order = {key: torch.arange(len(value)) for key, value in width.order.items()}
+        means = {
+            group.key: group.reordered(width.mean_input[group.key], width.order[group.key])
+            for group in self.groups
+            if group.key in width.mean_input and group.key in width.order
+        }
+        with self.active(self.space.largest) as model:
+            fingerprint = model_fingerprint(model, self.adapter)
+        return replace(self.strategy, width=replace(width, order=order, mean_input=means), fingerprint=fingerprint)
 
     def release(self) -> None:
         """Give the whole model back with ordinary linears; its channels stay reordered, which changes no output."""

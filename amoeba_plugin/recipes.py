@@ -354,7 +354,6 @@ def _check_training(recipe: CheckedRecipe) -> None:
     from transformers.trainer_utils import SchedulerType
 
     from amoeba_plugin.modifiers import OneForAllDistillationModifier
-    from amoeba_plugin.training import OneForAllOptions
 
     training = recipe.find(OneForAllDistillationModifier)
     if training is None:
@@ -367,7 +366,7 @@ def _check_training(recipe: CheckedRecipe) -> None:
             f"{_hint(training.lr_scheduler_type, schedules)} Possible: {', '.join(schedules)}"
         )
     try:
-        OneForAllOptions(loss=training.loss, temperature=training.temperature)
+        training.options()
     except AmoebaError as error:
         raise RecipeError(f"{where}: {error}") from error
 

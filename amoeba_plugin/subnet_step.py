@@ -84,7 +84,9 @@ class SubnetStep:
         shapes = tuple(elastic.space.require(shape) for shape in options.sampled_shapes)
         self.sampler = SandwichSampler(elastic.space, options.num_random, seed, shapes)
         self.means = SubnetMeans()
-        self._model, self._inner = model, text_model(model)
+        inner = text_model(model)
+        assert isinstance(inner, PreTrainedModel)
+        self._model, self._inner = model, inner
         self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
         self.chunked = has_plain_head(self._inner)
         self.keeps_logits = "logits_to_keep" in signature(self._inner.forward).parameters
@@ -114,6 +116,7 @@ class SubnetStep:
         positions: Positions,
         place: tuple[int, int],
         share: Tensor | float,
+        largest_logits: Tensor | None = None,
     ) -> Tensor:
         """Run forward and backward of every subnet; the largest shape is active at the end.
 
@@ -124,6 +127,7 @@ class SubnetStep:
             positions: Where it has losses.
             place: Optimizer steps done so far, and micro-batches of the current one.
             share: The micro-batch's part of the optimizer step: the weight of its mean losses.
+            largest_logits: (batch, length, vocabulary) of the largest subnet, where its forward has been run already.
 
         Returns:
             The largest subnet's next-token cross-entropy times ``share``: () fp32.
@@ -138,7 +142,9 @@ class SubnetStep:
         every = self.options.conflict_every
         conflict = GradientConflict(model.parameters()) if every and place[0] % every == 0 and not place[1] else None
         try:
-            losses, scales = self._run_subnets(model, inputs, positions, shapes, place[0], share, conflict)
+            losses, scales = self._run_subnets(
+                model, inputs, positions, shapes, place[0], share, conflict, largest_logits
+            )
         finally:
             self.elastic.set_shape(self.elastic.space.largest)
         self._require_finite(model, losses, scales, shapes, place[0], positions.num_targets)
@@ -155,6 +161,7 @@ class SubnetStep:
         step: int,
         share: Tensor | float,
         conflict: GradientConflict | None,
+        largest_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return losses before balancing and balancing ratios, (shapes,) fp32 each."""
         teacher = KeptLogits(len(positions.rows), self._compute_dtype())
@@ -166,7 +173,10 @@ class SubnetStep:
             with self.host.synchronized(index == len(shapes) - 1), torch.set_grad_enabled(learns):
                 self.elastic.set_shape(shape)
                 row_loss = self._row_loss(positions, teacher, step, is_largest=index == 0)
-                loss = self._loss(model, inputs, positions, row_loss)
+                if index == 0 and largest_logits is not None:
+                    loss = sum_over_rows(row_loss, _at(largest_logits, positions), positions.rows)
+                else:
+                    loss = self._loss(model, inputs, positions, row_loss)
                 overall = self.host.mean_over_processes(loss.detach(), positions.num_targets)
                 if index == 0:
                     largest = overall
@@ -211,17 +221,18 @@ class SubnetStep:
                 loss: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
             return loss
         if self.keeps_logits:
-            logits: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
+            logits: Tensor = model(**inputs, logits_to_keep=positions.columns).logits.flatten(0, 1)
         else:
-            logits = model(**inputs).logits[:, positions.columns]
-        return sum_over_rows(row_loss, logits.flatten(0, 1), positions.rows)
+            logits = _at(model(**inputs).logits, positions)
+        return sum_over_rows(row_loss, logits, positions.rows)
 
     def _compute_dtype(self) -> torch.dtype:
         if self.host.dtype is not None:
             return self.host.dtype
         head = self._inner.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        dtype: torch.dtype = weight.dtype if weight is not None and weight.is_floating_point() else self._inner.dtype
+        usable = isinstance(weight, Tensor) and weight.is_floating_point()
+        dtype: torch.dtype = weight.dtype if usable else self._inner.dtype
         return dtype
 
     def _require_finite(
@@ -263,3 +274,7 @@ class KeptLogits:
             # Losses see fp32 copies of half-precision logits; nothing is lost on the way back.
             self.values = logits.new_empty((self._rows, logits.shape[-1]), dtype=self._dtype)
         self.values[place] = logits
+
+
+def _at(logits: Tensor, positions: Positions) -> Tensor:
+    return logits[:, positions.columns].flatten(0, 1)

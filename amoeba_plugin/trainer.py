@@ -48,7 +48,7 @@ class OneForAllTrainer(Trainer):
     ``conflict/SHAPE~SHAPE`` (the cosine of two subnets' gradients); for SMOL also ``router/SHAPE/expert_I`` and
     ``router/SHAPE/entropy`` (nats), of the mixture without noise as it is now.
 
-    With several processes all of them draw the same shapes, a balancing ratio is that of all processes' losses together,
+    With several processes all draw the same shapes, a balancing ratio is that of all their losses together,
     and gradients are exchanged once per optimizer step.
 
     Args:
@@ -182,7 +182,7 @@ class OneForAllTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         # torch reports a file that it could not write as a RuntimeError, safetensors as an error of its own
         except (OSError, RuntimeError, SafetensorError) as error:
-            directory = Path(self.args.output_dir)
+            directory = Path(self.args.output_dir or ".")
             partial = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             shutil.rmtree(partial, ignore_errors=True)
             last = last_complete_checkpoint(directory)
@@ -236,6 +236,11 @@ def _require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise TrainingError("DeepSpeed is not supported; use DDP through accelerate or torchrun")
+    if trainer.is_fsdp_enabled:
+        raise TrainingError(
+            "FSDP is not supported: it exchanges a layer's gradients in the backward that ends a step, and the last "
+            "subnet lacks layers; use DDP through accelerate or torchrun"
+        )
     if trainer.args.label_smoothing_factor:
         raise TrainingError(
             "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
@@ -244,5 +249,3 @@ def _require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
         raise TrainingError(
             "conflict_every compares the gradients of one process; measure in a run with one, or set it to 0"
         )
-
-

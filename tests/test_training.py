@@ -12,14 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
-from elastic_models import random_elastic
+from elastic_models import random_elastic, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -41,17 +39,8 @@ PAPER = OneForAllOptions()
 
 
 def make_elastic(seed: int = 0, **config: Any) -> ElasticModel:
-    """A four-layer Llama with 4 KV groups, its biases and norms random, elastic in depth and width."""
-    torch.manual_seed(seed)
-    fields = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 32, "initializer_range": 0.3,
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**fields | config))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return random_elastic(model.eval(), seed)
+    """A four-layer Llama with 4 KV groups, elastic in depth and width."""
+    return random_elastic(tiny_llama(seed, **config), seed)
 
 
 def make_rows(count: int = 16, targets: int = 5, length: int = LENGTH, seed: int = 0) -> list[Row]:

@@ -5,6 +5,7 @@ from llmcompressor.modifiers import ModifierFactory
 from amoeba_plugin.modifiers.depth import DepthShrinkingModifier
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
 from amoeba_plugin.modifiers.one_for_all import AdapterOptions, OneForAllDistillationModifier
+from amoeba_plugin.modifiers.session_training import TrainingEventsCallback, TrainingEventsMixin, begin_session
 from amoeba_plugin.modifiers.width import WidthShrinkingModifier
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "DepthShrinkingModifier",
     "OneForAllDistillationModifier",
     "SubnetExtractionModifier",
+    "TrainingEventsCallback",
+    "TrainingEventsMixin",
     "WidthShrinkingModifier",
+    "begin_session",
     "register_with_llmcompressor",
 ]
 

@@ -1,16 +1,19 @@
-"""OneForAllDistillationModifier: SMOL, sandwich sampling and balanced in-place distillation, as a recipe step."""
+"""OneForAllDistillationModifier: an adapter, sandwich sampling and balanced in-place distillation, as a recipe step."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from llmcompressor.core import State
+from llmcompressor.core import Event, EventType, State, active_session
 from llmcompressor.modifiers import Modifier
-from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from peft import LoraConfig, PeftModel
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
@@ -18,19 +21,28 @@ from amoeba_plugin.architecture import linear_names
 from amoeba_plugin.calibration import Batch, load_batches
 from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
-from amoeba_plugin.modifiers.selection import forget_selection, on_main_device, selection_for
+from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
 from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.subnet_step import StepHost, SubnetStep
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
+from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
 
+LORA_FIELDS = ("type", "r", "lora_alpha", "lora_dropout", "target_modules")
 ROW_COLUMNS = ("input_ids", "attention_mask", "labels")
+# Where results go and what is looked at does not change them; the rest are fields that every modifier has.
+NOT_OF_THE_TRAINING = {"elastic_dir", "checkpoint_dir", "save_steps", "conflict_every", *Modifier.model_fields}
 
 
 class AdapterOptions(BaseModel):
-    """SMOL's settings; see :class:`amoeba_plugin.smol.SmolConfig` for the formulas.
+    """The adapter's settings; see :class:`amoeba_plugin.smol.SmolConfig` for the formulas.
 
     Attributes:
+        type: ``smol``, or ``lora``: one plain LoRA for all shapes, which takes ``r``, ``lora_alpha``, ``lora_dropout``
+            and ``target_modules`` alone. Default ``smol``.
         r: Rank of each expert. Default 64 (paper).
         lora_alpha: Scale is ``lora_alpha / r``. Default 16 (paper).
         num_experts: LoRAs per linear. Default 5 (reference code).
@@ -47,6 +59,7 @@ class AdapterOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    type: Literal["smol", "lora"] = "smol"
     r: int = Field(default=64, ge=1)
     lora_alpha: float = Field(default=16, gt=0)
     num_experts: int = Field(default=5, ge=1)
@@ -59,6 +72,14 @@ class AdapterOptions(BaseModel):
     router_load_balancing: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
+    def _lora_has_no_experts(self) -> AdapterOptions:
+        fields = type(self).model_fields
+        smol_only = [name for name in fields if name not in LORA_FIELDS and getattr(self, name) != fields[name].default]
+        if self.type == "lora" and smol_only:
+            raise RecipeError(f"adapter.{smol_only[0]} is SMOL's; leave it out, or set adapter.type to smol")
+        return self
+
+    @model_validator(mode="after")
     def _top_k_exists(self) -> AdapterOptions:
         if self.top_k > self.num_experts:
             raise RecipeError(
@@ -68,7 +89,7 @@ class AdapterOptions(BaseModel):
 
 
 class OneForAllDistillationModifier(Modifier):
-    """Train one SMOL adapter that serves every shape of the space (AmoebaLLM, arXiv:2411.10606, sections 4.2 and 4.3).
+    """Train all shapes of the space at once (AmoebaLLM, arXiv:2411.10606, sections 4.2 and 4.3).
 
     Sample YAML::
 
@@ -80,7 +101,8 @@ class OneForAllDistillationModifier(Modifier):
               elastic_dir: OUT/elastic
 
     Attributes:
-        adapter: SMOL's settings, see :class:`AdapterOptions`.
+        adapter: What is trained: SMOL or a plain LoRA, see :class:`AdapterOptions`, or ``none``: the model's own
+            parameters. Default: SMOL.
         dataset: Training text: a local file or a hub id. Default: the calibration data.
         dataset_split: Split of ``dataset``. Default ``train``.
         num_samples: Sequences taken from ``dataset``. Default 10,000.
@@ -93,18 +115,29 @@ class OneForAllDistillationModifier(Modifier):
         warmup_steps: Steps of linear warm-up. Default 0.
         max_grad_norm: Gradient norm clipped to. Default 0.3 (reference code).
         train_largest: Also train the whole model, which teaches the others, on the labels. False leaves it the base
-            model, bit for bit, and saves its backward pass: for text that the base already knows. Default true (paper).
+            model, bit for bit, and saves its backward pass: for text that the base already knows; SMOL only. Default
+            true (paper).
         num_random: Random subnets between largest and smallest in each micro-batch. Default 2 (reference code).
+        sampled_shapes: Shapes that the random ones are drawn from, depth and width together. Default: depth and width
+            are drawn apart, from the whole space (paper).
         loss: ``soft_cross_entropy`` (reference code), or another of :mod:`amoeba_plugin.distillation`.
         temperature: Softens teacher and student. Default 1.
         kd_weight: Weight of distillation against the labels for all but the largest subnet. Default 1.
+        distill_all_tokens: Distil every position, not just those before a target token. Default false.
+        distill_steps: Optimizer steps with distillation; after them all learn from the labels alone. Default: all.
         loss_balancing: Scale each subnet's gradient by loss of the largest / its loss. Default true.
+        max_balance_ratio: The largest such ratio. Default 10.
+        conflict_every: Optimizer steps between two measurements of the cosines between the subnets' gradients, which
+            are logged; 0: never. Default 0.
         gradient_checkpointing: Recompute activations in the backward pass. Default false.
         seed: Of sampling, initialisation and data order. Default 42.
         elastic_dir: Where to write the elastic checkpoint. Default: none is written.
+        checkpoint_dir: Where to save the training while it runs. The same recipe started again goes on from the last
+            checkpoint that is whole. Default: nothing is saved.
+        save_steps: Optimizer steps between two such checkpoints; the last two are kept. Default 500.
     """
 
-    adapter: AdapterOptions = AdapterOptions()
+    adapter: AdapterOptions | Literal["none"] = AdapterOptions()
     dataset: str | None = None
     dataset_split: str = "train"
     num_samples: int = Field(default=10_000, ge=1)
@@ -118,60 +151,135 @@ class OneForAllDistillationModifier(Modifier):
     max_grad_norm: float = Field(default=0.3, ge=0)
     train_largest: bool = True
     num_random: int = Field(default=2, ge=0)
+    sampled_shapes: tuple[str, ...] = ()
     loss: str = "soft_cross_entropy"
     temperature: float = Field(default=1.0, gt=0)
     kd_weight: float = Field(default=1.0, ge=0, le=1)
+    distill_all_tokens: bool = False
+    distill_steps: int | None = Field(default=None, ge=0)
     loss_balancing: bool = True
+    max_balance_ratio: float = Field(default=10.0, gt=0)
+    conflict_every: int = Field(default=0, ge=0)
     gradient_checkpointing: bool = False
     seed: int = 42
     elastic_dir: str | None = None
+    checkpoint_dir: str | None = None
+    save_steps: int = Field(default=500, ge=1)
+
+    _external: ExternalSteps | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _only_smol_spares_the_largest(self) -> OneForAllDistillationModifier:
+        if not self.train_largest and (self.adapter == "none" or self.adapter.type != "smol"):
+            raise RecipeError(
+                "train_largest: false wants SMOL, which alone can leave the whole model as it is: what a LoRA or the "
+                "model's own weights learn for small shapes changes the teacher; set train_largest: true"
+            )
+        return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Freeze the base, add SMOL, train, write the elastic checkpoint."""
+        """Prepare what is trained, train it, write the elastic checkpoint."""
         require_session_order(self)
         if self.elastic_dir is not None:
             require_replaceable(Path(self.elastic_dir))
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
+        if state.data.train is not None or state.optimizer is not None:
+            self._begin_external(selection, elastic)
+            return True
         if self.max_steps:
             with selection.timed("one-for-all training"):
                 selection.peft_model = self._train(elastic, selection.batches)
-        if self.elastic_dir is not None:
-            save_elastic(elastic, selection.peft_model, Path(self.elastic_dir), str(elastic.config.name_or_path))
+        self._save_elastic(elastic, selection.peft_model)
         if not extraction_follows(self):  # before the host's pipelines wrap the modules' forward methods
             _give_back(state.model)
         return True
 
+    def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Take a step where an external trainer fires the events of a training.
+
+        At LOSS_CALCULATED all subnets are differentiated, the largest from the ``outputs`` given, and ``state.loss``
+        becomes a value that the trainer can differentiate to no effect. Keywords: ``loss``, ``outputs`` and perhaps
+        ``model`` (as wrapped), ``backward`` (accelerate's), ``num_items_in_batch`` (targets of the whole optimizer
+        step) and ``micro_batches`` (of it).
+        """
+        if self._external is None:
+            return
+        if event.type_ == EventType.BATCH_START:
+            self._external.batch_data = kwargs["batch_data"]
+        if event.type_ == EventType.LOSS_CALCULATED:
+            state.loss = self._external.step(active_session().lifecycle.global_step, **kwargs)
+
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Leave nothing behind where the recipe ended early."""
+        """Write what an external trainer trained; leave nothing behind where the recipe ended early."""
+        if self._external is not None:
+            selection, self._external = selection_for(state), None
+            self._save_elastic(selection.require_elastic(state.model), selection.peft_model)
         _give_back(state.model)
         return True
 
-    def _train(self, elastic: ElasticModel, calibration: list[Batch]) -> PeftModel:
+    def _begin_external(self, selection: Selection, elastic: ElasticModel) -> None:
+        if extraction_follows(self):
+            raise RecipeError(
+                "a recipe that an external trainer trains ends with OneForAllDistillationModifier: a subnet can be cut "
+                "only after the training; give elastic_dir and use `amoeba extract` on it"
+            )
         torch.manual_seed(self.seed)
-        config = SmolConfig(
-            **self.adapter.model_dump(exclude={"target_modules"}),
-            target_modules=self.adapter.target_modules or linear_names(elastic.layers),
-            adapt_largest=self.train_largest,
-            router_seed=self.seed,
-            task_type="CAUSAL_LM",
-        )
-        peft_model = attach_smol(elastic, config)
-        options = OneForAllOptions(
-            loss=self.loss,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            loss_balancing=self.loss_balancing,
-            num_random=self.num_random,
-            train_largest=self.train_largest,
-        )
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            on_main_device(elastic.model),
-            torch.enable_grad(),
-        ):
-            train_one_for_all(elastic, peft_model, self._rows(elastic, calibration), options, self._arguments(scratch))
-        return peft_model.eval()
+        selection.peft_model = self.attach(elastic)
+        trained = elastic.model if selection.peft_model is None else selection.peft_model
+        self._external = ExternalSteps(SubnetStep(trained, elastic, self.options(), self.seed, StepHost()), trained)
+
+    def _save_elastic(self, elastic: ElasticModel, peft_model: PeftModel | None) -> None:
+        if self.elastic_dir is None:
+            return
+        trained_base = self.adapter == "none" and self.max_steps > 0
+        save_elastic(elastic, peft_model, Path(self.elastic_dir), str(elastic.config.name_or_path), trained_base)
+
+    def _train(self, elastic: ElasticModel, calibration: list[Batch]) -> PeftModel | None:
+        torch.manual_seed(self.seed)
+        peft_model = self.attach(elastic)
+        trained = elastic.model if peft_model is None else peft_model
+        with self._output_dir(elastic) as directory, on_main_device(elastic.model), torch.enable_grad():
+            arguments = self._arguments(directory)
+            train_one_for_all(elastic, trained, self._rows(elastic, calibration), self.options(), arguments)
+        return None if peft_model is None else peft_model.eval()
+
+    def attach(self, elastic: ElasticModel) -> PeftModel | None:
+        """Put the adapter on the elastic model; without one, its own parameters become trainable.
+
+        Raises:
+            ArchitectureError: If there is no adapter, and biases stand in for missing channels.
+        """
+        if self.adapter == "none":
+            elastic.reordered_strategy()  # refuses before hours of training, not after them
+            elastic.model.requires_grad_(True)
+            return None
+        settings = self.adapter.model_dump(exclude={"type"})
+        settings["target_modules"] = self.adapter.target_modules or linear_names(elastic.layers)
+        if self.adapter.type == "lora":
+            settings = {name: value for name, value in settings.items() if name in LORA_FIELDS}
+            return attach_lora(elastic, LoraConfig(**settings, task_type="CAUSAL_LM"))
+        config = SmolConfig(**settings, adapt_largest=self.train_largest, router_seed=self.seed, task_type="CAUSAL_LM")
+        return attach_smol(elastic, config)
+
+    def options(self) -> OneForAllOptions:
+        """Return what this recipe asks of the step."""
+        return OneForAllOptions(**{each.name: getattr(self, each.name) for each in fields(OneForAllOptions)})
+
+    @contextmanager
+    def _output_dir(self, elastic: ElasticModel) -> Iterator[Path]:
+        """Yield the directory of Trainer's checkpoints; a scratch one where none are to be kept."""
+        if self.checkpoint_dir is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                yield Path(scratch)
+            return
+        directory = Path(self.checkpoint_dir)
+        strategy = elastic.strategy
+        settings = self.model_dump(mode="json", include=set(type(self).model_fields) - NOT_OF_THE_TRAINING)
+        kept = {str(depth): list(layers) for depth, layers in strategy.depth.kept.items()}
+        model = {"model": strategy.fingerprint, "space": str(strategy.space), "kept_layers": kept}
+        require_same_training(directory, model | settings)
+        yield directory
 
     def _rows(self, elastic: ElasticModel, calibration: list[Batch]) -> list[dict[str, Tensor]]:
         batches = calibration
@@ -191,9 +299,12 @@ class OneForAllDistillationModifier(Modifier):
             for row in range(len(batch["input_ids"]))
         ]
 
-    def _arguments(self, scratch: str) -> TrainingArguments:
+    def _arguments(self, directory: Path) -> TrainingArguments:
+        saves = self.checkpoint_dir is not None
+        last = last_complete_checkpoint(directory)
         return TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(directory),
+            resume_from_checkpoint=None if last is None else str(last),
             max_steps=self.max_steps,
             per_device_train_batch_size=self.batch_size,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
@@ -206,7 +317,9 @@ class OneForAllDistillationModifier(Modifier):
             seed=self.seed,
             data_seed=self.seed,
             logging_steps=max(1, self.max_steps // 20),
-            save_strategy="no",
+            save_strategy="steps" if saves else "no",
+            save_steps=self.save_steps,
+            save_total_limit=2,
             disable_tqdm=False,  # else a quiet log level prints every logged number instead
             report_to=[],
             remove_unused_columns=False,

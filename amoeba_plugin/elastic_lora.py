@@ -1,0 +1,59 @@
+"""One plain LoRA for all shapes of an elastic model: PEFT's own, its factors sliced as the linears beside them."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from amoeba_plugin.elastic import ElasticLinear, ElasticModel
+from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.shape import SubnetShape
+
+
+def attach_lora(elastic: ElasticModel, config: LoraConfig) -> PeftModel:
+    """Put a LoRA on an elastic model that computes with the active sizes; the same update serves every shape.
+
+    Args:
+        elastic: Its linears may be at any shape.
+        config: Of an ordinary LoRA on linear layers.
+
+    Raises:
+        AdapterError: If a variant of LoRA is asked for that looks at the whole weight.
+    """
+    peft_model = get_peft_model(elastic.model, config)
+    assert isinstance(peft_model, PeftModel)
+    follow_lora(elastic, peft_model)
+    return peft_model
+
+
+def follow_lora(elastic: ElasticModel, peft_model: PeftModel) -> None:
+    """Let the factors of every LoRA layer follow the sizes of its linear, from now on.
+
+    Raises:
+        AdapterError: As in :func:`attach_lora`.
+    """
+    layers = [
+        layer
+        for layer in peft_model.modules()
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), ElasticLinear)
+    ]
+    for layer in layers:
+        if any(layer.use_dora.values()):
+            raise AdapterError("DoRA scales the whole weight, which a subnet does not have; set use_dora=False")
+    factors = [
+        (_elastic(layer.get_base_layer()), _elastic(layer.lora_A[name]), _elastic(layer.lora_B[name]))
+        for layer in layers
+        for name in layer.lora_A
+    ]
+
+    def follow(shape: SubnetShape) -> None:
+        for base, factor_a, factor_b in factors:
+            factor_a.active_in, factor_b.active_rows = base.active_in, base.active_rows
+
+    elastic.on_shape_change(follow)
+
+
+def _elastic(factor: nn.Module) -> ElasticLinear:
+    assert isinstance(factor, nn.Linear)
+    return factor if isinstance(factor, ElasticLinear) else ElasticLinear.convert(factor)

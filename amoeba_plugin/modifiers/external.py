@@ -1,0 +1,69 @@
+"""Steps of one-for-all training inside a loop that is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amoeba_plugin.subnet_step import SubnetStep
+
+
+class ExternalSteps:
+    """Counts the micro-batches of a loop that fires events, and differentiates them.
+
+    Args:
+        subnets: The step.
+        trained: What the loop trains: the model, or the ``PeftModel`` around it.
+
+    Attributes:
+        batch_data: The micro-batch that has begun: ``input_ids``, ``labels`` and perhaps ``attention_mask``.
+    """
+
+    def __init__(self, subnets: SubnetStep, trained: PreTrainedModel | PeftModel) -> None:
+        self.subnets, self.trained = subnets, trained
+        self.batch_data: Mapping[str, Any] = {}
+        self._place = (-1, 0)
+
+    def step(
+        self,
+        global_step: int,
+        loss: Tensor,
+        outputs: Any = None,
+        model: nn.Module | None = None,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        num_items_in_batch: Tensor | int | None = None,
+        micro_batches: int = 1,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Add up the gradients of all subnets; return the largest one's loss, () fp32, whose backward does nothing.
+
+        Args:
+            global_step: Optimizer steps done so far.
+            loss: The largest subnet's, as the loop computed it; used where a micro-batch has no target.
+            outputs: Of the forward that gave ``loss``: its logits are the largest subnet's. None: it is run again.
+            model: The model as wrapped for training. None: as it was given to the session.
+            backward: Differentiates a loss.
+            num_items_in_batch: Target tokens of the whole optimizer step. None: micro-batches weigh the same.
+            micro_batches: Of an optimizer step.
+            kwargs: What other modifiers may want.
+        """
+        step, seen = self._place
+        self._place = (global_step, seen + 1 if step == global_step else 1)
+        positions = self.subnets.positions(self.batch_data)
+        if positions.num_targets == 0:
+            return loss.detach().nan_to_num().requires_grad_()
+        share: Tensor | float = 1 / micro_batches
+        if num_items_in_batch is not None:
+            share = positions.num_targets / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        self.subnets.host.backward = backward
+        inputs = {name: value for name, value in self.batch_data.items() if name != "labels"}
+        logits = getattr(outputs, "logits", None)
+        found = self.subnets.run(
+            model or self.trained, inputs, positions, (global_step, self._place[1] - 1), share, logits
+        )
+        return found.detach().requires_grad_()

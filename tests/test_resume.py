@@ -1,0 +1,59 @@
+"""A training that is killed goes on from its last whole checkpoint, to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
+
+TRIALS = 20
+
+
+def test_a_killed_training_ends_bit_equal_to_one_that_was_not(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("resume_trials.py")
+    command = [sys.executable, str(script), str(tmp_path), str(TRIALS)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["trials"]) == TRIALS
+    assert {trial["digest"] for trial in found["trials"]} == {found["expected"]}
+    assert len({trial["step"] for trial in found["trials"]}) > 2  # killed early and late
+
+
+def checkpoint(directory: Path, step: int, state: str | None) -> Path:
+    path = directory / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+    return path
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path) is None
+    whole = checkpoint(tmp_path, 9, '{"global_step": 9}')
+    checkpoint(tmp_path, 10, None)
+    checkpoint(tmp_path, 11, '{"global_st')
+    checkpoint(tmp_path, 12, '{"global_step": 3}')
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == whole
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
+    settings = {"model": "abc", "space": "4x1", "learning_rate": 0.1, "adapter": {"r": 4}}
+    require_same_training(tmp_path / "run", settings)
+    require_same_training(tmp_path / "run", settings)
+    with pytest.raises(ArtifactError, match="its space is 4x1, here it is 3x1"):
+        require_same_training(tmp_path / "run", settings | {"space": "3x1"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="holds no checkpoints of this training"):
+        require_same_training(tmp_path / "other", settings)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]

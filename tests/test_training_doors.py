@@ -1,0 +1,175 @@
+"""Three doors to one training: the Trainer, a recipe in `oneshot`, and a session that another Trainer drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from safetensors.torch import load_file
+from test_modifiers import save_base
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+import amoeba_plugin  # noqa: F401  # registers the modifiers
+from amoeba_plugin.batching import PaddingCollator
+from amoeba_plugin.checkpoint import load_elastic
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArtifactError, RecipeError
+from amoeba_plugin.modifiers import (
+    OneForAllDistillationModifier,
+    TrainingEventsCallback,
+    TrainingEventsMixin,
+    begin_session,
+)
+from amoeba_plugin.strategy import SubnetStrategy
+from amoeba_plugin.training import OneForAllTrainer, train_one_for_all
+
+TinyModel = Callable[..., PreTrainedModel]
+STEPS = 3
+TRAIN = {
+    "adapter": {"r": 2, "num_experts": 3}, "max_steps": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2,
+    "learning_rate": 0.01, "num_random": 1,
+}  # fmt: skip
+
+
+class SessionTrainer(TrainingEventsMixin, Trainer):
+    """A Trainer in a session of llm-compressor."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_session() -> Iterator[None]:
+    reset_session()
+    yield
+    reset_session()
+
+
+@pytest.fixture
+def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    return save_base(tiny_model("llama"), tmp_path / "base")
+
+
+def rows() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(3))
+    labels = tokens.clone()
+    labels[:, :4] = -100
+    ones = torch.ones(12, dtype=torch.int64)
+    return [
+        {"input_ids": row, "attention_mask": ones, "labels": label} for row, label in zip(tokens, labels, strict=True)
+    ]
+
+
+def recipe(elastic: Path, **fields: Any) -> str:
+    select = {"DepthShrinkingModifier": {"min_depth": 2}}, {"WidthShrinkingModifier": {"widths": ["1", "1/2"]}}
+    train = {"OneForAllDistillationModifier": TRAIN | fields | {"elastic_dir": str(elastic)}}
+    stages = {f"s{i}_stage": {f"g{i}_modifiers": group} for i, group in enumerate((*select, train))}
+    return yaml.safe_dump(stages, sort_keys=False)
+
+
+def run_recipe(base: Path, text: str) -> None:
+    loader = DataLoader(rows(), batch_size=4)
+    oneshot(model=str(base), recipe=text, dataset=loader, num_calibration_samples=8, max_seq_length=12)
+
+
+def adapter_of(elastic: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(elastic / "adapter/adapter_model.safetensors")
+    return found
+
+
+def arguments_of(modifier: OneForAllDistillationModifier, directory: Path) -> TrainingArguments:
+    arguments = modifier._arguments(directory)
+    arguments.disable_tqdm = True
+    return arguments
+
+
+@pytest.mark.parametrize("adapter", [TRAIN["adapter"], {"type": "lora", "r": 2}])
+def test_three_doors_give_the_same_weights(base: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
+    run_recipe(base, recipe(tmp_path / "recipe", adapter=adapter))
+    by_recipe = adapter_of(tmp_path / "recipe")
+
+    modifier = OneForAllDistillationModifier(**TRAIN | {"adapter": adapter})
+    strategy = SubnetStrategy.load(tmp_path / "recipe")
+    elastic = ElasticModel(AutoModelForCausalLM.from_pretrained(base), strategy)
+    torch.manual_seed(modifier.seed)
+    peft_model = modifier.attach(elastic)
+    assert peft_model is not None
+    arguments = arguments_of(modifier, tmp_path / "scratch")
+    train_one_for_all(elastic, peft_model, rows(), modifier.options(), arguments)
+    peft_model.save_pretrained(str(tmp_path / "trainer/adapter"))
+    by_trainer = adapter_of(tmp_path / "trainer")
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    text = recipe(tmp_path / "session", adapter=adapter)
+    trained = begin_session(text, model, DataLoader(rows(), batch_size=4), rows())
+    SessionTrainer(
+        model=trained, args=arguments_of(modifier, tmp_path / "scratch"), train_dataset=rows(),
+        data_collator=PaddingCollator(), callbacks=[TrainingEventsCallback()],
+    ).train()  # fmt: skip
+    by_session = adapter_of(tmp_path / "session")
+
+    assert by_recipe.keys() == by_trainer.keys() == by_session.keys()
+    assert any(bool(value.any()) for name, value in by_recipe.items() if "B" in name)
+    for name, value in by_recipe.items():
+        assert torch.equal(by_trainer[name], value)
+        # the session's Trainer has the largest subnet's logits at all positions: products of another size
+        torch.testing.assert_close(by_session[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [{"type": "lora", "r": 2}, "none"])
+def test_other_adapters_train_and_extract_in_a_recipe(base: Path, tmp_path: Path, adapter: Any) -> None:
+    text = recipe(tmp_path / "elastic", adapter=adapter)
+    text += yaml.safe_dump({"x_stage": {"x_modifiers": {"SubnetExtractionModifier": {"shape": "3x1/2"}}}})
+    subnet = oneshot(
+        model=str(base), recipe=text, dataset=DataLoader(rows(), batch_size=4), num_calibration_samples=8,
+        max_seq_length=12,
+    )  # fmt: skip
+    elastic, peft_model = load_elastic(tmp_path / "elastic")
+    assert (peft_model is None) == (adapter == "none")
+    tokens = torch.arange(10)[None]
+    with elastic.active("3x1/2") as model, torch.no_grad():
+        torch.testing.assert_close(subnet(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_recipe_goes_on_where_it_was(base: Path, tmp_path: Path) -> None:
+    run_recipe(base, recipe(tmp_path / "whole"))
+    fields = {"checkpoint_dir": str(tmp_path / "checkpoints"), "save_steps": 1}
+    steps = []
+    original = OneForAllTrainer.training_step
+
+    def step(self: OneForAllTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        steps.append(self.state.global_step)
+        if len(steps) == 5:  # two micro-batches each: in the third step
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with mock.patch.object(OneForAllTrainer, "training_step", step):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(base, recipe(tmp_path / "resumed", **fields))
+        reset_session()
+        run_recipe(base, recipe(tmp_path / "resumed", **fields))
+    assert steps == [0, 0, 1, 1, 2, 2, 2]
+    expected, found = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "resumed")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    reset_session()
+    with pytest.raises(ArtifactError, match="its learning_rate is 0.01, here it is 0.5"):
+        run_recipe(base, recipe(tmp_path / "resumed", learning_rate=0.5, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_largest": False, "adapter": "none"}, "train_largest: false wants SMOL"),
+        ({"train_largest": False, "adapter": {"type": "lora"}}, "train_largest: false wants SMOL"),
+        ({"adapter": {"type": "lora", "num_experts": 3}}, "adapter.num_experts is SMOL's"),
+    ],
+)
+def test_what_an_adapter_cannot_do_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        OneForAllDistillationModifier(**fields)
