@@ -1,0 +1,213 @@
+"""One step in its details: packing, sampling from a list, when distillation ends, what is logged, what stops it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from elastic_models import random_elastic, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import TrainingArguments
+
+from amoeba_plugin.batching import PaddingCollator
+from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingError
+from amoeba_plugin.sampling import SandwichSampler
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.subnet_step import StepHost, SubnetStep
+from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+
+IGNORED = -100
+PAPER = OneForAllOptions()
+
+
+def make_step(elastic: ElasticModel, **options: Any) -> SubnetStep:
+    return SubnetStep(elastic.model, elastic, OneForAllOptions(**options), 0, StepHost())
+
+
+def run(step: SubnetStep, batch: dict[str, Tensor], place: tuple[int, int] = (0, 0)) -> dict[str, Tensor]:
+    """Gradients of one micro-batch."""
+    model = step.elastic.model
+    model.zero_grad()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    step.run(model, inputs, step.positions(batch), place, 1.0)
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def make_batch(seed: int = 0, length: int = 10) -> dict[str, Tensor]:
+    tokens = torch.randint(61, (2, length), generator=torch.Generator().manual_seed(seed))
+    labels = tokens.clone()
+    labels[:, :4] = IGNORED
+    return {"input_ids": tokens, "labels": labels}
+
+
+def train(directory: Path, elastic: ElasticModel, options: OneForAllOptions = PAPER, **fields: Any) -> None:
+    defaults = {
+        "output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 4,
+        "save_strategy": "no", "per_device_train_batch_size": 2, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    batch = make_batch()
+    rows = [{"input_ids": i, "labels": label} for i, label in zip(batch["input_ids"], batch["labels"], strict=True)] * 8
+    train_one_for_all(elastic, elastic.model, rows, options, TrainingArguments(**defaults | fields))
+
+
+# Packing and padding
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(2, 7), min_size=2, max_size=3), st.booleans(), st.sampled_from([0.4, 1.0]))
+def test_packed_rows_learn_what_padded_rows_learn(lengths: list[int], all_tokens: bool, kd_weight: float) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    rows = []
+    for length in lengths:
+        tokens = torch.randint(61, (length,), generator=generator)
+        labels = torch.where(torch.rand(length, generator=generator) < 0.7, tokens, IGNORED)
+        labels[0], labels[-1] = IGNORED, tokens[-1]  # nothing predicts a document's first token
+        rows.append({"input_ids": tokens, "labels": labels})
+    packed = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0]}
+    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    elastic = random_elastic(tiny_llama())
+    step = make_step(elastic, kd_weight=kd_weight, num_random=0)
+    torch.testing.assert_close(run(step, packed), run(step, PaddingCollator()(rows)), rtol=1e-3, atol=1e-5)
+
+
+# Sampling
+
+
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=5, unique=True), st.integers(0, 4), st.integers(0, 50))
+def test_random_shapes_come_from_the_list_and_the_ends_always(chosen: list[int], num_random: int, step: int) -> None:
+    space = ShapeSpace((12, 11, 10, 8), tuple(SubnetShape.parse(f"1x{text}").width for text in ("1", "7/8", "3/4")))
+    listed = tuple(list(space)[index] for index in chosen)
+    shapes = SandwichSampler(space, num_random, 7, listed).shapes(step)
+    assert (shapes[0], shapes[-1], len(shapes)) == (space.largest, space.smallest, num_random + 2)
+    assert set(shapes[1:-1]) <= set(listed)
+    if len(listed) >= num_random:
+        assert len(set(shapes[1:-1])) == num_random
+
+
+def test_a_listed_shape_outside_the_space_is_refused() -> None:
+    with pytest.raises(ShapeError, match="5x1"):
+        make_step(random_elastic(tiny_llama()), sampled_shapes=("3x1/2", "5x1"))
+
+
+# Objective
+
+
+def test_after_distill_steps_all_learn_from_the_labels() -> None:
+    elastic, batch = random_elastic(tiny_llama()), make_batch()
+    step = make_step(elastic, distill_steps=3, loss_balancing=False, num_random=0)
+    assert not torch.allclose(*(run(step, batch, (at, 0))["lm_head.weight"] for at in (2, 3)))
+    found = run(step, batch, (3, 0))
+    elastic.model.zero_grad()
+    for shape in (elastic.space.largest, elastic.space.smallest):
+        with elastic.active(shape) as model:
+            model(**batch).loss.backward()
+    expected = {name: value.grad for name, value in elastic.model.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_conflict_is_the_cosine_of_gradients_taken_one_by_one() -> None:
+    elastic, batch = random_elastic(tiny_llama()), make_batch()
+    step = make_step(elastic, conflict_every=2, loss_balancing=False, num_random=0, distill_steps=0)
+    run(step, batch, (1, 0))
+    assert not [name for name in step.means.flush()[1] if name.startswith("conflict")]
+    run(step, batch, (2, 0))
+    (name,) = (cosines := {k: v for k, v in step.means.flush()[1].items() if k.startswith("conflict")})
+    assert name == "conflict/4x1~2x1/2"
+    flat = []
+    for shape in (elastic.space.largest, elastic.space.smallest):
+        elastic.model.zero_grad()
+        with elastic.active(shape) as model:
+            model(**batch).loss.backward()
+        flat.append(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in everything(elastic)])
+        )
+    assert cosines[name] == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)), abs=1e-5)
+
+
+def everything(elastic: ElasticModel) -> list[torch.nn.Parameter]:
+    with elastic.active(elastic.space.largest) as model:
+        return list(model.parameters())
+
+
+def test_the_entropy_of_the_router_is_logged(tmp_path: Path) -> None:
+    elastic = random_elastic(tiny_llama())
+    model = attach_smol(elastic, SmolConfig(r=2, num_experts=3, top_k=3, target_modules=["q_proj"]))
+    batch = make_batch()
+    rows = [{"input_ids": i, "labels": label} for i, label in zip(batch["input_ids"], batch["labels"], strict=True)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no",
+        logging_steps=1, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = OneForAllTrainer(
+        model, elastic, OneForAllOptions(), args=arguments, train_dataset=rows, data_collator=PaddingCollator()
+    )
+    assert trainer.args is not arguments
+    assert arguments.ddp_find_unused_parameters is None
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    weights = [log[f"router/2x1/2/expert_{index}"] for index in range(3)]
+    expected = -sum(weight * math.log(weight) for weight in weights)
+    assert log["router/2x1/2/entropy"] == pytest.approx(expected, abs=1e-5)
+
+
+# What stops a training
+
+
+def test_a_ratio_that_explodes_stops(tmp_path: Path) -> None:
+    elastic = random_elastic(tiny_llama())
+    options = OneForAllOptions(max_balance_ratio=math.inf)
+    nothing = mock.patch(
+        "amoeba_plugin.subnet_step.distilled_rows", return_value=lambda logits, place: logits.sum(-1) * 0
+    )
+    with nothing, pytest.raises(TrainingError, match="balancing ratio of subnet .* is inf"):
+        train(tmp_path, elastic, options)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path) -> None:
+    elastic = random_elastic(tiny_llama())
+    elastic.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: value.detach().clone() for name, value in elastic.model.named_parameters()}
+    with pytest.raises(TrainingError, match="gradient at step 0 is not finite"):
+        train(tmp_path, elastic)
+    assert all(torch.equal(value, before[name]) for name, value in elastic.model.named_parameters())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path: Path, error: Exception) -> None:
+    original = OneForAllTrainer._save_optimizer_and_scheduler
+
+    def full(self: OneForAllTrainer, directory: str) -> None:
+        if directory.endswith("-2"):
+            raise error
+        original(self, directory)
+
+    with (
+        mock.patch.object(OneForAllTrainer, "_save_optimizer_and_scheduler", full),
+        pytest.raises(TrainingError, match="checkpoint-2 cannot be written .*go on from .*checkpoint-1"),
+    ):
+        train(tmp_path, random_elastic(tiny_llama()), save_strategy="steps", save_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_labels_that_do_not_align_are_refused() -> None:
+    step = make_step(random_elastic(tiny_llama()))
+    batch = make_batch()
+    with pytest.raises(DataError, match=r"input_ids \(2, 10\) and labels \(2, 9\)"):
+        step.positions(batch | {"labels": batch["labels"][:, 1:]})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"distill_steps": -1}, "distill_steps -1"), ({"conflict_every": -1}, "conflict_every -1")]
+)
+def test_options_out_of_range_are_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        OneForAllOptions(**fields)
