@@ -120,7 +120,7 @@ def save_elastic(
         if trained_base:
             with elastic.active(elastic.space.largest) as model:  # a host's override of save_pretrained compresses
                 PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY)
-            _copy_tokenizer(base, partial / BASE_DIRECTORY)
+            copy_tokenizer(base, partial / BASE_DIRECTORY)
         if peft_model is not None:
             with elastic.active(elastic.space.largest):
                 peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY))
