@@ -231,8 +231,9 @@ class SubnetStep:
             return self.host.dtype
         head = self._inner.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        usable = isinstance(weight, Tensor) and weight.is_floating_point()
-        dtype: torch.dtype = weight.dtype if usable else self._inner.dtype
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight.dtype
+        dtype: torch.dtype = self._inner.dtype
         return dtype
 
     def _require_finite(
