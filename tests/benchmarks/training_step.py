@@ -1,9 +1,10 @@
 """Seconds and peak memory of one one-for-all step, against a plain implementation of the same step.
 
 Plain is how the reference code does it: every subnet at full size with 0/1 masks on the channels it lacks, logits at
-every position, fp32 softmax over all of them. Model, data, shapes and gradients are the same (the largest difference of
-gradients is printed; above fp32 rounding the script fails). Each variant runs in processes of its own: the peak of resident memory is that variant's own, on
-a GPU that of its allocations. The first step is not timed. Prints one JSON object::
+every position, fp32 softmax over all of them. Model, data, shapes and gradients are the same: the largest difference of
+gradients is printed, and above fp32 rounding the script fails. Each variant runs in processes of its own: the peak of
+resident memory is that variant's own, on a GPU that of its allocations. The first step is not timed. Prints one JSON
+object::
 
     python tests/benchmarks/training_step.py --layers 8 --hidden 256 --vocabulary 32000
 """
