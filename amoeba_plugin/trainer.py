@@ -207,8 +207,7 @@ class _FiniteGradients(TrainerCallback):
         if self._trainer.accelerator.scaler is not None or model is None:  # fp16: the scaler skips such steps
             return
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
-        norm = torch.stack([value.norm() for value in torch._foreach_norm(gradients)]).sum() if gradients else None
-        if norm is not None and not bool(norm.isfinite()):
+        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
             model.zero_grad()
             raise TrainingError(
                 f"the gradient at step {state.global_step} is not finite; no parameter was changed by this step, and "
