@@ -89,7 +89,10 @@ class SubnetStep:
         self._model, self._inner = model, inner
         self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
         self.chunked = has_plain_head(self._inner)
-        self.keeps_logits = "logits_to_keep" in signature(self._inner.forward).parameters
+        parameters = signature(self._inner.forward).parameters
+        self.keeps_logits = "logits_to_keep" in parameters
+        # A cache would hold all keys and values, and makes transformers see a packed row as one document.
+        self._without_cache = {"use_cache": False} if "use_cache" in parameters else {}
 
     def positions(self, inputs: Mapping[str, Any]) -> Positions:
         """Return where a micro-batch has losses.
@@ -136,6 +139,7 @@ class SubnetStep:
             TrainingError: If a loss or a balancing ratio is not finite; the gradients are cleared, the parameters
                 untouched.
         """
+        inputs = self._without_cache | dict(inputs)
         for router in self._routers:
             router.generator.manual_seed(step_seed(self.seed, *place))
         shapes = self.sampler.shapes(*place)
