@@ -67,7 +67,11 @@ def rows() -> list[dict[str, Tensor]]:
 
 
 def recipe(elastic: Path, **fields: Any) -> str:
-    select = {"DepthShrinkingModifier": {"min_depth": 2}}, {"WidthShrinkingModifier": {"widths": ["1", "1/2"]}}
+    kept = {4: [0, 1, 2, 3], 3: [0, 2, 3], 2: [1, 3]}  # nothing is searched
+    select = (
+        {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}},
+        {"WidthShrinkingModifier": {"widths": ["1", "1/2"]}},
+    )
     train = {"OneForAllDistillationModifier": TRAIN | fields | {"elastic_dir": str(elastic)}}
     stages = {f"s{i}_stage": {f"g{i}_modifiers": group} for i, group in enumerate((*select, train))}
     return yaml.safe_dump(stages, sort_keys=False)
