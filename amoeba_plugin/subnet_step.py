@@ -112,6 +112,18 @@ class SubnetStep:
             )
         return target_positions(labels, inputs.get("attention_mask"), self.options.distill_all_tokens)
 
+    def begin(self, place: tuple[int, int]) -> None:
+        """Activate the largest shape, with the routers' noise of this micro-batch.
+
+        :meth:`run` does it itself, unless the largest subnet's forward has been run by somebody else: after this.
+
+        Args:
+            place: Optimizer steps done so far, and micro-batches of the current one.
+        """
+        for router in self._routers:
+            router.generator.manual_seed(step_seed(self.seed, *place))
+        self.elastic.set_shape(self.elastic.space.largest)
+
     def run(
         self,
         model: nn.Module,
@@ -130,7 +142,8 @@ class SubnetStep:
             positions: Where it has losses.
             place: Optimizer steps done so far, and micro-batches of the current one.
             share: The micro-batch's part of the optimizer step: the weight of its mean losses.
-            largest_logits: (batch, length, vocabulary) of the largest subnet, where its forward has been run already.
+            largest_logits: (batch, length, vocabulary) of the largest subnet, where its forward has been run already,
+                after :meth:`begin`.
 
         Returns:
             The largest subnet's next-token cross-entropy times ``share``: () fp32.
@@ -140,8 +153,8 @@ class SubnetStep:
                 untouched.
         """
         inputs = self._without_cache | dict(inputs)
-        for router in self._routers:
-            router.generator.manual_seed(step_seed(self.seed, *place))
+        if largest_logits is None:
+            self.begin(place)
         shapes = self.sampler.shapes(*place)
         every = self.options.conflict_every
         conflict = GradientConflict(model.parameters()) if every and place[0] % every == 0 and not place[1] else None
@@ -175,7 +188,8 @@ class SubnetStep:
         for index, shape in enumerate(shapes):
             learns = index > 0 or self.options.train_largest
             with self.host.synchronized(index == len(shapes) - 1), torch.set_grad_enabled(learns):
-                self.elastic.set_shape(shape)
+                if index > 0:
+                    self.elastic.set_shape(shape)
                 row_loss = self._row_loss(positions, teacher, step, is_largest=index == 0)
                 if index == 0 and largest_logits is not None:
                     loss = sum_over_rows(row_loss, _at(largest_logits, positions), positions.rows)

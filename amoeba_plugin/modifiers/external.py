@@ -27,11 +27,16 @@ class ExternalSteps:
     def __init__(self, subnets: SubnetStep, trained: PreTrainedModel | PeftModel) -> None:
         self.subnets, self.trained = subnets, trained
         self.batch_data: Mapping[str, Any] = {}
-        self._place = (-1, 0)
+        self._place = (-1, -1)
+
+    def begin(self, batch_data: Mapping[str, Any], global_step: int) -> None:
+        """Prepare for a micro-batch, before the loop's own forward of the largest subnet."""
+        step, seen = self._place
+        self.batch_data, self._place = batch_data, (global_step, seen + 1 if step == global_step else 0)
+        self.subnets.begin(self._place)
 
     def step(
         self,
-        global_step: int,
         loss: Tensor,
         outputs: Any = None,
         model: nn.Module | None = None,
@@ -43,7 +48,6 @@ class ExternalSteps:
         """Add up the gradients of all subnets; return the largest one's loss, () fp32, whose backward does nothing.
 
         Args:
-            global_step: Optimizer steps done so far.
             loss: The largest subnet's, as the loop computed it; used where a micro-batch has no target.
             outputs: Of the forward that gave ``loss``: its logits are the largest subnet's. None: it is run again.
             model: The model as wrapped for training. None: as it was given to the session.
@@ -52,8 +56,6 @@ class ExternalSteps:
             micro_batches: Of an optimizer step.
             kwargs: What other modifiers may want.
         """
-        step, seen = self._place
-        self._place = (global_step, seen + 1 if step == global_step else 1)
         positions = self.subnets.positions(self.batch_data)
         if positions.num_targets == 0:
             return loss.detach().nan_to_num().requires_grad_()
@@ -63,7 +65,5 @@ class ExternalSteps:
         self.subnets.host.backward = backward
         inputs = {name: value for name, value in self.batch_data.items() if name != "labels"}
         logits = getattr(outputs, "logits", None)
-        found = self.subnets.run(
-            model or self.trained, inputs, positions, (global_step, self._place[1] - 1), share, logits
-        )
+        found = self.subnets.run(model or self.trained, inputs, positions, self._place, share, logits)
         return found.detach().requires_grad_()

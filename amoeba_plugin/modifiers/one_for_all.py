@@ -206,9 +206,9 @@ class OneForAllDistillationModifier(Modifier):
         if self._external is None:
             return
         if event.type_ == EventType.BATCH_START:
-            self._external.batch_data = kwargs["batch_data"]
+            self._external.begin(kwargs["batch_data"], active_session().lifecycle.global_step)
         if event.type_ == EventType.LOSS_CALCULATED:
-            state.loss = self._external.step(active_session().lifecycle.global_step, **kwargs)
+            state.loss = self._external.step(**kwargs)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Write what an external trainer trained; leave nothing behind where the recipe ended early."""
