@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 
@@ -298,9 +298,10 @@ def _require_known_fields(kind: type[Any], fields: Mapping[str, Any], where: str
             raise RecipeError(
                 f"{where}: '{name}' is no field.{_hint(name, known)} Fields: {', '.join(_own_first(kind, known))}"
             )
-        annotation = known[name].annotation
-        if isinstance(value, Mapping) and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            _require_known_fields(annotation, value, f"{where}.{name}")
+        choices = get_args(known[name].annotation) or (known[name].annotation,)  # the parts of a union
+        models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
+        if isinstance(value, Mapping) and len(models) == 1:
+            _require_known_fields(models[0], value, f"{where}.{name}")
 
 
 def _own_first(kind: type[Any], known: Mapping[str, Any]) -> list[str]:
