@@ -151,7 +151,7 @@ class OneForAllDistillationModifier(Modifier):
     max_grad_norm: float = Field(default=0.3, ge=0)
     train_largest: bool = True
     num_random: int = Field(default=2, ge=0)
-    sampled_shapes: tuple[str, ...] = ()
+    sampled_shapes: list[str] = Field(default_factory=list)  # a tuple has no place in plain YAML
     loss: str = "soft_cross_entropy"
     temperature: float = Field(default=1.0, gt=0)
     kd_weight: float = Field(default=1.0, ge=0, le=1)
@@ -264,7 +264,8 @@ class OneForAllDistillationModifier(Modifier):
 
     def options(self) -> OneForAllOptions:
         """Return what this recipe asks of the step."""
-        return OneForAllOptions(**{each.name: getattr(self, each.name) for each in fields(OneForAllOptions)})
+        values = {each.name: getattr(self, each.name) for each in fields(OneForAllOptions)}
+        return OneForAllOptions(**values | {"sampled_shapes": tuple(self.sampled_shapes)})
 
     @contextmanager
     def _output_dir(self, elastic: ElasticModel) -> Iterator[Path]:
