@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,7 +268,7 @@ def load_batches(
     Raises:
         DataError: If the data set cannot be read, is empty or too short, or lacks the column.
     """
-    rows = _read_rows(dataset, split)
+    rows = read_rows(dataset, split)
     if len(rows) == 0:
         raise DataError(f"data set {dataset}, split {split}, is empty; name a split with rows")
     if min(num_samples, batch_size) < 1 or max_seq_length < 2:
@@ -286,11 +286,16 @@ def load_batches(
         logger.warning("data set %s gives %d samples where %d were asked for", dataset, len(chosen), num_samples)
     collate = PaddingCollator(tokenizer.pad_token_id or 0)
     return materialise(
-        _collated(chosen[start : start + batch_size], collate) for start in range(0, len(chosen), batch_size)
+        collated(chosen[start : start + batch_size], collate) for start in range(0, len(chosen), batch_size)
     )
 
 
-def _read_rows(dataset: str, split: str) -> Any:
+def read_rows(dataset: str, split: str) -> Any:
+    """Open one split of a data set, from disk, from a file or from the hub.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     # Imported here: selection on batches that a host hands over needs no data sets library.
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -391,8 +396,30 @@ def _text_blocks(
     return [{"input_ids": bos + block, "labels": [IGNORED] * len(bos) + block} for block in chosen]
 
 
-def _collated(rows: Sequence[Mapping[str, Any]], collate: PaddingCollator) -> Batch:
+def collated(rows: Sequence[Mapping[str, Any]], collate: PaddingCollator) -> Batch:
+    """Return rows of tokens as one batch, with their numeric columns."""
     sequences = [name for name in SEQUENCE_COLUMNS if name in rows[0]]
     batch = collate([{name: row[name] for name in sequences} for row in rows])
     scalars = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     return batch | {name: torch.tensor([row[name] for row in rows]) for name in scalars}
+
+
+def require_disjoint(selection: Sequence[Batch], reported: Sequence[Batch]) -> None:
+    """Refuse to report figures on rows that something was selected on.
+
+    Raises:
+        DataError: If a row of tokens, padding aside, is in both.
+    """
+    seen = set(_rows_of_tokens(selection))
+    shared = [row for row in _rows_of_tokens(reported) if row in seen]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of the rows to report on are among those that selection saw, so that the figure would "
+            "flatter it; report on another split, or on other rows of it"
+        )
+
+
+def _rows_of_tokens(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            yield tuple(ids[mask].tolist())

@@ -9,6 +9,7 @@ travels with the checkpoint, or, ``portable``, a stock class of the largest laye
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import group_key
+from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.elastic import ElasticLinear, ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.modeling_per_layer import PerLayerSizes
@@ -31,6 +33,8 @@ from amoeba_plugin.smol import SmolModel
 from amoeba_plugin.smol.export import LoraPair
 
 PER_LAYER_FILE = "modeling_per_layer.py"  # beside a checkpoint whose layers differ in size
+
+logger = logging.getLogger(__name__)
 
 
 def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = False) -> PreTrainedModel:
@@ -62,6 +66,10 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
         _fill_rest(subnet, elastic)
         if portable:
             _clear_padding(subnet, elastic, sizes)
+    groups = elastic.adapter.channel_groups(elastic.config)
+    require_sizes(elastic.adapter.layers(subnet), groups, [largest] * len(sizes) if portable else sizes)
+    if type(subnet) is not type(elastic.model):
+        logger.info("subnet %s is a %s, which computes the same and holds it", shape, type(subnet).__name__)
     subnet.tie_weights()
     subnet.generation_config = elastic.model.generation_config
     subnet.eval()

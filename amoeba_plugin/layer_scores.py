@@ -92,7 +92,7 @@ def scores_without(
     layers = len(adapter.layers(model))
     scores = []
     for removed in tqdm(range(layers), desc="layers left out", unit="layer", disable=not progress):
-        with _keeping(model, adapter, [index for index in range(layers) if index != removed]):
+        with keeping(model, adapter, [index for index in range(layers) if index != removed]):
             scores.append(objective.measure(model, batches))
     return scores
 
@@ -155,7 +155,8 @@ def _matrices(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[dict
 
 
 @contextmanager
-def _keeping(model: PreTrainedModel, adapter: ArchitectureAdapter, kept: Sequence[int]) -> Iterator[None]:
+def keeping(model: PreTrainedModel, adapter: ArchitectureAdapter, kept: Sequence[int]) -> Iterator[None]:
+    """Run a block with some of the layers; all are back afterwards, after an exception too."""
     layers, config = tuple(adapter.layers(model)), copy_config(model.config)
     try:
         adapter.set_layers(model, [layers[index] for index in kept], kept, config)

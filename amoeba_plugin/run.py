@@ -113,7 +113,7 @@ def calibration_batches(
         seed=options.seed,
     )
     depth = recipe.find(DepthShrinkingModifier)
-    if depth is not None and depth.kept_layers is None:
+    if depth is not None and depth.kept_layers is None and depth.questions is None:
         objective_named(depth.objective).check(batches)
     return batches
 

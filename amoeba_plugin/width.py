@@ -17,11 +17,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.calibration import ActivationStats
-from amoeba_plugin.errors import DataError, RecipeError
+from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
 from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.strategy import WidthStrategy
 
@@ -110,6 +110,8 @@ def rank_widths(
             logger.warning(
                 "widths %s and %s keep the same units: rounding leaves no size between them", wider, narrower
             )
+    if bias_compensation:
+        _tell_where_biases_go(model.config, adapter, units[shares[-1]])
     return WidthStrategy(
         units,
         {each.key: each.order.cpu() for each in ranked},
@@ -361,6 +363,16 @@ def _require_widths(widths: Sequence[Fraction]) -> list[Fraction]:
             f"widths {', '.join(outside)} are impossible: a share of channels lies in (0, 1]; write 1, 7/8 or 0.75"
         )
     return sorted({Fraction(width) for width in widths}, reverse=True)
+
+
+def _tell_where_biases_go(config: PretrainedConfig, adapter: ArchitectureAdapter, units: Mapping[str, int]) -> None:
+    sizes = {group.name: units[group_key(0, group)] for group in adapter.channel_groups(config)}
+    try:
+        carrier = adapter.subnet_config(config, range(config.num_hidden_layers), sizes, frozenset(sizes))
+    except ArchitectureError as error:
+        logger.warning("biases that compensate for channels serve elastic use only, and extraction refuses: %s", error)
+    else:
+        logger.info("biases that compensate for channels are saved in the class of model type %s", carrier.model_type)
 
 
 def _require_anchors(anchors: Collection[int], layers: int) -> None:

@@ -387,3 +387,24 @@ def test_widths_that_rounding_makes_one_are_told(rank: Any, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         rank(round_to={"mlp": 64}, widths=[Fraction(1), Fraction(7, 8)])
     assert "widths 1 and 7/8 keep the same units" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "level", "message"),
+    [
+        ("llama", "INFO", "biases that compensate for channels are saved in the class of model type seed_oss"),
+        ("qwen2", "INFO", "are saved in the class of model type seed_oss"),
+        ("qwen3", "WARNING", "serve elastic use only, and extraction refuses: bias compensation on qwen3"),
+    ],
+)
+def test_where_compensating_biases_go_is_told(
+    rank: Any, caplog: pytest.LogCaptureFixture, model_type: str, level: str, message: str
+) -> None:
+    with caplog.at_level(logging.INFO):
+        rank(model_type, bias_compensation=True)
+    (record,) = [record for record in caplog.records if "biases that compensate" in record.message]
+    assert record.levelname == level
+    assert message in record.message
+    caplog.clear()
+    rank(model_type)
+    assert "biases" not in caplog.text

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.calibration import Batch, materialise, require_disjoint
 from amoeba_plugin.checkpoint import load_elastic
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
@@ -157,10 +157,13 @@ def demo_data(tokenizer: PreTrainedTokenizerBase, schedule: Schedule, seed: int)
     held_out_files = part_files("held_out")
     held_out = token_blocks(held_out_files, tokenizer, BLOCK_SIZE).shuffle(seed=seed)
     selected = schedule.calibration_blocks + schedule.training_blocks
+    calibration = _batches(train.select(range(schedule.calibration_blocks)))
+    reported = _batches(held_out.select(range(schedule.held_out_blocks)))
+    require_disjoint(calibration, reported)
     return DemoData(
-        calibration=_batches(train.select(range(schedule.calibration_blocks))),
+        calibration=calibration,
         training=train.select(range(schedule.calibration_blocks, min(selected, len(train)))),
-        held_out=_batches(held_out.select(range(schedule.held_out_blocks))),
+        held_out=reported,
         questions=multiple_choice(held_out_files, tokenizer, schedule.questions, seed),
     )
 

@@ -2,7 +2,7 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
-from amoeba_plugin.modifiers.depth import DepthShrinkingModifier
+from amoeba_plugin.modifiers.depth import DepthShrinkingModifier, QuestionOptions
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
 from amoeba_plugin.modifiers.one_for_all import AdapterOptions, OneForAllDistillationModifier
 from amoeba_plugin.modifiers.session_training import TrainingEventsCallback, TrainingEventsMixin, begin_session
@@ -12,6 +12,7 @@ __all__ = [
     "AdapterOptions",
     "DepthShrinkingModifier",
     "OneForAllDistillationModifier",
+    "QuestionOptions",
     "SubnetExtractionModifier",
     "TrainingEventsCallback",
     "TrainingEventsMixin",

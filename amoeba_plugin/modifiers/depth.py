@@ -2,18 +2,94 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from amoeba_plugin.calibration import Batch, require_disjoint
 from amoeba_plugin.depth_selectors import DepthTask
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.layer_scores import keeping
 from amoeba_plugin.modifiers.order import require_session_order
-from amoeba_plugin.modifiers.selection import on_main_device, selection_for
+from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
 from amoeba_plugin.plugins import depth_selector_named, objective_named
+from amoeba_plugin.questions import QuestionColumns, load_questions
 from amoeba_plugin.strategy import DepthStrategy
+
+logger = logging.getLogger(__name__)
+
+
+class QuestionOptions(BaseModel):
+    """A multiple-choice data set for the objective ``accuracy``; see :mod:`amoeba_plugin.questions`.
+
+    Attributes:
+        dataset: A directory, a file or a hub id. No default.
+        split: Split that selection sees. Default ``validation``.
+        report_split: Another split: the accuracy of every depth found is measured on it, logged, and noted in the
+            provenance. Default: none is measured.
+        num_questions: Questions drawn of each split, evenly over subjects. Default 320 (reference code).
+        question_column: Text of the question. Default ``question``.
+        choices_column: List of texts, or a mapping with ``text`` and ``label``. Default ``choices``.
+        answer_column: Index, letter, label or text of the true choice. Default ``answer``.
+        subject_column: What questions are stratified by, where there is one. Default ``subject``.
+        letters: List the choices with letters and ask for the letter, as MMLU does; else for the text. Default true.
+        shots: Answered questions in front of each. Default 0; the paper has 5.
+        shots_split: Split they come from, another than the others. Default ``dev``.
+        max_seq_length: Tokens; a longer question loses shots first. Default 2048.
+        batch_size: Choices per batch. Default 8.
+        seed: Of the draw. Default 42.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str
+    split: str = "validation"
+    report_split: str | None = None
+    num_questions: int = Field(default=320, ge=1)
+    question_column: str = "question"
+    choices_column: str = "choices"
+    answer_column: str = "answer"
+    subject_column: str = "subject"
+    letters: bool = True
+    shots: int = Field(default=0, ge=0)
+    shots_split: str = "dev"
+    max_seq_length: int = Field(default=2048, ge=2)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> QuestionOptions:
+        if self.report_split == self.split:
+            raise RecipeError(
+                f"questions: selection and report both use split '{self.split}', so that the figure would flatter the "
+                "selection; name two splits, such as validation and test"
+            )
+        if self.shots and self.shots_split in (self.split, self.report_split):
+            raise RecipeError(
+                f"questions: the shots come from split '{self.shots_split}', whose questions are asked too; name "
+                "another shots_split, such as dev or train"
+            )
+        return self
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Batch]:
+        """Return the batches of one split."""
+        return load_questions(
+            self.dataset,
+            tokenizer,
+            split=split,
+            num_questions=self.num_questions,
+            seed=self.seed,
+            columns=QuestionColumns(self.question_column, self.choices_column, self.answer_column, self.subject_column),
+            letters=self.letters,
+            shots=self.shots,
+            shots_split=self.shots_split,
+            max_seq_length=self.max_seq_length,
+            batch_size=self.batch_size,
+        )
 
 
 class DepthShrinkingModifier(Modifier):
@@ -41,6 +117,8 @@ class DepthShrinkingModifier(Modifier):
             the CPU; the rest is held in files. Default 4.
         resume_dir: With ``dynamic_program``: a directory that keeps every score, so that a killed search goes on where
             it was. Default ``None``.
+        questions: With ``accuracy``: questions to select on, in place of the calibration data; see
+            :class:`QuestionOptions`. Default: the calibration data holds them.
         max_batches: Calibration batches used, ``None`` for all. Default ``None``.
         kept_layers: Per depth, the layers to keep. Given: nothing is searched. Else filled in by the search, so that
             the recipe written beside a checkpoint repeats its selection.
@@ -54,6 +132,7 @@ class DepthShrinkingModifier(Modifier):
     exchanges: int = Field(default=0, ge=0)
     cache_gib: float = Field(default=4.0, gt=0)
     resume_dir: str | None = None
+    questions: QuestionOptions | None = None
     max_batches: int | None = Field(default=None, ge=1)
     kept_layers: dict[str, list[int]] | None = None
 
@@ -68,6 +147,12 @@ class DepthShrinkingModifier(Modifier):
     def _selector_exists(cls, name: str) -> str:
         depth_selector_named(name)
         return name
+
+    @model_validator(mode="after")
+    def _questions_want_accuracy(self) -> DepthShrinkingModifier:
+        if self.questions is not None and self.objective != "accuracy":
+            raise RecipeError(f"questions mean nothing to objective {self.objective}; take objective: accuracy")
+        return self
 
     @model_validator(mode="after")
     def _options_belong_to_the_selector(self) -> DepthShrinkingModifier:
@@ -86,20 +171,47 @@ class DepthShrinkingModifier(Modifier):
         selection = selection_for(state)
         if self.kept_layers is None:
             with on_main_device(state.model), selection.timed("depth search"):
+                batches, reported = self._data(selection, str(state.model.config.name_or_path))
                 selector = depth_selector_named(self.selector)
                 selection.depth = selector.select(
                     DepthTask(
                         state.model,
                         selection.adapter,
                         objective_named(self.objective),
-                        selection.batches[: self.max_batches],
+                        batches[: self.max_batches],
                         min_depth=self.min_depth,
                         keep_last=self.keep_last,
                         options={name: getattr(self, name) for name in selector.options},
                     )
                 )
+                if reported:
+                    self._report(selection, state.model, selection.depth, reported)
             self.kept_layers = {str(depth): list(kept) for depth, kept in selection.depth.kept.items()}
         else:
             layers = len(selection.adapter.layers(state.model))
             selection.depth = DepthStrategy.given(self.kept_layers, layers, self.objective)
         return True
+
+    def _data(self, selection: Selection, model_name: str) -> tuple[list[Batch], list[Batch]]:
+        """Return the batches to select on and those to report on."""
+        if self.questions is None:
+            return selection.batches, []
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        batches = self.questions.load(tokenizer, self.questions.split)
+        if self.questions.report_split is None:
+            return batches, []
+        reported = self.questions.load(tokenizer, self.questions.report_split)
+        require_disjoint(batches, reported)
+        return batches, reported
+
+    def _report(
+        self, selection: Selection, model: PreTrainedModel, depths: DepthStrategy, reported: list[Batch]
+    ) -> None:
+        assert self.questions is not None
+        accuracy = {}
+        for depth, kept in depths.kept.items():
+            with keeping(model, selection.adapter, kept):
+                accuracy[str(depth)] = objective_named("accuracy").measure(model, reported).value
+            logger.info("depth %d answers %.1f %% of split %s right", depth, 100 * accuracy[str(depth)],
+                        self.questions.report_split)  # fmt: skip
+        selection.provenance["accuracy"] = {"split": self.questions.report_split, "by depth": accuracy}
