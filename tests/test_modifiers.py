@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate import disk_offload
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from llmcompressor import oneshot
 from llmcompressor.core import State, active_session, reset_session
 from llmcompressor.modifiers import ModifierFactory
@@ -19,7 +19,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.recipe import Recipe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.checkpoint import load_elastic
@@ -34,6 +34,8 @@ from amoeba_plugin.modifiers import (
 )
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.selection import on_main_device
+from amoeba_plugin.objectives import MultipleChoiceAccuracy
+from amoeba_plugin.questions import load_questions
 
 TinyModel = Callable[..., PreTrainedModel]
 
@@ -242,6 +244,30 @@ def test_taylor_and_anchors_in_a_recipe_that_names_the_layers_it_found(
     assert strategy.importance == "taylor"
     neurons = [units[1][f"{layer}.mlp"] for layer in range(4)]
     assert neurons == [128 if layer == anchor else 43 for layer in range(4)]  # (4/2 - 1)/3 of 128
+
+
+def test_questions_of_one_split_select_and_those_of_another_are_reported(
+    base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": f"w{i} w{i + 3}", "choices": [f"w{i + 1}", f"w{i + 2} w5"], "answer": i % 2} for i in range(20, 44)
+    ]
+    splits = {"validation": Dataset.from_list(rows[:12]), "test": Dataset.from_list(rows[12:])}
+    DatasetDict(splits).save_to_disk(tmp_path / "questions")
+    questions = {"dataset": str(tmp_path / "questions"), "report_split": "test", "letters": False}
+    depth = {"min_depth": 3, "objective": "accuracy", "questions": questions | {"num_questions": 12}}
+    train = {"OneForAllDistillationModifier": {"max_steps": 0, "elastic_dir": str(tmp_path / "elastic")}}
+    run(base, recipe({"DepthShrinkingModifier": depth}, train), data)
+    elastic, _ = load_elastic(tmp_path / "elastic")
+    noted = elastic.strategy.provenance["accuracy"]
+    assert noted["split"] == "test"
+    batches = load_questions(
+        str(tmp_path / "questions"), AutoTokenizer.from_pretrained(base), split="test", num_questions=12, seed=42,
+        letters=False,
+    )  # fmt: skip
+    for depth_kept, accuracy in noted["by depth"].items():
+        with elastic.active(f"{depth_kept}x1") as model:
+            assert MultipleChoiceAccuracy().measure(model, batches).value == accuracy
 
 
 def test_registering_twice_changes_nothing() -> None:
