@@ -51,6 +51,8 @@ class AdapterOptions(BaseModel):
         combination: ``factors`` (reference code) or ``outputs`` (the paper's figure). Default ``factors``.
         target_modules: Names of the linears that get an adapter. Default: all linears of every decoder layer.
         router_noise: Noise on the router's logits in training. Default true (reference code).
+        router_init: ``random`` (reference code), or ``widths``: every width starts with experts of its own, so that wide
+            and narrow subnets disturb each other less. Default ``random``.
         router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner.
             Default 1.
         router_load_balancing: Weight of the loss that makes the shapes use all experts. Default 0, off (reference
@@ -68,6 +70,7 @@ class AdapterOptions(BaseModel):
     combination: Literal["factors", "outputs"] = "factors"
     target_modules: list[str] | None = None
     router_noise: bool = True
+    router_init: Literal["random", "widths"] = "random"
     router_temperature: float = Field(default=1.0, gt=0)
     router_load_balancing: float = Field(default=0.0, ge=0)
 

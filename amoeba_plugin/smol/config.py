@@ -43,6 +43,9 @@ class SmolConfig(PeftConfig):
         router_noise: Noisy top-k: add noise to the router's logits, in training only.
         router_hidden: Width of the router's hidden layer.
         router_seed: Seed of the router's own noise generator.
+        router_init: Where the router starts: "random" (the reference), all shapes at nearly the same mixture, or
+            "widths", experts dealt to the widths in turn, so that wide and narrow subnets do not disturb each other from
+            the first step. Either learns from there.
         router_temperature: Divides the k chosen logits before the softmax.
         router_load_balancing: Weight of the term that keeps the shapes from sharing the same few experts, see
             :meth:`SmolModel.load_balancing_loss`; 0: none, as in the reference. Off, because the few shapes of a space
@@ -85,6 +88,7 @@ class SmolConfig(PeftConfig):
     router_noise: bool = field(default=True, metadata={"help": "Noise on the router's logits in training."})
     router_hidden: int = field(default=16, metadata={"help": "Width of the router's hidden layer."})
     router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise."})
+    router_init: str = field(default="random", metadata={"help": "'random' or 'widths'."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the k."})
     router_nonlinearity: str = field(default="none", metadata={"help": "Between the router's two layers."})
     router_load_balancing: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
@@ -153,10 +157,16 @@ class SmolConfig(PeftConfig):
         for name, choices in (
             ("combination", COMBINATIONS),
             ("router_nonlinearity", NONLINEARITIES),
+            ("router_init", ("random", "widths")),
             ("init_weights", (True, False, "gaussian")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
+        if self.router_init == "widths" and isinstance(self.widths, list) and len(self.widths) > self.router_hidden:
+            raise ConfigError(
+                f"router_init='widths' takes a hidden unit for each of the {len(self.widths)} widths, but "
+                f"router_hidden={self.router_hidden}; raise it"
+            )
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ConfigError(f"rank_pattern gives '{pattern}' rank {rank}: give at least 1")

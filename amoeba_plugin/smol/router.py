@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+START_LOGIT = 5.0  # with router_init "widths": an expert of the width starts with e^5 = 148 times the weight of another
+
 
 class SmolLayer(BaseTunerLayer):
     """What PEFT visits when it sets, deletes or merges SMOL adapters: the adapted layers and the router."""
@@ -83,8 +85,20 @@ class RouterWeights(nn.Module):
         self.up_weight, self.up_bias = _linear_init(config.router_hidden, experts)
         if config.router_noise:  # without noise its weights would never get a gradient, so they must not exist
             self.noise_weight, self.noise_bias = _linear_init(inputs, experts)
+        if config.router_init == "widths":
+            self._start_at_widths()
         self.generator = torch.Generator().manual_seed(config.router_seed)
         self.state = self.state_at(config.space.largest)
+
+    @torch.no_grad()
+    def _start_at_widths(self) -> None:
+        """Start expert e at width e mod W: hidden unit w sees whether w is the width, and the experts of w score by
+        it."""
+        widths, experts = len(self.config.widths), self.config.num_experts
+        owned = F.one_hot(torch.arange(experts) % widths, widths)  # (experts, widths)
+        self.down_weight[:widths] = torch.eye(self.down_weight.shape[1])[-widths:]
+        self.down_bias[:widths] = 0.0
+        self.up_weight[:, :widths] = START_LOGIT * self.config.router_temperature * owned
 
     def state_at(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> RouterState:
         """Return the router's input at ``shape``, without noise.

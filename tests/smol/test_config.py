@@ -25,6 +25,8 @@ from amoeba_plugin.smol import SmolConfig
         ({"router_temperature": 0}, "router_temperature=0"),
         ({"router_load_balancing": -1}, "router_load_balancing=-1: the weight of a loss"),
         ({"combination": "sum"}, "combination='sum': choose one of factors, outputs"),
+        ({"router_init": "depths"}, "router_init='depths': choose one of random, widths"),
+        ({"router_init": "widths", "router_hidden": 1, "widths": ["1", "1/2"]}, "each of the 2 widths"),
         ({"router_nonlinearity": "elu"}, "choose one of none, relu"),
         ({"init_weights": "pissa"}, "init_weights='pissa': choose one of True, False, gaussian"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 'q_proj' rank 0"),

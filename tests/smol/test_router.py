@@ -94,6 +94,40 @@ def test_temperature_and_nonlinearity() -> None:
     torch.testing.assert_close(sharp.logits(f, None), sharp.up_weight @ hidden + sharp.up_bias)
 
 
+@pytest.mark.parametrize(("experts", "temperature", "activation"), [(3, 1.0, "none"), (7, 0.2, "relu"), (2, 1.0, "none")])
+def test_each_width_may_start_with_experts_of_its_own(experts: int, temperature: float, activation: str) -> None:
+    config = SmolConfig(
+        num_layers=6, depths=[3, 5, 6], widths=["1", "7/8", "3/4"], num_experts=experts, top_k=experts,
+        router_noise=False, router_init="widths", router_temperature=temperature, router_nonlinearity=activation,
+    )  # fmt: skip
+    # what is random in the start is not what decides: the mean over many starts, the owners by a loop of its own
+    starts = [_mixtures(RouterWeights(config)) for _ in range(50)]
+    for shape in config.space:
+        index = config.space.widths.index(shape.width)
+        owners = [expert for expert in range(experts) if expert % 3 == index]
+        share = sum(float(start[str(shape)][owners].sum()) for start in starts) / len(starts)
+        assert share > 0.9 if owners else share == 0  # two experts: the third width has none of its own
+
+
+def test_a_start_at_widths_still_learns() -> None:
+    fields = dict(num_layers=4, depths=[2, 4], widths=["1", "3/4"], num_experts=2, router_noise=False)
+    router = RouterWeights(SmolConfig(router_init="widths", **fields))
+    router.state = router.state_at("2x3/4")
+    gates, indices = router()
+    (gates[indices == 0]).sum().backward()
+    assert router.up_weight.grad is not None
+    assert router.up_weight.grad.abs().sum() > 0
+
+
+def _mixtures(router: RouterWeights) -> dict[str, Tensor]:
+    mixtures = {}
+    for shape in router.config.space:
+        router.state = router.state_at(shape)
+        gates, indices = router(deterministic=True)
+        mixtures[str(shape)] = torch.zeros(router.config.num_experts).scatter(0, indices, gates.detach())
+    return mixtures
+
+
 def test_noise_is_in_training_only_and_seeded(smol_model: Callable[..., PeftModel], tokens: Tensor) -> None:
     def training_run(seed: int) -> list[Tensor]:
         model = smol_model(router_seed=seed).train()
