@@ -103,7 +103,7 @@ def test_training_adds_it_once_per_step(tiny_model: Callable[..., Any], tmp_path
         for rows in torch.arange(16).view(2, 1, 8):
             trainer.training_step(peft_model, {"input_ids": rows, "labels": rows.clone()}, num_items_in_batch=14)
         gradients = {name: p.grad for name, p in peft_model.named_parameters() if p.grad is not None}
-        assert ("load_balancing" in trainer._means.flush(lambda values: values)[1]) is bool(weight)
+        assert ("load_balancing" in trainer.subnets.means.flush()[1]) is bool(weight)
         return gradients, peft_model
 
     (without, _), (with_term, peft_model) = run(0.0), run(0.7)
