@@ -16,7 +16,6 @@ from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy,
 
 PUBLISHED = {
     "block_influence": "Block Influence",
-    "one_shot": "one-shot perplexity",
     "taylor_plus": "Taylor+",
     "magnitude_plus": "Magnitude+",
     "angular_distance": "angular distance",

@@ -59,7 +59,7 @@ class Schedule:
 
 FULL = Schedule(
     ("12x1", "12x7/8", "12x3/4", "10x1", "10x7/8", "10x3/4", "8x1", "8x7/8", "8x3/4"),
-    20, 1600, 48, 60, None, (10, 8), 3,
+    20, 1600, 40, 40, None, (10, 8), 3,
 )  # fmt: skip
 QUICK = Schedule(("12x1", "10x7/8", "8x3/4"), 8, 64, 8, 16, 4, (10,), 1)
 
@@ -117,7 +117,7 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:
         with peft_model.disable_adapter() if peft_model is not None else nullcontext():
             before = _quality_before_training(elastic, schedule.shapes, data)
     with stages.timed("latency"):
-        latency = measure_latency({"dense": dense, **subnets}, rounds=2 if quick else 5)
+        latency = measure_latency({"dense": dense, **subnets}, rounds=2 if quick else 4)
     with stages.timed("depth selectors"):
         depths = compare_depth_selectors(
             dense, elastic.strategy.depth, data.calibration, data.held_out, schedule.compared_depths,
