@@ -51,8 +51,8 @@ class AdapterOptions(BaseModel):
         combination: ``factors`` (reference code) or ``outputs`` (the paper's figure). Default ``factors``.
         target_modules: Names of the linears that get an adapter. Default: all linears of every decoder layer.
         router_noise: Noise on the router's logits in training. Default true (reference code).
-        router_init: ``random`` (reference code), or ``widths``: every width starts with experts of its own, so that wide
-            and narrow subnets disturb each other less. Default ``random``.
+        router_init: ``random`` (reference code), or ``widths``: every width starts with experts of its own, so that
+            wide and narrow subnets disturb each other less. Default ``random``.
         router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner.
             Default 1.
         router_load_balancing: Weight of the loss that makes the shapes use all experts. Default 0, off (reference

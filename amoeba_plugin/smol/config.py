@@ -44,8 +44,8 @@ class SmolConfig(PeftConfig):
         router_hidden: Width of the router's hidden layer.
         router_seed: Seed of the router's own noise generator.
         router_init: Where the router starts: "random" (the reference), all shapes at nearly the same mixture, or
-            "widths", experts dealt to the widths in turn, so that wide and narrow subnets do not disturb each other from
-            the first step. Either learns from there.
+            "widths", experts dealt to the widths in turn, so that wide and narrow subnets do not disturb each other
+            from the first step. Either learns from there.
         router_temperature: Divides the k chosen logits before the softmax.
         router_load_balancing: Weight of the term that keeps the shapes from sharing the same few experts, see
             :meth:`SmolModel.load_balancing_loss`; 0: none, as in the reference. Off, because the few shapes of a space

@@ -94,7 +94,9 @@ def test_temperature_and_nonlinearity() -> None:
     torch.testing.assert_close(sharp.logits(f, None), sharp.up_weight @ hidden + sharp.up_bias)
 
 
-@pytest.mark.parametrize(("experts", "temperature", "activation"), [(3, 1.0, "none"), (7, 0.2, "relu"), (2, 1.0, "none")])
+@pytest.mark.parametrize(
+    ("experts", "temperature", "activation"), [(3, 1.0, "none"), (7, 0.2, "relu"), (2, 1.0, "none")]
+)
 def test_each_width_may_start_with_experts_of_its_own(experts: int, temperature: float, activation: str) -> None:
     config = SmolConfig(
         num_layers=6, depths=[3, 5, 6], widths=["1", "7/8", "3/4"], num_experts=experts, top_k=experts,
