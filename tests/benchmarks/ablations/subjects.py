@@ -1,0 +1,131 @@
+"""What is ablated on: a trained model, its texts, and the space of shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.demo.corpus import part_files, token_blocks
+from amoeba_plugin.demo.run import MODEL as DEMO_MODEL
+
+BLOCK = 256
+ASSETS = Path(os.environ.get("AMOEBA_TEST_ASSETS", "."))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and everything that an ablation needs of it; texts are blocks of ``BLOCK`` tokens.
+
+    Args:
+        path: Of the dense model.
+        calibrations: Texts to select on, by name; the first is the training's own.
+        training: Text to train on.
+        held_out: Text that nothing was selected or trained on.
+        depths: Three depths, the whole model first.
+        widths: Widths; the first three are Table 4's.
+        round_to: Channels that kept sizes are multiples of.
+        steps: Steps of one-for-all training.
+        rank: Of an adapter.
+        learning_rate: Of AdamW.
+    """
+
+    path: Path
+    calibrations: Mapping[str, list[Batch]]
+    training: Dataset
+    held_out: list[Batch]
+    depths: tuple[int, int, int]
+    widths: tuple[Fraction, ...]
+    round_to: int
+    steps: int
+    rank: int
+    learning_rate: float
+
+    def model(self) -> PreTrainedModel:
+        """Load the dense model anew, in fp32."""
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+
+
+def demo() -> Subject:
+    """Return the model that comes with the package, on Python's standard library."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    train = token_blocks(part_files("train"), tokenizer, BLOCK).shuffle(seed=42)
+    held_out = token_blocks(part_files("held_out"), tokenizer, BLOCK).shuffle(seed=42)
+    return Subject(
+        path=DEMO_MODEL,
+        calibrations={"Python": batches(train.select(range(20))), **_other_texts(tokenizer, 20)},
+        training=train.select(range(20, 1620)),
+        held_out=batches(held_out.select(range(48))),
+        depths=(12, 10, 8),
+        widths=tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4)),
+        round_to=32,
+        steps=80,
+        rank=16,
+        learning_rate=7e-3,
+    )
+
+
+def stories() -> Subject:
+    """Return stories260K on stories that it told itself: its training text is not at hand."""
+    path = ASSETS / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    told = _told_stories(path, 1024 + 64 + 20)
+    return Subject(
+        path=path,
+        calibrations={"stories": batches(told.select(range(20))), **_other_texts(tokenizer, 20)},
+        training=told.select(range(84, len(told))),
+        held_out=batches(told.select(range(20, 84))),
+        depths=(5, 4, 3),
+        widths=tuple(Fraction(n, 4) for n in (4, 3, 2)),
+        round_to=1,
+        steps=200,
+        rank=8,
+        learning_rate=1e-2,
+    )
+
+
+SUBJECTS: Mapping[str, Callable[[], Subject]] = {"demo": demo, "stories260K": stories}
+
+
+def batches(blocks: Dataset) -> list[Batch]:
+    """Return blocks as batches of 8."""
+    return materialise(DataLoader(blocks.with_format("torch"), batch_size=8))
+
+
+def _other_texts(tokenizer: PreTrainedTokenizerBase, blocks: int) -> dict[str, list[Batch]]:
+    files = {"Shakespeare": "tinyshakespeare.txt", "WikiText-2": "wikitext2.valid.txt"}
+    paths = {name: ASSETS / "text" / file for name, file in files.items()}
+    return {
+        name: batches(_rows(_cut(tokenizer(path.read_text("utf-8")[: blocks * BLOCK * 8])["input_ids"], blocks)))
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def _cut(tokens: Sequence[int], blocks: int) -> list[list[int]]:
+    return [list(tokens[start : start + BLOCK]) for start in range(0, blocks * BLOCK, BLOCK)]
+
+
+def _rows(blocks: Sequence[Sequence[int]]) -> Dataset:
+    ids = [list(block) for block in blocks]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * BLOCK for _ in ids], "labels": ids})
+
+
+@torch.no_grad()
+def _told_stories(path: Path, count: int) -> Dataset:
+    torch.manual_seed(42)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    start = torch.full((count, 1), model.config.bos_token_id)
+    told = model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=True, min_new_tokens=BLOCK - 1,
+        max_new_tokens=BLOCK - 1, top_k=0, pad_token_id=model.config.eos_token_id,
+    )  # fmt: skip
+    return _rows(told.tolist())
