@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
 from amoeba_plugin.shape import ShapeSpace, parse_width
+from amoeba_plugin.smol import host
 from amoeba_plugin.smol.host import extend_peft_type
 
 FORMAT_VERSION = 1
@@ -174,6 +175,11 @@ class SmolConfig(PeftConfig):
     def _check_targets(self) -> None:
         if self.bias not in BIASES:
             raise ConfigError(f"bias={self.bias!r}: choose one of {', '.join(BIASES)}")
+        if self.bias != "none" and not host.SAVES_BIASES:
+            raise ConfigError(
+                f"bias={self.bias!r}: this version of PEFT trains the biases of a method and does not save them; "
+                "take PEFT 0.21, or bias='none'"
+            )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -32,8 +32,11 @@ try:
 except ImportError:  # before 0.21 it was a plain ValueError
     NoMatchingPeftModuleError = ValueError  # type: ignore[misc,assignment]
 
+SAVES_BIASES = not peft.__version__.startswith("0.20")  # 0.20 saves trained biases of LoRA and BOFT alone
+
 __all__ = [
     "DEFAULT_TARGETS",
+    "SAVES_BIASES",
     "BaseTuner",
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",

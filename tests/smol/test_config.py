@@ -11,7 +11,7 @@ import pytest
 from peft import PeftConfig
 
 from amoeba_plugin.errors import AdapterError, ConfigError
-from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.smol import SmolConfig, host
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,10 @@ def test_round_trips(tmp_path: Path) -> None:
         assert type(copied) is SmolConfig
         assert copied == config
         assert copied.peft_type.value == "SMOL"
+
+
+def test_biases_that_peft_would_lose_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "SAVES_BIASES", False)
+    with pytest.raises(ConfigError, match="does not save them; take PEFT 0.21, or bias='none'"):
+        SmolConfig(bias="smol_only")
+    assert SmolConfig(bias="none").bias == "none"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.errors import AdapterError
-from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.smol import SmolConfig, host
 
 SHAPES = ["4x1", "3x1/2", "2x3/4"]
 
@@ -152,6 +152,7 @@ def test_the_model_card_names_base_and_library(saved: dict[str, Any]) -> None:
     assert {"transformers", f"base_model:adapter:{saved['base']}"} <= set(tags)
 
 
+@pytest.mark.skipif(not host.SAVES_BIASES, reason="PEFT 0.20 does not save the biases of a method")
 @pytest.mark.parametrize("bias", ["all", "smol_only", "lora_only"])
 def test_trained_biases_are_saved_and_loaded(
     smol_model: Callable[..., PeftModel], base_model: Any, randomize: Any, tokens: Tensor, tmp_path: Path, bias: str
