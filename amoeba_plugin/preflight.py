@@ -96,9 +96,8 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
             "weights; give the original model"
         )
     if recipe.is_structural:
-        _require_experts_unquantized(recipe, config)
         config = subnet_config(recipe, config)
-    _check_group_sizes(recipe, config)
+    _check_quantization(recipe, config)
 
 
 def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
@@ -149,17 +148,6 @@ def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1
     return adapter.subnet_config(config, range(shape.depth), units)
 
 
-def _require_experts_unquantized(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
-    groups = architecture_for(config.model_type).channel_groups(config)
-    quantizing = [type(each).__name__ for each in recipe.modifiers if hasattr(each, "resolve_quantization_config")]
-    if quantizing and any(group.consumer.expert is not None for group in groups):
-        raise ArchitectureError(
-            f"{recipe.source}: {quantizing[0]} on the experts of {config.model_type}: llm-compressor saves them one by "
-            "one under names that transformers does not read back, and fills with random numbers. End the recipe at "
-            "SubnetExtractionModifier; the subnet is an ordinary checkpoint, which your server's own tools quantize"
-        )
-
-
 def kept_units(
     groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int], anchored: Fraction = Fraction(0)
 ) -> dict[str, int]:
@@ -176,15 +164,33 @@ def kept_units(
     return uniform_units(unscored, other_share(width, anchored), rounding_steps(groups, round_to))
 
 
-def _check_group_sizes(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
-    for modifier in recipe.modifiers:
-        if not hasattr(modifier, "resolve_quantization_config"):
-            continue
-        quantization = modifier.resolve_quantization_config()
+def has_experts(config: PretrainedConfig) -> bool:
+    """Tell whether a model has experts that its architecture's adapter knows of; False where there is no adapter."""
+    try:
+        groups = architecture_for(config.model_type).channel_groups(config)
+    except ArchitectureError:
+        return False
+    return any(group.consumer.expert is not None for group in groups)
+
+
+def _check_quantization(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
+    quantizing = [
+        (type(modifier).__name__, modifier.resolve_quantization_config())
+        for modifier in recipe.modifiers
+        if hasattr(modifier, "resolve_quantization_config")
+    ]
+    if not quantizing:
+        return
+    model = weightless(config)
+    if has_experts(config):
+        from amoeba_plugin.modifiers.quantized_experts import require_readable, take_apart
+
+        require_readable([config for _, config in quantizing], take_apart(model), recipe.source)
+    for name, quantization in quantizing:
         for scheme in quantization.config_groups.values():
             size = _group_size(scheme)
             if size:
-                _require_divisible(recipe, type(modifier).__name__, scheme, quantization.ignore, size, config)
+                _require_divisible(recipe, name, scheme, quantization.ignore, size, model)
 
 
 def _group_size(scheme: QuantizationScheme) -> int | None:
@@ -195,12 +201,12 @@ def _group_size(scheme: QuantizationScheme) -> int | None:
 
 
 def _require_divisible(
-    recipe: CheckedRecipe, name: str, scheme: Any, ignore: list[str], size: int, config: PretrainedConfig
+    recipe: CheckedRecipe, name: str, scheme: Any, ignore: list[str], size: int, model: PreTrainedModel
 ) -> None:
     from compressed_tensors.utils import match_named_modules
 
     odd: dict[str, int] = {}  # inputs by the linear's name, which is the same in every layer
-    for path, module in match_named_modules(weightless(config), scheme.targets, ignore):
+    for path, module in match_named_modules(model, scheme.targets, ignore):
         columns = getattr(module, "in_features", size)
         if columns % size:
             odd[path.rpartition(".")[2]] = columns

@@ -11,6 +11,7 @@ from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.preflight import (
     check_against_model,
+    has_experts,
     load_config,
     require_elastic_dir,
     require_new_directory,
@@ -141,13 +142,26 @@ def _oneshot(
 def _host(
     model: str, recipe: str | list[Any], batches: list[Batch] | None, output_dir: Path, options: RunOptions
 ) -> None:
-    from llmcompressor import oneshot
+    import llmcompressor
     from torch.utils.data import DataLoader
 
     loader: DataLoader[Batch] | None = None
     if batches is not None:
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
-    oneshot(model=model, precision=options.dtype, recipe=recipe, dataset=loader, output_dir=str(output_dir))
+    loaded = _with_named_experts(model, options) if has_experts(load_config(model)) else model
+    llmcompressor.oneshot(
+        model=loaded, precision=options.dtype, recipe=recipe, dataset=loader, output_dir=str(output_dir)
+    )
+
+
+def _with_named_experts(model: str, options: RunOptions) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from amoeba_plugin.modifiers.quantized_experts import save_experts_by_original_names
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype)
+    save_experts_by_original_names(loaded)
+    return loaded
 
 
 def _own_stage(recipe: CheckedRecipe, model: str, batches: list[Batch], directory: Path, options: RunOptions) -> None:

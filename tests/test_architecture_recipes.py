@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import llmcompressor
 import pytest
 import torch
 import yaml
@@ -15,6 +19,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
+from safetensors import safe_open
 from tiny_architectures import CONFIGS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -23,7 +28,7 @@ import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.calibration import collect_statistics
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.plugins import architecture_for, importance_named
 from amoeba_plugin.run import RunOptions, run_recipe
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, model_fingerprint
@@ -34,10 +39,10 @@ EXPERTS = ["mixtral", "qwen3_moe"]
 OWN_STAGE = [*OFFSET_NORMS, *EXPERTS]
 INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
 IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # test_modifiers.py, test_recipes.py
-QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *IN_OTHER_TESTS}
+QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *EXPERTS, *IN_OTHER_TESTS}
 
 SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "select_stage": {
         "select_modifiers": {
             "DepthShrinkingModifier": {"min_depth": 2},
@@ -121,11 +126,14 @@ def test_what_oneshot_exchanges_modules_of_is_refused_there_with_the_way_round(
     assert not (tmp_path / "refused").exists()
 
 
-def run_apart(base: Path, data: Dataset, output: Path, *stages: str) -> Path:
-    """Run some stages of the recipe as ``amoeba run`` does."""
+def run_apart(base: Path, data: Dataset, output: Path, *stages: str, quantizing: dict[str, Any] | None = None) -> Path:
+    """Run some stages of the recipe as ``amoeba run`` does, with other quantization modifiers if given."""
     data.save_to_disk(str(output.parent / "data"))
     recipe = output.parent / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({stage: RECIPE[stage] for stage in stages}, sort_keys=False))
+    chosen: dict[str, Any] = {stage: RECIPE[stage] for stage in stages}
+    if quantizing is not None:
+        chosen["quantize_stage"] = {"quantization_modifiers": quantizing}
+    recipe.write_text(yaml.safe_dump(chosen, sort_keys=False))
     options = RunOptions(num_samples=8, max_seq_length=16, dtype="float32")
     reset_session()
     return run_recipe(str(recipe), str(base), str(output.parent / "data"), output, options)
@@ -135,7 +143,7 @@ def run_apart(base: Path, data: Dataset, output: Path, *stages: str) -> Path:
 def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Dataset, tmp_path: Path) -> None:
     base = save_base(model_type, tmp_path / "base")
     if model_type in EXPERTS:
-        with pytest.raises(ArchitectureError, match="names that transformers does not read back"):
+        with pytest.raises(ArchitectureError, match="not quantized activations.*W4A16 or W8A16"):
             run_apart(base, data, tmp_path / "out", *RECIPE)
     dense = run_apart(base, data, tmp_path / "out", "select_stage", "extract_stage")
     reloaded = require_subnet(dense, model_type, quantized=False)
@@ -163,6 +171,98 @@ def test_a_stage_of_its_own_is_followed_by_quantization(model_type: str, data: D
         assert name in (quantized / "recipe.yaml").read_text()
     expected = logits(AutoModelForCausalLM.from_pretrained(dense))
     # eight bits are near full precision: a norm that was converted once too often would not be
+    assert (logits(reloaded) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+RELOAD = """
+import json, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+with torch.no_grad():
+    found = model(torch.arange(3, 15)[None], use_cache=False).logits.tolist()
+Path(sys.argv[2]).write_text(json.dumps(found))
+assert "amoeba_plugin" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "quantizer"), [("mixtral", "GPTQModifier"), ("qwen3_moe", "QuantizationModifier")]
+)
+def test_quantized_experts_are_read_back_by_another_process(
+    model_type: str, quantizer: str, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory = []
+    monkeypatch.setattr(llmcompressor, "oneshot", lambda **given: in_memory.append(oneshot(**given)))
+    base = save_base(model_type, tmp_path / "base")
+    scheme = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8},
+    }
+    quantized = run_apart(
+        base, data, tmp_path / "out", "select_stage", "extract_stage",
+        quantizing={quantizer: {"ignore": ["lm_head"], "config_groups": {"group_0": scheme}}},
+    )  # fmt: skip
+    require_subnet(quantized, model_type)
+    with safe_open(quantized / "model.safetensors", framework="pt") as file:
+        assert sum(key.endswith("weight_packed") and "experts" in key for key in file.keys()) >= 3 * 3 * 3  # noqa: SIM118
+    for name in ("DepthShrinkingModifier", "SubnetExtractionModifier", quantizer):
+        assert name in (quantized / "recipe.yaml").read_text()
+    subprocess.run([sys.executable, "-c", RELOAD, str(quantized), str(tmp_path / "logits.json")], check=True)
+    found = torch.tensor(json.loads((tmp_path / "logits.json").read_text()))
+    expected = logits(in_memory[0])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 0.1  # it is not the base
+
+
+WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}, "quantized activations"),
+        ({"targets": ["Linear"], "scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}, "quantized activations"),
+        ({"targets": ["Linear"], "scheme": "NVFP4A16", "ignore": ["lm_head"]}, "weights in floating point"),
+        ({"targets": ["Linear"], "scheme": "W4A16_ASYM", "ignore": ["lm_head"]}, "zero points"),
+        ({"targets": ["Linear"], "scheme": "W8A16", "ignore": ["lm_head", "re:.*experts.*"]}, "not quantized"),
+        ({"targets": ["Linear"], "scheme": "W8A16", "ignore": ["lm_head", "re:.*experts.*down_proj"]}, "not quantized"),
+        (
+            {"ignore": ["lm_head"], "config_groups": {
+                "group_0": {"targets": ["re:.*self_attn.*"], "weights": WEIGHTS},
+                "group_1": {"targets": ["re:.*experts.*"], "weights": WEIGHTS | {"num_bits": 4}},
+            }},
+            "several schemes",
+        ),
+    ],
+)  # fmt: skip
+def test_what_transformers_would_not_read_back_of_experts_is_refused_before_anything_runs(
+    given: dict[str, Any], reason: str, data: Dataset, tmp_path: Path
+) -> None:
+    base = save_base("qwen3_moe", tmp_path / "base")
+    with pytest.raises(ArchitectureError, match=reason):
+        run_apart(
+            base, data, tmp_path / "out", "select_stage", "extract_stage", quantizing={"QuantizationModifier": given}
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_must_divide_the_neurons_of_experts(data: Dataset, tmp_path: Path) -> None:
+    base = save_base("mixtral", tmp_path / "base")
+    given = {"targets": ["Linear"], "scheme": "W4A16", "ignore": ["lm_head"]}
+    with pytest.raises(RecipeError, match="groups of 128.*down_proj"):
+        run_apart(base, data, tmp_path / "out", quantizing={"QuantizationModifier": given})
+
+
+def test_a_recipe_that_only_quantizes_experts_is_read_back_too(data: Dataset, tmp_path: Path) -> None:
+    base = save_base("mixtral", tmp_path / "base")
+    given = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
+    quantized = run_apart(base, data, tmp_path / "out", quantizing={"QuantizationModifier": given})
+    reloaded, report = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
+    assert not report["missing_keys"]
+    expected = logits(AutoModelForCausalLM.from_pretrained(base))
+    # eight bits are near full precision, random experts are not
     assert (logits(reloaded) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
