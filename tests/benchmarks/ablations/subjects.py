@@ -29,25 +29,35 @@ class Subject:
         path: Of the dense model.
         calibrations: Texts to select on, by name; the first is the training's own.
         training: Text to train on.
-        held_out: Text that nothing was selected or trained on.
+        validation: Text that learning rates, and Table 1's shapes, are chosen on.
+        held_out: Text that nothing was chosen or trained on.
         depths: Three depths, the whole model first.
+        budgets: Depths whose shares of the layers are the shares of the block parameters that Table 1 allows;
+            Taylor+ must be able to keep them: the first 4 layers and the last 2 stay.
         widths: Widths; the first three are Table 4's.
         round_to: Channels that kept sizes are multiples of.
         steps: Steps of one-for-all training.
         rank: Of an adapter.
-        learning_rate: Of AdamW.
+        learning_rates: Of AdamW; every way to train gets its own best one.
     """
 
     path: Path
     calibrations: Mapping[str, list[Batch]]
     training: Dataset
+    validation: list[Batch]
     held_out: list[Batch]
     depths: tuple[int, int, int]
+    budgets: tuple[int, ...]
     widths: tuple[Fraction, ...]
     round_to: int
     steps: int
     rank: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]
+
+    @property
+    def own_text(self) -> str:
+        """Name of the calibration text that is the training's own."""
+        return next(iter(self.calibrations))
 
     def model(self) -> PreTrainedModel:
         """Load the dense model anew, in fp32."""
@@ -63,13 +73,15 @@ def demo() -> Subject:
         path=DEMO_MODEL,
         calibrations={"Python": batches(train.select(range(20))), **_other_texts(tokenizer, 20)},
         training=train.select(range(20, 1620)),
+        validation=batches(held_out.select(range(48, 72))),
         held_out=batches(held_out.select(range(48))),
         depths=(12, 10, 8),
+        budgets=(10, 8, 6),
         widths=tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4)),
         round_to=32,
         steps=80,
         rank=16,
-        learning_rate=7e-3,
+        learning_rates=(3e-3, 6e-3, 1.2e-2),
     )
 
 
@@ -77,18 +89,20 @@ def stories() -> Subject:
     """Return stories260K on stories that it told itself: its training text is not at hand."""
     path = ASSETS / "stories260K"
     tokenizer = AutoTokenizer.from_pretrained(path)
-    told = _told_stories(path, 1024 + 64 + 20)
+    told = _told_stories(path, 1024 + 96 + 20)
     return Subject(
         path=path,
         calibrations={"stories": batches(told.select(range(20))), **_other_texts(tokenizer, 20)},
-        training=told.select(range(84, len(told))),
+        training=told.select(range(116, len(told))),
+        validation=batches(told.select(range(84, 116))),
         held_out=batches(told.select(range(20, 84))),
         depths=(5, 4, 3),
+        budgets=(),
         widths=tuple(Fraction(n, 4) for n in (4, 3, 2)),
         round_to=1,
-        steps=200,
+        steps=100,
         rank=8,
-        learning_rate=1e-2,
+        learning_rates=(5e-3, 1e-2, 2e-2),
     )
 
 

@@ -1,0 +1,104 @@
+"""Choosing layers and channels for an ablation, and the tables about choosing: the paper's Tables 3 and 5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Literal
+
+from results import Results, above, header, row
+from subjects import Subject
+from training import Space, Variant, trained, untrained
+
+from amoeba_plugin.calibration import collect_statistics
+from amoeba_plugin.demo.depth_comparison import PUBLISHED
+from amoeba_plugin.depth_selectors import DepthTask, random_depths
+from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.gradients import loss_gradients
+from amoeba_plugin.importance import GroupImportance
+from amoeba_plugin.plugins import architecture_for, depth_selector_named, importance_named, objective_named
+from amoeba_plugin.strategy import DepthStrategy, WidthStrategy
+from amoeba_plugin.width import coupled_parameters, rank_widths
+
+OURS = Variant("one-for-all, SMOL (factors)")
+
+
+def table_3(subject: Subject, results: Results, seeds: Sequence[int], _: Sequence[str] | None = None) -> None:
+    """Ways to choose layers, before and after one-for-all training."""
+    layers = subject.depths[0]
+    selectors: Mapping[str, Callable[[], DepthStrategy]] = {
+        "dynamic program (paper)": lambda: choose_layers(subject),
+        "dynamic program + exchanges": lambda: search(subject),
+        **{label: lambda name=name: choose_layers(subject, name) for name, label in PUBLISHED.items()},
+        "random": lambda: random_depths(layers, range(subject.depths[-1], layers), seed=0),
+    }
+    _before_and_after("selector", "Ways to choose layers", selectors, subject, results, seeds)
+
+
+def table_5(subject: Subject, results: Results, seeds: Sequence[int], _: Sequence[str] | None = None) -> None:
+    """Texts to choose layers on, before and after one-for-all training on the subject's own text."""
+    selectors = {name: lambda name=name: search(subject, text=name) for name in subject.calibrations}
+    _before_and_after("text", "Texts to choose layers on", selectors, subject, results, seeds)
+
+
+def _before_and_after(
+    what: str, title: str, selectors: Mapping[str, Callable[[], DepthStrategy]], subject: Subject, results: Results,
+    seeds: Sequence[int],
+) -> None:  # fmt: skip
+    shapes = [f"{depth}x1" for depth in subject.depths]
+    width = choose_channels(subject)
+    columns = shapes[1:]
+    print(header(title, what, [f"{shape} {when}" for shape in columns for when in ("before", "after")]))
+    for name, select in selectors.items():
+        try:
+            space = Space(select(), width, subject.depths, subject.widths[:3])
+        except RecipeError as error:
+            print(f"{row(name, ['-'] * 2 * len(columns))}  <!-- {error} -->")
+            continue
+        # the same layers train to the same subnets: selectors that agree share their trainings
+        kept = " ".join(",".join(str(layer) for layer in space.depth.kept[depth]) for depth in subject.depths[1:])
+        before = results.of(f"layers {kept}/before", lambda: untrained(subject, space, shapes))  # noqa: B023
+        after = trained(
+            subject, results, OURS, space, shapes, key=f"layers {kept}", seeds=seeds, steps=subject.steps,
+            rates=f"4/{OURS.name}",
+        )  # fmt: skip
+        dense = before[shapes[0]]
+        cells = [above([each[shape] for each in losses], dense) for shape in columns for losses in ([before], after)]
+        print(row(name, cells), flush=True)
+
+
+def search(subject: Subject, text: str | None = None, min_depth: int | None = None) -> DepthStrategy:
+    """Choose layers on one text as the demo's recipe does."""
+    return choose_layers(subject, "dynamic_program", text, {"exchanges": 1}, min_depth)
+
+
+def choose_layers(
+    subject: Subject, selector: str = "dynamic_program", text: str | None = None,
+    options: Mapping[str, int] | None = None, min_depth: int | None = None,
+) -> DepthStrategy:  # fmt: skip
+    """Choose layers by a selector's name."""
+    model = subject.model()
+    calibration = subject.calibrations[text or subject.own_text]
+    task = DepthTask(
+        model, architecture_for(model.config.model_type), objective_named("loss"), calibration,
+        min_depth=min_depth or subject.depths[-1], options=options or {},
+    )  # fmt: skip
+    return depth_selector_named(selector).select(task)
+
+
+def choose_channels(
+    subject: Subject, importance: str = "flap", widths: Sequence[Fraction] | None = None,
+    allocation: Literal["uniform", "global"] = "uniform", bias_compensation: bool = False,
+) -> WidthStrategy:  # fmt: skip
+    """Rank units on the subject's own text."""
+    model, calibration = subject.model(), subject.calibrations[subject.own_text]
+    adapter = architecture_for(model.config.model_type)
+    scored = importance_named(importance)
+    statistics = collect_statistics(model, adapter, calibration)
+    gradients = {}
+    if isinstance(scored, GroupImportance) and scored.needs_gradients:
+        gradients = loss_gradients(model, coupled_parameters(model, adapter), calibration)
+    return rank_widths(
+        model, adapter, statistics, gradients=gradients, widths=widths or subject.widths, importance=scored,
+        allocation=allocation, bias_compensation=bias_compensation, round_to=subject.round_to,
+    )  # fmt: skip
