@@ -17,9 +17,9 @@ from published_methods import table_1
 from results import Results
 from selection import table_3, table_5
 from subjects import SUBJECTS
-from ways_to_train import table_4
+from ways_to_train import table_4, table_beyond
 
-TABLES = {"1": table_1, "3": table_3, "4": table_4, "5": table_5}
+TABLES = {"1": table_1, "3": table_3, "4": table_4, "5": table_5, "beyond": table_beyond}
 
 
 def main() -> None:

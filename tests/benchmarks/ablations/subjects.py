@@ -102,7 +102,7 @@ def stories() -> Subject:
         round_to=1,
         steps=100,
         rank=8,
-        learning_rates=(5e-3, 1e-2, 2e-2),
+        learning_rates=(1e-2, 2e-2, 4e-2),
     )
 
 

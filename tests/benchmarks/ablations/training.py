@@ -110,7 +110,7 @@ def trained(
         return sum(losses[on_validation(shape)] for shape in shapes)
 
     best = min(subject.learning_rates, key=trial)
-    return [results.of(f"{key}/{seed}", lambda seed=seed: run(seed, best)) for seed in seeds]
+    return [results.of(f"{key}/{best}/{seed}", lambda seed=seed: run(seed, best)) for seed in seeds]
 
 
 def on_validation(shape: str) -> str:
