@@ -1,4 +1,4 @@
-"""What a run gained and lost: one model of the results, written as JSON, as a page, and as tables in the terminal."""
+"""What a run gained and lost: one model of the results, read from and written as JSON."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import statistics
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.plots import gap_plot, latency_plot
-from amoeba_plugin.strategy import write_atomically
 
-REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+REPORT_JSON = "report.json"
 FORMAT, VERSION = "amoeba_plugin.Report", 1
-NO_BREAK = "\N{NO-BREAK SPACE}"
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 class _Row(BaseModel):
@@ -188,18 +180,6 @@ class Report(_Row):
         }
 
 
-def write_report(report: Report, directory: Path) -> None:
-    """Write ``report.json`` and a self-contained ``report.html``: no script, no request to anywhere.
-
-    Args:
-        report: The results.
-        directory: Made where it does not exist; older reports in it are replaced.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / REPORT_HTML, render_html(report).encode())
-    write_atomically(directory / REPORT_JSON, report.model_dump_json(indent=1).encode())
-
-
 def read_report(path: Path) -> Report:
     """Read a ``report.json``.
 
@@ -214,140 +194,3 @@ def read_report(path: Path) -> Report:
         raise ArtifactError(
             f"{path} is damaged or no {FORMAT} of version {VERSION}; repeat the run that wrote it"
         ) from error
-
-
-def render_html(report: Report) -> str:
-    """Return the report as one HTML page that follows the reader's light or dark setting."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "size": size, "percent": percent, "millions": millions}
-    timed = [row for row in (report.dense, *report.shapes) if row.prefill_ms is not None and row.decode_ms is not None]
-    gaps = [(row.shape, row.block_share, report.gap_before(row), report.gap_after(row)) for row in report.shapes]
-    latencies = [(row.shape, row.block_share, row.prefill_ms or 0.0, row.decode_ms or 0.0) for row in timed]
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        gap_svg=Markup(gap_plot(gaps)),  # made here, from numbers and parsed shapes
-        latency_svg=Markup(latency_plot(latencies)) if timed else None,
-        best=report.best_selectors(),
-    )
-
-
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the results as tables."""
-    console = console or Console()
-    console.print(_quality_table(report))
-    console.print(_cost_table(report))
-    if report.depth_selectors:
-        console.print(_depth_table(report))
-    if report.quantized is not None:
-        console.print(_quantized_table(report.quantized))
-    closed = report.median_gap_closed()
-    if closed is not None:
-        console.print(
-            f"One-for-all training closes {percent(closed)} of the loss gap to the dense model (median of the shapes)."
-        )
-
-
-def _quality_table(report: Report) -> Table:
-    table = Table(
-        title=f"{report.title}\nHeld-out quality, before \u2192 after one-for-all training", title_justify="left"
-    )
-    table.add_column("shape")
-    for heading in ("blocks", "loss, nats/token", "gap closed", "perplexity", "questions right"):
-        table.add_column(heading, justify="right")
-    for row in (report.dense, *report.shapes):
-        before, after = row.before, row.after
-        table.add_row(
-            "dense" if row is report.dense else row.shape,
-            percent(row.block_share),
-            _change(number(before.loss, 3), None if after is None else number(after.loss, 3)),
-            percent(None if row is report.dense else report.gap_closed(row)),
-            _change(number(before.perplexity, 2), None if after is None else number(after.perplexity, 2)),
-            _change(percent(before.accuracy), None if after is None else percent(after.accuracy)),
-            style="bold" if row is report.dense else None,
-        )
-    return table
-
-
-def _cost_table(report: Report) -> Table:
-    table = Table(title="Size and measured latency of the extracted checkpoints", title_justify="left")
-    table.add_column("shape")
-    for heading in ("blocks", "parameters", "checkpoint", "prefill ms", "decode ms/token"):
-        table.add_column(heading, justify="right")
-    for row in (report.dense, *report.shapes):
-        table.add_row(
-            "dense" if row is report.dense else row.shape,
-            percent(row.block_share),
-            millions(row.parameters),
-            size(row.checkpoint_bytes),
-            number(row.prefill_ms, 1),
-            number(row.decode_ms, 2),
-            style="bold" if row is report.dense else None,
-        )
-    return table
-
-
-def _change(before: str, after: str | None) -> str:
-    return before if after is None else f"{before} \u2192 {after}"
-
-
-def _depth_table(report: Report) -> Table:
-    table = Table("depth", "selector", title=f"Which layers to keep ({report.objective}; * best)", title_justify="left")
-    for heading in ("objective", "held-out loss"):
-        table.add_column(heading, justify="right")
-    table.add_column("layers kept")
-    best = report.best_selectors()
-    for row in report.depth_selectors:
-        mark = " *" if row is best[row.depth] else "  "
-        layers = " ".join(map(str, row.kept_layers))
-        table.add_row(
-            str(row.depth), row.selector, number(row.objective, 4) + mark, number(row.held_out_loss, 4), layers
-        )
-    return table
-
-
-def _quantized_table(row: QuantizedRow) -> Table:
-    table = Table("", title=f"Quantized subnet {row.shape}, {row.scheme}", title_justify="left")
-    for heading in ("size", "loss", "perplexity", "accuracy"):
-        table.add_column(heading, justify="right")
-    for name, count, quality in (
-        ("unquantized", row.unquantized_bytes, row.unquantized),
-        ("quantized", row.checkpoint_bytes, row.quality),
-    ):
-        table.add_row(
-            name, size(count), number(quality.loss, 4), number(quality.perplexity, 3), percent(quality.accuracy)
-        )
-    return table
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Write a number with a fixed count of decimals, a dash where there is none."""
-    return "–" if value is None else f"{value:,.{digits}f}"  # noqa: RUF001  # a dash, as tables have it
-
-
-def percent(value: float | None) -> str:
-    """Write a share in percent."""
-    return "–" if value is None else f"{100 * value:.0f}{NO_BREAK}%"  # noqa: RUF001
-
-
-def millions(count: int) -> str:
-    """Write a count of parameters.
-
-    >>> print(millions(3_540_000), millions(6_700_000_000))  # with no-break spaces
-    3.54 M 6.70 B
-    """
-    return f"{count / 1e9:.2f}{NO_BREAK}B" if count >= 1e9 else f"{count / 1e6:.2f}{NO_BREAK}M"
-
-
-def size(count: int) -> str:
-    """Write a number of bytes in decimal units.
-
-    >>> print(size(7_100_000), size(13_500_000_000))  # with no-break spaces
-    7.10 MB 13.50 GB
-    """
-    return f"{count / 1e9:.2f}{NO_BREAK}GB" if count >= 1e9 else f"{count / 1e6:.2f}{NO_BREAK}MB"

@@ -19,11 +19,10 @@ from amoeba_plugin.report import (
     QuantizedRow,
     Report,
     ShapeRow,
-    print_report,
     read_report,
-    render_html,
-    write_report,
 )
+from amoeba_plugin.report_page import render_html, write_report
+from amoeba_plugin.report_tables import print_report
 
 
 def quality(loss: float, accuracy: float = 0.8) -> Quality:

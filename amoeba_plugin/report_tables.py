@@ -1,0 +1,97 @@
+"""The results as tables in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from amoeba_plugin.report import QuantizedRow, Report
+from amoeba_plugin.report_numbers import millions, number, percent, size
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the results as tables."""
+    console = console or Console()
+    console.print(_quality_table(report))
+    console.print(_cost_table(report))
+    if report.depth_selectors:
+        console.print(_depth_table(report))
+    if report.quantized is not None:
+        console.print(_quantized_table(report.quantized))
+    closed = report.median_gap_closed()
+    if closed is not None:
+        console.print(
+            f"One-for-all training closes {percent(closed)} of the loss gap to the dense model (median of the shapes)."
+        )
+
+
+def _quality_table(report: Report) -> Table:
+    table = Table(
+        title=f"{report.title}\nHeld-out quality, before \u2192 after one-for-all training", title_justify="left"
+    )
+    table.add_column("shape")
+    for heading in ("blocks", "loss, nats/token", "gap closed", "perplexity", "questions right"):
+        table.add_column(heading, justify="right")
+    for row in (report.dense, *report.shapes):
+        before, after = row.before, row.after
+        table.add_row(
+            "dense" if row is report.dense else row.shape,
+            percent(row.block_share),
+            _change(number(before.loss, 3), None if after is None else number(after.loss, 3)),
+            percent(None if row is report.dense else report.gap_closed(row)),
+            _change(number(before.perplexity, 2), None if after is None else number(after.perplexity, 2)),
+            _change(percent(before.accuracy), None if after is None else percent(after.accuracy)),
+            style="bold" if row is report.dense else None,
+        )
+    return table
+
+
+def _cost_table(report: Report) -> Table:
+    table = Table(title="Size and measured latency of the extracted checkpoints", title_justify="left")
+    table.add_column("shape")
+    for heading in ("blocks", "parameters", "checkpoint", "prefill ms", "decode ms/token"):
+        table.add_column(heading, justify="right")
+    for row in (report.dense, *report.shapes):
+        table.add_row(
+            "dense" if row is report.dense else row.shape,
+            percent(row.block_share),
+            millions(row.parameters),
+            size(row.checkpoint_bytes),
+            number(row.prefill_ms, 1),
+            number(row.decode_ms, 2),
+            style="bold" if row is report.dense else None,
+        )
+    return table
+
+
+def _change(before: str, after: str | None) -> str:
+    return before if after is None else f"{before} \u2192 {after}"
+
+
+def _depth_table(report: Report) -> Table:
+    table = Table("depth", "selector", title=f"Which layers to keep ({report.objective}; * best)", title_justify="left")
+    for heading in ("objective", "held-out loss"):
+        table.add_column(heading, justify="right")
+    table.add_column("layers kept")
+    best = report.best_selectors()
+    for row in report.depth_selectors:
+        mark = " *" if row is best[row.depth] else "  "
+        layers = " ".join(map(str, row.kept_layers))
+        table.add_row(
+            str(row.depth), row.selector, number(row.objective, 4) + mark, number(row.held_out_loss, 4), layers
+        )
+    return table
+
+
+def _quantized_table(row: QuantizedRow) -> Table:
+    table = Table("", title=f"Quantized subnet {row.shape}, {row.scheme}", title_justify="left")
+    for heading in ("size", "loss", "perplexity", "accuracy"):
+        table.add_column(heading, justify="right")
+    for name, count, quality in (
+        ("unquantized", row.unquantized_bytes, row.unquantized),
+        ("quantized", row.checkpoint_bytes, row.quality),
+    ):
+        table.add_row(
+            name, size(count), number(quality.loss, 4), number(quality.perplexity, 3), percent(quality.accuracy)
+        )
+    return table
