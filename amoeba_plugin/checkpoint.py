@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,9 @@ from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
+from amoeba_plugin.ranks import agreed, rank
 from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
+from amoeba_plugin.sharded import whole_state_dict
 from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
@@ -101,6 +104,8 @@ def save_elastic(
 ) -> None:
     """Write an elastic checkpoint: all of it or nothing.
 
+    Every process of a distributed training has to come here; the first one writes, with what FSDP2 shards gathered.
+
     Args:
         elastic: Gives the strategy.
         peft_model: Gives the adapter; ``None`` where nothing was trained.
@@ -111,32 +116,45 @@ def save_elastic(
     Raises:
         ArtifactError: If the directory holds something else.
     """
-    require_replaceable(directory)
+    if rank() == 0:
+        require_replaceable(directory)
+    with elastic.active(elastic.space.largest) as model:
+        strategy = elastic.reordered_strategy() if trained_base else elastic.strategy
+        state = whole_state_dict(model if peft_model is None else peft_model)
+        if rank() == 0:
+            with _replacing(directory) as partial:
+                strategy.save(partial)
+                if trained_base:  # a host's override of save_pretrained compresses
+                    PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY, state_dict=state)
+                    copy_tokenizer(base, partial / BASE_DIRECTORY)
+                if peft_model is not None:
+                    peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY), state_dict=state)
+                _write_elastic_json(partial / ELASTIC_NAME, elastic, base, trained_base)
+    agreed(True)  # no process goes on before it is there
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        strategy = elastic.reordered_strategy() if trained_base else elastic.strategy
-        strategy.save(partial)
-        if trained_base:
-            with elastic.active(elastic.space.largest) as model:  # a host's override of save_pretrained compresses
-                PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY)
-            copy_tokenizer(base, partial / BASE_DIRECTORY)
-        if peft_model is not None:
-            with elastic.active(elastic.space.largest):
-                peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY))
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "base_model": base,
-            "dtype": str(elastic.model.dtype).removeprefix("torch."),
-            "space": str(elastic.space),
-            "trained_base": trained_base,
-        }
-        write_atomically(partial / ELASTIC_NAME, json.dumps(document, indent=1).encode())
+        yield partial
         shutil.rmtree(directory, ignore_errors=True)
         partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_elastic_json(path: Path, elastic: ElasticModel, base: str, trained_base: bool) -> None:
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base_model": base,
+        "dtype": str(elastic.model.dtype).removeprefix("torch."),
+        "space": str(elastic.space),
+        "trained_base": trained_base,
+    }
+    write_atomically(path, json.dumps(document, indent=1).encode())
 
 
 def require_replaceable(directory: Path) -> None:

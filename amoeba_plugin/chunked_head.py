@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -59,6 +60,8 @@ def chunked_head(model: PreTrainedModel, rows: Tensor, row_loss: RowLoss) -> Ite
     """
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
+    if isinstance(head, FSDPModule):
+        head.unshard()  # its own forward, which would gather its weight, does not run; the backward frees it
     model.set_output_embeddings(ChunkedHead(head, rows, row_loss))
     try:
         yield

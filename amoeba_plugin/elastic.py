@@ -24,6 +24,7 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.experts import ElasticExperts
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.sharded import gathered
 from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
 from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy, model_fingerprint
 
@@ -282,7 +283,7 @@ class ElasticModel:
             if group.key in width.mean_input and group.key in width.order
         }
         with self.active(self.space.largest) as model:
-            fingerprint = model_fingerprint(model, self.adapter)
+            fingerprint = model_fingerprint(model, self.adapter, gathered)
         return replace(self.strategy, width=replace(width, order=order, mean_input=means), fingerprint=fingerprint)
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -30,6 +31,7 @@ from amoeba_plugin.batching import require_targets
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.sampling import SandwichSampler
+from amoeba_plugin.sharded import all_finite, exchange_gradients, gathered
 from amoeba_plugin.subnet_log import routing_log
 from amoeba_plugin.subnet_step import StepHost, SubnetStep
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint
@@ -85,7 +87,10 @@ class OneForAllTrainer(Trainer):
         )
         self.subnets = SubnetStep(model, elastic, options, self.args.seed, host)
         self.subnets.chunked &= not self.args.torch_compile  # one graph for all subnets: nothing is exchanged in it
+        # FSDP casts what the model returns: a loss would lose its digits, logits lose none
+        self.subnets.chunked &= not (self.is_fsdp_enabled and self.accelerator.mixed_precision != "no")
         self._micro_step = (-1, 0)  # optimizer step, micro-batches of it seen so far
+        self.add_callback(_WholeLayers(self))
         self.add_callback(_FiniteGradients(self))
 
     @property
@@ -129,7 +134,12 @@ class OneForAllTrainer(Trainer):
 
     def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients between processes with the last subnet only, and only in the step's last micro-batch."""
-        if last or not self.accelerator.sync_gradients:
+        exchanges = last and self.accelerator.sync_gradients
+        if self.is_fsdp_enabled:
+            always = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+            exchange_gradients((self._wrapped, *self.elastic.layers), exchanges or always)
+            return nullcontext()
+        if exchanges:
             return nullcontext()
         context: AbstractContextManager[Any] = self.accelerator.no_sync(self._wrapped)
         return context
@@ -168,8 +178,9 @@ class OneForAllTrainer(Trainer):
             shapes, means = self.subnets.means.flush()
             logs.update(means)
             routing = getattr(self.model, "routing", None)
-            if routing is not None:
-                logs.update(routing_log(routing, self.elastic, shapes))
+            if self.model is not None and routing is not None:
+                with gathered(self.model):
+                    logs.update(routing_log(routing, self.elastic, shapes))
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -193,6 +204,24 @@ class OneForAllTrainer(Trainer):
             ) from error
 
 
+class _WholeLayers(TrainerCallback):
+    """Stops where FSDP does not shard the decoder layers one by one: what a subnet drops could not be told apart."""
+
+    def __init__(self, trainer: OneForAllTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the layers as accelerate has wrapped them."""
+        layers = self._trainer.elastic.layers
+        if self._trainer.is_fsdp_enabled and not all(isinstance(layer, FSDPModule) for layer in layers):
+            raise TrainingError(
+                f"FSDP does not shard every {type(layers[0]).__name__} by itself; leave auto_wrap_policy and "
+                "transformer_layer_cls_to_wrap out of fsdp_config"
+            )
+
+
 class _FiniteGradients(TrainerCallback):
     """Stops before a gradient that is not finite reaches the parameters: a loss can be finite all the same."""
 
@@ -207,7 +236,7 @@ class _FiniteGradients(TrainerCallback):
         if self._trainer.accelerator.scaler is not None or model is None:  # fp16: the scaler skips such steps
             return
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
-        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
+        if gradients and not all_finite(gradients):
             model.zero_grad()
             raise TrainingError(
                 f"the gradient at step {state.global_step} is not finite; no parameter was changed by this step, and "
@@ -234,12 +263,9 @@ def _require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
             "one process with several GPUs (DataParallel) is not supported; start one per GPU with torchrun"
         )
     if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed is not supported; use DDP through accelerate or torchrun")
+        raise TrainingError("DeepSpeed is not supported; use DDP or FSDP2 through accelerate or torchrun")
     if trainer.is_fsdp_enabled:
-        raise TrainingError(
-            "FSDP is not supported: it exchanges a layer's gradients in the backward that ends a step, and the last "
-            "subnet lacks layers; use DDP through accelerate or torchrun"
-        )
+        _require_supported_fsdp(trainer)
     if trainer.args.label_smoothing_factor:
         raise TrainingError(
             "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
@@ -247,4 +273,19 @@ def _require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
     if options.conflict_every and trainer.accelerator.num_processes > 1:
         raise TrainingError(
             "conflict_every compares the gradients of one process; measure in a run with one, or set it to 0"
+        )
+
+
+def _require_supported_fsdp(trainer: Trainer) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise TrainingError(
+            "FSDP version 1 is not supported: it exchanges a layer's gradients only in a backward that runs the layer, "
+            "and the last subnet of a step lacks layers; set fsdp_config={'version': 2} (accelerate: fsdp_version: 2), "
+            "or use DDP"
+        )
+    if plugin.activation_checkpointing:
+        raise TrainingError(
+            "fsdp_config's activation_checkpointing wraps the layers in others, which no subnet exchanges; use "
+            "gradient_checkpointing=True instead"
         )

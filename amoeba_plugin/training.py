@@ -65,6 +65,11 @@ def train_one_for_all(
             data_collator=PaddingCollator(pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0),
             callbacks=callbacks,
         )
+        if trainer.is_fsdp_enabled:
+            raise TrainingError(
+                "FSDP leaves the model sharded, and a recipe goes on with the whole one; use DDP, or OneForAllTrainer "
+                "with FSDP2 and save_elastic after it"
+            )
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(SubnetProgress(elastic.space))

@@ -1,92 +1,242 @@
-"""Trains a tiny model in one process and in two on the same rows; writes the parameters. Run by test_distributed.py in
-one process, which forks: importing torch takes longer than training this model.
+"""Trains a tiny model in one process, and in two by DDP and by FSDP2 on the same rows; writes what came of it. Run by
+test_distributed.py in one process, which forks: importing torch takes longer than training this model.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from elastic_models import random_elastic, tiny_llama
+from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from amoeba_plugin.batching import PaddingCollator
-from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.checkpoint import attach_smol, save_elastic
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer
+from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 
 STEPS, GLOBAL_BATCH = 5, 4
+SHAPE = "2x1/2"  # the smallest
+
+
+@dataclass
+class Case:
+    """One training: what is trained, and how."""
+
+    adapter: str = "smol"
+    smol: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+EACH_SUBNET = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+CASES = {
+    "smol": Case(smol={"router_load_balancing": 0.5}),
+    "teacher": Case(
+        smol={"adapt_largest": False},
+        options={"train_largest": False},
+        arguments={"gradient_accumulation_steps": 2},
+    ),
+    "none": Case("none"),
+    "lora": Case("lora", arguments={"gradient_checkpointing": True}),
+    "each": Case("none", arguments={"accelerator_config": EACH_SUBNET}),
+}
+MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "none"], "fsdp": list(CASES)}
+REFUSED: dict[str, dict[str, Any]] = {
+    "version 1": {"version": 1, "sync_module_states": False},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "layers together": {"auto_wrap_policy": "NO_WRAP"},
+}
 
 
 class CountExchanges(TrainerCallback):
-    """Counts how often DDP exchanges all gradients; its last bucket comes once each time."""
+    """Counts how often gradients are exchanged, by what exchanges them: DDP's last bucket comes once each time."""
 
     def __init__(self) -> None:
         self.trainer: OneForAllTrainer | None = None
-        self.count = 0
+        self.counts: Counter[str] = Counter()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        if state.global_step == 0 and isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            self.trainer.model_wrapped.register_comm_hook(None, self._exchange)
+        wrapped = self.trainer.model_wrapped
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            wrapped.register_comm_hook(None, self._exchange)
+        for name, module in wrapped.named_modules():
+            if isinstance(module, FSDPModule):
+                module.set_all_reduce_hook(lambda _gradients, name=name: self.counts.update([name]))
 
     def _exchange(self, state, bucket):  # noqa: ANN001  # DDP refuses annotations that are strings
-        self.count += bucket.is_last()
+        self.counts["ddp"] += bucket.is_last()
         return allreduce_hook(None, bucket)
 
 
-def train(directory: Path, adapter: str, accumulation: int) -> None:
-    """Train in this process, which may be one of several; the first one saves."""
-    torch.set_num_threads(1)
-    elastic = random_elastic(tiny_llama())
+def offer_gloo() -> None:
+    """Let accelerate shard on a CPU: it offers FSDP to accelerators only, though torch has it for both."""
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+
+def make_model(elastic: ElasticModel, case: Case) -> nn.Module:
+    """Put the adapter on."""
     torch.manual_seed(0)
-    smol = SmolConfig(r=2, num_experts=3, init_weights=False, target_modules="all-linear")
-    model = attach_smol(elastic, smol) if adapter == "smol" else elastic.model
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    arguments = TrainingArguments(
-        output_dir=str(directory), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=STEPS,
-        per_device_train_batch_size=GLOBAL_BATCH // processes, gradient_accumulation_steps=accumulation,
-        save_strategy="no", logging_steps=STEPS, optim="sgd", dataloader_pin_memory=False,
-        learning_rate=0.05, max_grad_norm=1.0, ddp_backend="gloo" if processes > 1 else None,
-    )  # fmt: skip
+    if case.adapter == "none":
+        return elastic.model
+    if case.adapter == "lora":
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+        return attach_lora(elastic, config)
+    fields = {"r": 2, "num_experts": 3, "init_weights": False, "target_modules": "all-linear"}
+    return attach_smol(elastic, SmolConfig(**fields | case.smol))
+
+
+def make_rows() -> list[dict[str, list[int]]]:
+    """Rows that differ in how many targets they have."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(61, (48, 12), generator=generator).tolist()
-    targets = torch.randint(1, 12, (48,), generator=generator).tolist()  # rows differ in how many
-    rows = [
+    targets = torch.randint(1, 12, (48,), generator=generator).tolist()
+    return [
         {"input_ids": row, "labels": [-100] * (12 - n) + row[12 - n :]} for row, n in zip(tokens, targets, strict=True)
     ]
-    counter = CountExchanges()
-    trainer = OneForAllTrainer(
-        model, elastic, OneForAllOptions(), args=arguments, train_dataset=rows, data_collator=PaddingCollator(),
-        callbacks=[counter],
+
+
+def make_arguments(directory: Path, mode: str, **fields: Any) -> TrainingArguments:
+    """Silent, the same global batch however many processes there are."""
+    processes = 1 if mode == "one" else 2
+    arguments = {
+        "output_dir": str(directory / mode), "report_to": "none", "disable_tqdm": True, "max_steps": STEPS,
+        "per_device_train_batch_size": GLOBAL_BATCH // processes, "save_strategy": "no", "logging_steps": STEPS,
+        "optim": "sgd", "dataloader_pin_memory": False, "learning_rate": 0.05, "max_grad_norm": 1.0,
+        "use_cpu": mode != "fsdp", "ddp_backend": "gloo" if processes > 1 else None,
+        "fsdp": True if mode == "fsdp" else None,
+    }  # fmt: skip
+    return TrainingArguments(**arguments | fields)
+
+
+def make_trainer(directory: Path, case: Case, mode: str, **fields: Any) -> OneForAllTrainer:
+    """Return a trainer of a fresh model."""
+    elastic = random_elastic(tiny_llama())
+    arguments = make_arguments(directory, mode, **case.arguments | fields)
+    return OneForAllTrainer(
+        make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments, train_dataset=make_rows(),
+        eval_dataset=make_rows()[:6], data_collator=PaddingCollator(),
     )  # fmt: skip
-    assert arguments.ddp_find_unused_parameters is None
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a parameter as one process has it."""
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+
+
+def trained(trainer: OneForAllTrainer) -> dict[str, Tensor]:
+    """Return what was trained."""
+    return {name: whole(value) for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+
+def train(directory: Path, name: str, mode: str) -> None:
+    """Train in this process, which may be one of several; each saves what it has."""
+    case, counter = CASES[name], CountExchanges()
+    trainer = make_trainer(directory, case, mode)
+    trainer.add_callback(counter)
     counter.trainer = trainer
     trainer.train()
-    found = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    log = next(entry for entry in trainer.state.log_history if "loss/2x1/2" in entry)
+    found = trained(trainer)
+    log = next(entry for entry in trainer.state.log_history if f"loss/{SHAPE}" in entry)
+    numbers = [log[key] for key in ("loss", f"loss/{SHAPE}", f"balance/{SHAPE}")]
+    numbers += [log.get(f"router/{SHAPE}/entropy", 0.0)]
+    counts = counter.counts.values()
     found |= {
-        "exchanges": torch.tensor(counter.count),
-        "logged": torch.tensor([log[name] for name in ("loss", "loss/2x1/2", "balance/2x1/2")]),
+        "exchanges": torch.tensor([min(counts, default=0), max(counts, default=0)]),
+        "logged": torch.tensor(numbers),
+        "evaluated": torch.tensor(trainer.evaluate()["eval_loss"]),
     }
-    save_file(found, directory / f"{adapter}-{accumulation}-{processes}-{os.environ.get('RANK', 0)}.safetensors")
+    peft_model = None if case.adapter == "none" else trainer.model
+    save_elastic(
+        trainer.elastic, peft_model, directory / f"{name}-{mode}", str(directory / "base"), case.adapter == "none"
+    )
+    save_file(found, directory / f"{name}-{mode}-{os.environ.get('RANK', 0)}.safetensors")
 
 
-def fork(directory: Path, adapter: str, accumulation: int, environment: dict[str, str]) -> int:
-    """Train in a child process; return its id."""
+def resume(directory: Path, kind: str) -> None:
+    """Go on from a checkpoint, to the end that the whole training came to; save the adapter as an ordinary file."""
+    fields = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    fields |= {"fsdp_config": {"state_dict_type": kind}, "output_dir": str(directory / kind)}
+    uninterrupted = make_trainer(directory, CASES["smol"], "fsdp", **fields)
+    uninterrupted.train()
+    trainer = make_trainer(directory, CASES["smol"], "fsdp", **fields)
+    trainer.train(resume_from_checkpoint=str(directory / kind / "checkpoint-3"))
+    expected, found = trained(uninterrupted), trained(trainer)
+    equal = all(torch.equal(found[name], value) for name, value in expected.items())
+    trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(directory / kind / "adapter"))
+    if os.environ["RANK"] == "0":
+        save_file(found | {"equal": torch.tensor(equal)}, directory / f"{kind}.safetensors")
+
+
+def message_of(action: Callable[..., Any], *arguments: Any) -> str:
+    """Return with what words something is refused."""
+    try:
+        action(*arguments)
+    except TrainingError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def refuse(directory: Path) -> None:
+    """Ask for what FSDP cannot do here."""
+
+    def with_config(config: dict[str, Any]) -> None:
+        make_trainer(directory, CASES["none"], "fsdp", fsdp_config=dict(config)).train()
+
+    def recipe() -> None:
+        elastic = random_elastic(tiny_llama())
+        train_one_for_all(elastic, elastic.model, make_rows(), OneForAllOptions(), make_arguments(directory, "fsdp"))
+
+    messages = {what: message_of(with_config, config) for what, config in REFUSED.items()}
+    messages["recipe"] = message_of(recipe)
+    if os.environ["RANK"] == "0":
+        (directory / "refused.json").write_text(json.dumps(messages))
+
+
+def work(directory: Path, mode: str) -> None:
+    """Do all of a mode in this process, which may be one of two."""
+    torch.set_num_threads(1)
+    if mode == "fsdp":
+        offer_gloo()
+        refuse(directory)
+    for name in MODES[mode]:
+        train(directory, name, mode)
+    if mode == "fsdp":
+        resume(directory, "FULL_STATE_DICT")
+        resume(directory, "SHARDED_STATE_DICT")
+
+
+def fork(environment: dict[str, str], directory: Path, mode: str) -> int:
+    """Work in a child process; return its id."""
     child = os.fork()
     if child:
         return child
     try:
         os.environ |= environment
-        train(directory, adapter, accumulation)
+        work(directory, mode)
     except BaseException:  # noqa: BLE001  # a forked child never returns to its parent's code
         sys.excepthook(*sys.exc_info())
         os._exit(1)
@@ -101,16 +251,15 @@ def free_port() -> str:
 
 
 def main() -> None:
-    """Run every case in one process, then in two."""
+    """Run every mode, in one process or in two."""
     directory = Path(sys.argv[1])
-    for adapter, accumulation in (("smol", 1), ("smol", 2), ("none", 1)):
-        for processes in (1, 2):
-            port = free_port()
-            shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-            children = [fork(directory, adapter, accumulation, rank if processes > 1 else {}) for rank in ranks]
-            codes = [os.waitpid(child, 0)[1] for child in children]
-            assert not any(codes), f"{adapter}, {processes} processes: {codes}"
+    tiny_llama().save_pretrained(directory / "base")
+    for mode in sys.argv[2:] or MODES:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [{}] if mode == "one" else [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        children = [fork(rank, directory, mode) for rank in ranks]
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        assert not any(codes), f"{mode}: {codes}"
 
 
 if __name__ == "__main__":

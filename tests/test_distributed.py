@@ -1,7 +1,8 @@
-"""Two processes (gloo) train to the same parameters as one that has all rows."""
+"""Two processes (gloo), by DDP or FSDP2, train to the same parameters as one that has all rows."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,26 +10,78 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_trials import MODES, SHAPE, STEPS
 from safetensors.torch import load_file
 
-STEPS = 5
+from amoeba_plugin.checkpoint import load_elastic
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("distributed")
     script = Path(__file__).with_name("distributed_trials.py")
-    subprocess.run([sys.executable, str(script), str(directory)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script), str(directory)], check=True, env=environment, timeout=300)
     return directory
 
 
-@pytest.mark.parametrize("case", ["smol-1", "smol-2", "none-1"])
-def test_two_processes_train_as_one_with_all_rows(results: Path, case: str) -> None:
-    one, first, second = (load_file(results / f"{case}-{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    assert first.pop("exchanges") == second.pop("exchanges") == STEPS  # once per optimizer step
-    assert one.pop("exchanges") == 0
+@pytest.mark.parametrize(("mode", "case"), [(mode, case) for mode in ("ddp", "fsdp") for case in MODES[mode]])
+def test_two_processes_train_as_one_with_all_rows(results: Path, mode: str, case: str) -> None:
+    one = load_file(results / f"{case}-one-0.safetensors")
+    first, second = (load_file(results / f"{case}-{mode}-{rank}.safetensors") for rank in range(2))
+    del one["exchanges"], one["evaluated"]
     for name, expected in one.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(
             first[name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize(("mode", "case"), [(mode, case) for mode in ("ddp", "fsdp") for case in MODES[mode]])
+def test_gradients_are_exchanged_once_per_optimizer_step(results: Path, mode: str, case: str) -> None:
+    """Once for each sharded layer, whether the step's last subnet keeps it or not."""
+    for rank in range(2):
+        fewest, most = load_file(results / f"{case}-{mode}-{rank}.safetensors")["exchanges"].tolist()
+        if case == "each":  # with every subnet: a layer that all keep 4 times
+            assert STEPS < fewest < most == 4 * STEPS
+        else:
+            assert fewest == most == STEPS
+
+
+def test_a_sharded_model_is_evaluated_whole(results: Path) -> None:
+    for case in MODES["ddp"]:
+        expected, found = (load_file(results / f"{case}-{mode}-0.safetensors") for mode in ("ddp", "fsdp"))
+        torch.testing.assert_close(found["evaluated"], expected["evaluated"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["smol", "lora", "none"])
+@torch.no_grad()
+def test_an_elastic_checkpoint_of_a_sharded_model_is_whole(results: Path, case: str) -> None:
+    (expected, _), (found, _) = (load_elastic(results / f"{case}-{mode}") for mode in ("one", "fsdp"))
+    tokens = torch.arange(12)[None]
+    for shape in (str(found.space.largest), SHAPE):
+        with expected.active(shape), found.active(shape):
+            torch.testing.assert_close(found.model(tokens).logits, expected.model(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_sharded_training_goes_on_where_it_was(results: Path, kind: str) -> None:
+    found = load_file(results / f"{kind}.safetensors")
+    assert found.pop("equal")  # to the parameters of the training that was not interrupted
+    saved = load_file(results / kind / "adapter/adapter_model.safetensors")
+    assert len(saved) == len(found)
+    for name, value in found.items():
+        assert torch.equal(saved[name.replace(".default", "")], value)
+
+
+@pytest.mark.parametrize(
+    ("what", "advice"),
+    [
+        ("version 1", "set fsdp_config={'version': 2}"),
+        ("activation checkpointing", "use gradient_checkpointing=True"),
+        ("layers together", "leave auto_wrap_policy and transformer_layer_cls_to_wrap out"),
+        ("recipe", "use DDP, or OneForAllTrainer with FSDP2"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(results: Path, what: str, advice: str) -> None:
+    assert advice in json.loads((results / "refused.json").read_text())[what]
