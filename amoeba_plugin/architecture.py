@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.sublayers import Sublayer
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,19 @@ class ArchitectureAdapter(ABC):
     @abstractmethod
     def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
         """Return the groups of one decoder layer at full width; the same for every layer."""
+
+    def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
+        """Return what "attention" and "mlp" of a decoder layer are, so that either can go without the other.
+
+        To be overridden where depth may be searched in sublayers.
+
+        Raises:
+            ArchitectureError: If the adapter does not say.
+        """
+        raise ArchitectureError(
+            f"the adapter of {config.model_type} does not say what attention and MLP of its layers are "
+            f"({type(self).__name__}.sublayers); set granularity: layer in DepthShrinkingModifier"
+        )
 
     @abstractmethod
     def subnet_config(

@@ -81,7 +81,7 @@ def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
     _require_within(config, elastic.space)
     config.widths = [str(width) for width in elastic.space.widths]
     config.depths = list(elastic.space.depths)
-    config.kept_layers = {str(depth): list(kept) for depth, kept in elastic.strategy.depth.kept.items()}
+    config.kept_layers = elastic.strategy.depth.table
     config.num_layers = len(elastic.layers)
     peft_model = get_peft_model(elastic.model, config)
     _follow(elastic, peft_model)
@@ -338,7 +338,7 @@ def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:
     if not isinstance(peft_model.active_peft_config, SmolConfig):
         follow_lora(elastic, peft_model)
         return
-    elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.kept_layers(shape)))
+    elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.listed(shape)))
 
 
 def copy_tokenizer(reference: str, directory: Path) -> None:

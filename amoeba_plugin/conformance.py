@@ -39,7 +39,7 @@ from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy,
 
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
 # Neither nested nor a prefix, and the first layer goes: an index that is not renumbered shows.
-KEPT = {4: (0, 1, 2, 3), 3: (0, 2, 3), 2: (1, 3)}
+KEPT: dict[float, tuple[int, ...]] = {4: (0, 1, 2, 3), 3: (0, 2, 3), 2: (1, 3)}
 TOLERANCE = 1e-4  # of logits, fp32
 
 RELOAD = """

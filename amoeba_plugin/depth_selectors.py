@@ -133,7 +133,7 @@ def least_angular_distance(task: DepthTask) -> DepthStrategy:
     layers, removable = task.num_layers, _removable(task)
     distances = angular_distances(task.model, task.adapter, task.batches)
     _require_scores("angular_distance", distances.diagonal(1).tolist())
-    kept = {layers: tuple(range(layers))}
+    kept: dict[float, tuple[int, ...]] = {layers: tuple(range(layers))}
     for count in range(1, layers - task.min_depth + 1):
         # l*(n) = argmin_l d(x_l, x_{l+n})
         first = min(range(removable - count, -1, -1), key=distances.diagonal(count).__getitem__)
@@ -206,7 +206,7 @@ def _require_scores(name: str, scores: Sequence[Any]) -> None:
 def _removed_in_order(task: DepthTask, name: str, order: Sequence[int]) -> DepthStrategy:
     """Return the strategy that removes layers in this order, one more for every depth."""
     layers = task.num_layers
-    kept = {
+    kept: dict[float, tuple[int, ...]] = {
         depth: tuple(index for index in range(layers) if index not in set(order[: layers - depth]))
         for depth in range(layers, task.min_depth - 1, -1)
     }

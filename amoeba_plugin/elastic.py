@@ -27,6 +27,7 @@ from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.sharded import gathered
 from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
 from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.sublayers import Kept, StandIns
 
 if TYPE_CHECKING:
     from amoeba_plugin.streaming import StreamedWeights
@@ -152,6 +153,7 @@ class ElasticModel:
         self.config = copy_config(model.config)
         self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
         self._require_whole_largest()
+        self._sublayers = StandIns(self.adapter.sublayers(self.config) if strategy.depth.lost else {}, self.layers)
         self.groups, self.experts = self._elastic_groups(), self._elastic_experts()
         self._listeners: list[Callable[[SubnetShape], None]] = []
         if weights is None:
@@ -212,8 +214,16 @@ class ElasticModel:
             part.register_forward_hook(leave, always_call=True)
 
     def kept_layers(self, shape: SubnetShape | None = None) -> tuple[int, ...]:
-        """Return the indices of the layers that a shape (default: the active one) keeps."""
+        """Return the indices of the layers of which a shape (default: the active one) keeps anything."""
         return self.strategy.depth.kept[(shape or self._shape).depth]
+
+    def lost(self, shape: SubnetShape | None = None) -> Mapping[int, str]:
+        """Return the sublayer, "attention" or "mlp", that layers kept in part have lost at a shape, by layer index."""
+        return self.strategy.depth.lost.get((shape or self._shape).depth, {})
+
+    def listed(self, shape: SubnetShape | None = None) -> list[Kept]:
+        """Return the layers that a shape keeps as they are written: 3, or "3.mlp" where that is all of layer 3."""
+        return self.strategy.depth.listed((shape or self._shape).depth)
 
     def units(self, width: Fraction, key: str, group: ChannelGroup) -> int:
         """Return how many units of a layer's group a width keeps."""
@@ -231,8 +241,7 @@ class ElasticModel:
             ShapeError: If the space does not hold it; the active shape stays.
         """
         shape = self.space.require(shape)
-        kept = self.kept_layers(shape)
-        self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
+        self._sublayers.restore()
         row = None if shape.width == 1 else self.space.widths.index(shape.width)
         for group in self.groups:
             units = self.units(shape.width, group.key, group.group)
@@ -240,9 +249,21 @@ class ElasticModel:
             self.adapter.set_units(group.layer, group.group, units)
         for experts in self.experts:
             experts.set_units(self.strategy.width.units[shape.width])
+        self._sublayers.set(self.lost(shape))  # before the layers are numbered: stand-ins count their layer's tokens
+        kept = self.kept_layers(shape)
+        self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
         self._shape = shape
         for listener in self._listeners:
             listener(shape)
+
+    @contextmanager
+    def whole_layers(self) -> Iterator[None]:
+        """Put the sublayers that the active shape lacks back for a block of code, say to look at their weights."""
+        self._sublayers.restore()
+        try:
+            yield
+        finally:
+            self._sublayers.set(self.lost())
 
     def set_units(self, units: Mapping[str, int]) -> None:
         """Give every layer the same number of units per group name until the next :meth:`set_shape`.

@@ -1,19 +1,23 @@
-"""Stock causal LMs whose decoder layers have sizes of their own; this file travels with the checkpoints that need it.
+"""Stock causal LMs whose decoder layers have sizes of their own, or lack attention or MLP; this file travels with the
+checkpoints that need it.
 
 ``config.per_layer_config`` (transformers) names what differs from layer to layer, for example
 ``{"3": {"num_attention_heads": 20, "num_key_value_heads": 5, "intermediate_size": 9216}}``. transformers reads that
-into one configuration per layer; the classes here build every stock layer from its own. Nothing else differs from the
-stock classes: no ``forward`` is overridden. Load with
-``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
+into one configuration per layer; the classes here build every stock layer from its own. Of a layer whose entry says
+``"skip": ["attention"]`` (or ``"mlp"``) the modules that ``config.stand_ins`` names are exchanged for what adds zero to
+the residual stream and computes nothing. Nothing else differs from the stock classes: no ``forward`` of theirs is
+overridden. Load with ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
 
-It imports nothing but transformers, so that a checkpoint needs nothing else.
+It imports nothing but torch and transformers, so that a checkpoint needs nothing else.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -21,11 +25,14 @@ from transformers import (
     GraniteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MixtralForCausalLM,
     Olmo2ForCausalLM,
     OPTForCausalLM,
+    Phi3ForCausalLM,
     PretrainedConfig,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
     SeedOssForCausalLM,
     SmolLM3ForCausalLM,
 )
@@ -36,7 +43,41 @@ else:
     _Stock = object
 
 
-class PerLayerSizes(_Stock):
+class NoAttention(nn.Module):
+    """In place of an attention that is gone: adds zero, and lets the cache count tokens as at every other layer."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: Tensor, past_key_values: Any = None, layer_past: Any = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Return zeros, (batch, positions, hidden) without memory of their own, and no attention weights."""
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:  # the model asks the first layer how many tokens it has seen: one channel counts them
+            tokens = hidden_states[:, None, :, :1]
+            cache.update(tokens, tokens, self.layer_idx)
+        return hidden_states.new_zeros(()).expand_as(hidden_states), None
+
+
+class NoOutput(nn.Module):
+    """In place of an MLP, or of the linear that ends it: adds zero."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return zeros, (..., hidden) without memory of their own."""
+        return hidden_states.new_zeros(()).expand_as(hidden_states)
+
+
+#: Makes what takes a module's place, given the layer's index. "identity" is for norms and linears on the way.
+STAND_INS: dict[str, Callable[[int], nn.Module]] = {
+    "attention": NoAttention,
+    "zero": lambda _: NoOutput(),
+    "identity": lambda _: nn.Identity(),
+}
+
+
+class PerLayer(_Stock):
     """Builds the stock model, then every layer anew from the configuration that is its own."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -48,11 +89,19 @@ class PerLayerSizes(_Stock):
         config._attn_implementation = alike._attn_implementation
         decoder: Any = self.get_decoder()  # type: ignore[no-untyped-call]
         for index, layer in enumerate(decoder.layers):
-            decoder.layers[index] = type(layer)(config.per_layer_config[index], index)
+            own = config.per_layer_config[index]
+            decoder.layers[index] = type(layer)(own, index)
+            for part in getattr(own, "skip", None) or ():
+                for path, kind in config.stand_ins[part].items():
+                    decoder.layers[index].set_submodule(path, STAND_INS[kind](index))
         for module in self.modules():  # one configuration for all, or set_attn_implementation would not reach a layer
             if hasattr(module, "config"):
                 vars(module)["config"] = config
         self.post_init()  # type: ignore[no-untyped-call]
+
+
+class PerLayerSizes(PerLayer):
+    """Of stock classes whose every part reads its size from the configuration it was built with."""
 
 
 class PerLayerLlamaForCausalLM(PerLayerSizes, LlamaForCausalLM):
@@ -103,5 +152,18 @@ class PerLayerSmolLM3ForCausalLM(PerLayerSizes, SmolLM3ForCausalLM):
     """``SmolLM3ForCausalLM``, one size per layer."""
 
 
-for _class in PerLayerSizes.__subclasses__():  # saving a model of these classes saves this file beside it
+class PerLayerPhi3ForCausalLM(PerLayer, Phi3ForCausalLM):
+    """``Phi3ForCausalLM``, layers alike but for what they lack."""
+
+
+class PerLayerMixtralForCausalLM(PerLayer, MixtralForCausalLM):
+    """``MixtralForCausalLM``, layers alike but for what they lack."""
+
+
+class PerLayerQwen3MoeForCausalLM(PerLayer, Qwen3MoeForCausalLM):
+    """``Qwen3MoeForCausalLM``, layers alike but for what they lack."""
+
+
+# Saving a model of these classes saves this file beside it.
+for _class in (*PerLayerSizes.__subclasses__(), *set(PerLayer.__subclasses__()) - {PerLayerSizes}):
     _class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]

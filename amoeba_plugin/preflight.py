@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -129,7 +130,7 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
         )
     biased = frozenset(units[shape.width]) if width is not None and width.bias_compensation else frozenset()
     return adapter.subnet_config(
-        config, range(shape.depth), units[shape.width], biased if shape.width != 1 else frozenset()
+        config, range(math.ceil(shape.depth)), units[shape.width], biased if shape.width != 1 else frozenset()
     )
 
 
@@ -145,7 +146,7 @@ def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1
     if shape.depth > config.num_hidden_layers:
         raise ShapeError(f"shape {shape} has more layers than the model, which has {config.num_hidden_layers}")
     units = kept_units(adapter.channel_groups(config), shape.width, round_to)
-    return adapter.subnet_config(config, range(shape.depth), units)
+    return adapter.subnet_config(config, range(math.ceil(shape.depth)), units)
 
 
 def kept_units(

@@ -5,6 +5,11 @@ SubnetShape(depth=24, width=Fraction(7, 8))
 >>> space = ShapeSpace(depths=(12, 8), widths=(Fraction(1), Fraction(3, 4)))
 >>> str(space.largest), str(space.smallest), len(space)
 ('12x1', '8x3/4', 4)
+
+A depth counts layers; attention and MLP are half a layer each, so a depth may end in .5:
+
+>>> str(SubnetShape.parse("10.5x7/8")), str(SubnetShape.parse("10.0"))
+('10.5x7/8', '10x1')
 """
 
 from __future__ import annotations
@@ -19,12 +24,16 @@ from amoeba_plugin.errors import ShapeError
 
 @dataclass(frozen=True, order=True)
 class SubnetShape:
-    """A point of the space: layers kept, and the share of channels kept in each of them, in (0, 1]."""
+    """A point of the space: layers kept, and the share of channels kept in each of them, in (0, 1].
 
-    depth: int
+    ``depth`` is an int, or ends in .5 where an odd number of sublayers (attention or MLP, half a layer each) is kept.
+    """
+
+    depth: float
     width: Fraction
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "depth", half_steps(self.depth))
         if self.depth < 1:
             raise ShapeError(f"depth {self.depth}: a subnet keeps at least 1 layer")
         if not 0 < self.width <= 1:
@@ -32,7 +41,7 @@ class SubnetShape:
 
     @classmethod
     def parse(cls, text: str | SubnetShape) -> SubnetShape:
-        """Read ``DEPTHxWIDTH``: "24x7/8", "24x0.875", "24" (full width).
+        """Read ``DEPTHxWIDTH``: "24x7/8", "24x0.875", "24" (full width), "10.5x1" (21 sublayers).
 
         Raises:
             ShapeError: If the text is anything else.
@@ -41,7 +50,7 @@ class SubnetShape:
             return text
         depth, _, width = str(text).strip().lower().partition("x")
         try:
-            return cls(int(depth), parse_width(width or "1"))
+            return cls(parse_depth(depth), parse_width(width or "1"))
         except ValueError as error:
             raise ShapeError(
                 f"'{text}' is not a subnet shape ({error}); write DEPTHxWIDTH, for example 24x7/8"
@@ -55,13 +64,13 @@ class SubnetShape:
 class ShapeSpace:
     """The grid of shapes that one training serves: every depth with every width, both stored largest first."""
 
-    depths: tuple[int, ...]
+    depths: tuple[float, ...]
     widths: tuple[Fraction, ...]
 
     def __post_init__(self) -> None:
         if not self.depths or not self.widths:
             raise ShapeError("a shape space needs at least one depth and one width")
-        object.__setattr__(self, "depths", tuple(sorted(set(self.depths), reverse=True)))
+        object.__setattr__(self, "depths", tuple(sorted(set(map(half_steps, self.depths)), reverse=True)))
         object.__setattr__(self, "widths", tuple(sorted(set(self.widths), reverse=True)))
         SubnetShape(min(self.depths), min(self.widths))
 
@@ -104,6 +113,30 @@ class ShapeSpace:
 
     def __str__(self) -> str:
         return f"depths {{{', '.join(map(str, self.depths))}}} x widths {{{', '.join(map(str, self.widths))}}}"
+
+
+def half_steps(depth: float) -> float:
+    """Return a depth as an int where it is whole, so that equal depths have one text.
+
+    Raises:
+        ShapeError: If it is no multiple of 1/2.
+    """
+    if depth * 2 != round(depth * 2):
+        raise ShapeError(f"depth {depth}: attention and MLP are half a layer each, so write whole or half layers, 10.5")
+    return int(depth) if depth == int(depth) else depth
+
+
+def parse_depth(text: str | float) -> float:
+    """Read a depth: "24", 24 and "24.0" are the same, "10.5" is 21 sublayers.
+
+    Raises:
+        ValueError: If it is no number.
+        ShapeError: If it is no multiple of 1/2.
+    """
+    whole, point, rest = str(text).partition(".")
+    if point and not rest.isdecimal():
+        raise ValueError(f"depth '{text}' is no number")
+    return half_steps(int(whole) + float(f"0.{rest}") if point else int(whole))
 
 
 def parse_width(text: str | float | Fraction) -> Fraction:

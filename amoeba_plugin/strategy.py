@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.errors import ArtifactError, RecipeError
+from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.hosted import onloaded
-from amoeba_plugin.shape import ShapeSpace
+from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth
+from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 
-FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 1
+FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
+WHOLE_LAYERS_VERSION = 1  # written where every layer kept is whole, so that older versions of this package read it
 JSON_NAME, TENSORS_NAME = "strategy.json", "strategy.safetensors"
 FINGERPRINT_ELEMENTS = 256
 Loaded = Callable[[nn.Module], AbstractContextManager[object]]
@@ -39,43 +41,53 @@ Loaded = Callable[[nn.Module], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class DepthStrategy:
-    """For each depth the indices of the layers kept, ascending; depths need not be nested.
+    """For each depth the layers kept, ascending; depths need not be nested.
 
-    ``metric`` is what the objective measured for each depth on the calibration data; empty where nothing was measured.
-    ``search`` says how the search went, for people.
+    Attributes:
+        kept: Indices of the layers of which anything is kept.
+        objective: What chose them.
+        metric: What the objective measured for each depth on the calibration data; empty where nothing was measured.
+        search: How the search went, for people.
+        lost: For depths that keep layers in part: by layer the sublayer that it has lost, "attention" or "mlp". Each is
+            half a layer of the depth.
     """
 
-    kept: Mapping[int, tuple[int, ...]]
+    kept: Mapping[float, tuple[int, ...]]
     objective: str = ""
-    metric: Mapping[int, float] = field(default_factory=dict)
+    metric: Mapping[float, float] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    lost: Mapping[float, Mapping[int, str]] = field(default_factory=dict)
 
     @classmethod
-    def given(cls, kept: Mapping[str, Sequence[int]], num_layers: int, objective: str = "") -> DepthStrategy:
+    def given(cls, kept: Mapping[str, Sequence[Kept]], num_layers: int, objective: str = "") -> DepthStrategy:
         """Return a strategy written by hand or by an earlier run.
 
         Args:
-            kept: Per depth, as text, the layers to keep; the whole model is added where it is missing.
+            kept: Per depth, as text, the layers to keep, ``[0, "2.mlp", 3]`` at depth 2.5; the whole model is added
+                where it is missing.
             num_layers: Layers of the model.
             objective: What chose them, for people.
 
         Raises:
             RecipeError: If a depth does not keep as many different layers of the model as it says.
         """
-        strategy = {num_layers: tuple(range(num_layers))}
-        for depth, layers in kept.items():
-            chosen = tuple(sorted(set(layers)))
-            if (
-                str(len(layers)) != str(depth)
-                or len(chosen) != len(layers)
-                or not set(chosen) <= set(range(num_layers))
-            ):
+        layers: dict[float, tuple[int, ...]] = {num_layers: tuple(range(num_layers))}
+        lost: dict[float, dict[int, str]] = {}
+        for text, entries in kept.items():
+            try:
+                depth = parse_depth(text)
+                layers[depth], gone = read_kept(entries)
+                fits = len(layers[depth]) - len(gone) / 2 == depth and layers[depth][-1] < num_layers
+            except (ShapeError, ValueError, IndexError):
+                fits = False
+            if not fits:
                 raise RecipeError(
-                    f"kept_layers: depth {depth} keeps {list(layers)}; name {depth} different layers out of "
-                    f"0..{num_layers - 1}"
+                    f"kept_layers: depth {text} keeps {list(entries)}; name {text} different layers out of "
+                    f"0..{num_layers - 1}, of which 2.attention and 2.mlp are half a layer each"
                 )
-            strategy[int(depth)] = chosen
-        return cls(strategy, objective)
+            if gone:
+                lost[depth] = gone
+        return cls(layers, objective, lost=lost)
 
     @classmethod
     def whole(cls, num_layers: int) -> DepthStrategy:
@@ -85,7 +97,16 @@ class DepthStrategy:
     @property
     def num_layers(self) -> int:
         """Layers of the whole model."""
-        return max(self.kept)
+        return int(max(self.kept))
+
+    def listed(self, depth: float) -> list[Kept]:
+        """Return what a depth keeps as it is written: indices, and ``"2.mlp"`` where that is all of layer 2."""
+        return write_kept(self.kept[depth], self.lost.get(depth, {}))
+
+    @property
+    def table(self) -> dict[str, list[Kept]]:
+        """What :meth:`given` reads."""
+        return {str(half_steps(depth)): self.listed(depth) for depth in self.kept}
 
 
 @dataclass(frozen=True)
@@ -149,12 +170,12 @@ class SubnetStrategy:
         data = save_tensors(tensors)
         document = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.depth.lost else WHOLE_LAYERS_VERSION,
             "fingerprint": self.fingerprint,
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
             "depth": {
                 "objective": self.depth.objective,
-                "kept": {str(depth): list(layers) for depth, layers in self.depth.kept.items()},
+                "kept": self.depth.table,
                 "metric": {str(depth): _finite_or_none(value) for depth, value in self.depth.metric.items()},
                 "search": dict(self.depth.search),
             },
@@ -180,7 +201,7 @@ class SubnetStrategy:
         tensors = _read_tensors(directory / TENSORS_NAME, document.get("tensors_sha256", ""))
         try:
             return cls._from_document(document, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ShapeError) as error:
             raise ArtifactError(f"{directory / JSON_NAME} is damaged ({error!r}); repeat the selection") from error
 
     @classmethod
@@ -190,12 +211,17 @@ class SubnetStrategy:
         def named(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
+        kept = {parse_depth(key): read_kept(entries) for key, entries in depth["kept"].items()}
+        metric = {
+            parse_depth(key): math.nan if value is None else float(value) for key, value in depth["metric"].items()
+        }
         return cls(
             DepthStrategy(
-                {int(key): tuple(layers) for key, layers in depth["kept"].items()},
+                {key: layers for key, (layers, _) in kept.items()},
                 depth["objective"],
-                {int(key): math.nan if value is None else float(value) for key, value in depth["metric"].items()},
+                metric,
                 depth.get("search", {}),
+                {key: lost for key, (_, lost) in kept.items() if lost},
             ),
             WidthStrategy(
                 {Fraction(key): dict(units) for key, units in width["units"].items()},
@@ -254,9 +280,9 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the selection") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a {FORMAT} file; point at the directory that the selection wrote")
-    if document.get("version") != VERSION:
+    if document.get("version") not in (WHOLE_LAYERS_VERSION, VERSION):
         raise ArtifactError(
-            f"{path} has format version {document.get('version')}, this amoeba_plugin reads {VERSION}; "
+            f"{path} has format version {document.get('version')}, this amoeba_plugin reads up to {VERSION}; "
             "install the version that wrote it, or repeat the selection"
         )
     return document

@@ -253,7 +253,7 @@ def _require_follows(model: nn.Module, elastic: ElasticModel) -> None:
     if not told:
         raise TrainingError(
             "the adapter does not follow the elastic model's shape; connect it with "
-            "elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.kept_layers(shape)))"
+            "elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.listed(shape)))"
         )
 
 

@@ -1,5 +1,6 @@
 """Shapes and spaces: values."""
 
+import json
 import random
 from fractions import Fraction
 
@@ -8,14 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amoeba_plugin.errors import ShapeError
-from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
+from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_depth, parse_width
 
 SHAPES = st.builds(
     lambda depth, top, extra: SubnetShape(depth, Fraction(top, top + extra)),
-    st.integers(1, 200),
+    st.integers(2, 400).map(lambda sublayers: sublayers / 2),
     st.integers(1, 64),
     st.integers(0, 64),
 )
+
+
+@given(SHAPES)
+def test_a_depth_is_an_integer_unless_it_ends_in_a_half(shape: SubnetShape) -> None:
+    assert isinstance(shape.depth, int) == (shape.depth % 1 == 0)
+    assert shape == SubnetShape(float(shape.depth), shape.width) != SubnetShape(shape.depth + 0.5, shape.width)
+    assert json.loads(json.dumps(shape.depth)) == parse_depth(str(shape.depth)) == shape.depth
 
 
 @given(SHAPES)
@@ -32,7 +40,10 @@ def test_a_depth_alone_is_full_width() -> None:
     assert SubnetShape.parse("24") == SubnetShape(24, Fraction(1))
 
 
-@pytest.mark.parametrize("text", ["", "x1", "0x1", "12x0", "12x9/8", "12x1/0", "12xx1", "a", "1.5x1", "-2x1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x1", "0x1", "12x0", "12x9/8", "12x1/0", "12xx1", "a", "1.4x1", "1.x1", ".5x1", "1.5.5", "nan", "1e1", "-2x1"],
+)
 def test_what_is_no_shape_says_how_to_write_one(text: str) -> None:
     with pytest.raises(ShapeError, match="for example 24x7/8"):
         SubnetShape.parse(text)
@@ -45,7 +56,7 @@ def test_what_is_no_width_is_refused(width: str) -> None:
 
 
 def test_a_space_is_a_grid_largest_first() -> None:
-    space = ShapeSpace((8, 12, 10, 8), (Fraction(3, 4), Fraction(1)))
+    space = ShapeSpace((8, 12, 10.0, 8), (Fraction(3, 4), Fraction(1)))
     assert [str(shape) for shape in space] == ["12x1", "12x3/4", "10x1", "10x3/4", "8x1", "8x3/4"]
     assert len(space) == 6
     assert (space.largest, space.smallest) == (SubnetShape(12, Fraction(1)), SubnetShape(8, Fraction(3, 4)))
@@ -56,6 +67,14 @@ def test_a_drawn_shape_is_of_the_space_and_the_seed_decides_it(seed: int) -> Non
     space = ShapeSpace((12, 10, 8), (Fraction(1), Fraction(7, 8)))
     assert space.sample(random.Random(seed)) == space.sample(random.Random(seed))
     assert space.sample(random.Random(seed)) in space
+
+
+def test_a_space_may_have_half_layers() -> None:
+    space = ShapeSpace((2, 1.5, 1), (Fraction(1),))
+    assert [str(shape) for shape in space] == ["2x1", "1.5x1", "1x1"]
+    assert SubnetShape.parse("1.5") in space
+    with pytest.raises(ShapeError, match="half a layer each"):
+        ShapeSpace((1.25,), (Fraction(1),))
 
 
 def test_a_shape_outside_names_the_space() -> None:

@@ -49,6 +49,26 @@ def test_a_saved_strategy_loads_equal(saved: tuple[SubnetStrategy, Path]) -> Non
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_depths_in_half_layers_are_saved_and_ask_for_a_newer_reader(tiny_model: TinyModel, tmp_path: Path) -> None:
+    table = {"3": [0, "1.attention", "2.mlp", 3], "1.5": ["0.mlp", 3]}
+    depth = replace(DepthStrategy.given(table, 4, "loss"), metric={4: 1.0, 3: 1.5, 1.5: 2.0})
+    strategy = replace(random_strategy(tiny_model("llama")), depth=depth)
+    strategy.save(tmp_path)
+    loaded = SubnetStrategy.load(tmp_path)
+    assert loaded.depth == depth
+    assert [str(depth) for depth in loaded.space.depths] == ["4", "3", "1.5"]
+    document = json.loads((tmp_path / JSON_NAME).read_text())
+    assert document["version"] == 2
+    assert document["depth"]["kept"] == {"4": [0, 1, 2, 3]} | table
+    assert document["depth"]["metric"] == {"4": 1.0, "3": 1.5, "1.5": 2.0}
+
+
+def test_whole_layers_are_written_as_they_always_were(saved: tuple[SubnetStrategy, Path]) -> None:
+    document = json.loads((saved[1] / JSON_NAME).read_text())
+    assert document["version"] == 1
+    assert document["depth"]["kept"] == {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
+
+
 def test_a_truncated_tensor_file_is_refused(saved: tuple[SubnetStrategy, Path]) -> None:
     tensors = saved[1] / TENSORS_NAME
     tensors.write_bytes(tensors.read_bytes()[:-10])
@@ -67,7 +87,7 @@ def test_a_truncated_json_is_refused(saved: tuple[SubnetStrategy, Path]) -> None
     ("change", "message"),
     [
         ({"format": "other"}, "is not a amoeba_plugin.SubnetStrategy file"),
-        ({"version": 99}, "format version 99, this amoeba_plugin reads 1"),
+        ({"version": 99}, "format version 99, this amoeba_plugin reads up to 2"),
         ({"depth": {"kept": {"a": []}, "objective": "", "metric": {}}}, "is damaged"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config
+from amoeba_plugin.sublayers import Sublayer
 
 
 class GPTNeoX(ArchitectureAdapter):
@@ -27,6 +28,21 @@ class GPTNeoX(ArchitectureAdapter):
         """Return the MLP group (units: neurons)."""
         up, down = ChannelAxis("mlp.dense_h_to_4h", 1), ChannelAxis("mlp.dense_4h_to_h", 1)
         return (ChannelGroup("mlp", config.intermediate_size, (up,), down),)
+
+    def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
+        """Return attention and MLP, each with the norm before it; in parallel or not."""
+        return {
+            "attention": Sublayer(
+                {"attention": "attention", "input_layernorm": "identity"},
+                ("attention.dense.weight", "attention.dense.bias"),
+                {"num_attention_heads": 1},
+            ),
+            "mlp": Sublayer(
+                {"mlp": "zero", "post_attention_layernorm": "identity"},
+                ("mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"),
+                {"intermediate_size": 1},
+            ),
+        }
 
     def subnet_config(
         self,
@@ -54,6 +70,19 @@ class OPT(ArchitectureAdapter):
     def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
         """Return the MLP group (units: neurons)."""
         return (ChannelGroup("mlp", config.ffn_dim, (ChannelAxis("fc1", 1),), ChannelAxis("fc2", 1)),)
+
+    def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
+        """Return attention and MLP; norms of OPT-350m are on the residual stream, and stay."""
+        attention = {"self_attn": "attention"}
+        mlp = {"fc1": "identity", "fc2": "zero"}
+        if config.do_layer_norm_before:
+            attention["self_attn_layer_norm"] = mlp["final_layer_norm"] = "identity"
+        return {
+            "attention": Sublayer(
+                attention, ("self_attn.out_proj.weight", "self_attn.out_proj.bias"), {"num_attention_heads": 1}
+            ),
+            "mlp": Sublayer(mlp, ("fc2.weight", "fc2.bias"), {"ffn_dim": 1}),
+        }
 
     def subnet_config(
         self,

@@ -9,10 +9,19 @@ from transformers import PretrainedConfig
 
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.sublayers import Sublayer
 
 
 class GatedDecoder(ArchitectureAdapter):
-    """Names and sizes that most decoders of today share; the unit of attention is a KV group with its query heads."""
+    """Names and sizes that most decoders of today share; the unit of attention is a KV group with its query heads.
+
+    Attributes:
+        attention_norms: Norms before and after attention that nothing else uses, all off the residual stream.
+        mlp_norms: Those of the MLP.
+    """
+
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """Return ``model.model``."""
@@ -41,6 +50,21 @@ class GatedDecoder(ArchitectureAdapter):
             ChannelAxis("mlp.down_proj", 1),
         )
         return attention, mlp
+
+    def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
+        """Return attention and MLP with the norms that are theirs."""
+        return {
+            "attention": Sublayer(
+                {"self_attn": "attention", **dict.fromkeys(self.attention_norms, "identity")},
+                ("self_attn.o_proj.weight", "self_attn.o_proj.bias"),
+                {"num_attention_heads": 1, "num_key_value_heads": 1},
+            ),
+            "mlp": Sublayer(
+                {"mlp": "zero", **dict.fromkeys(self.mlp_norms, "identity")},
+                ("mlp.down_proj.weight", "mlp.down_proj.bias"),
+                {"intermediate_size": 1},
+            ),
+        }
 
     def subnet_config(
         self,

@@ -13,6 +13,8 @@ class Gemma(GatedDecoder):
     """Caps, query scale and embedding scale do not depend on heads or neurons, so they stay."""
 
     model_types = ("gemma2", "gemma3_text")
+    attention_norms = ("input_layernorm", "post_attention_layernorm")
+    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
     def resized(
         self, config: PretrainedConfig, kept_layers: Sequence[int], units: Mapping[str, int]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
 from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
 from amoeba_plugin.architectures.gated import GatedDecoder
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.sublayers import Sublayer
 
 EXPERTS = "mlp.experts"
 
@@ -32,6 +34,12 @@ class MixtureOfExperts(GatedDecoder):
         attention, _ = super().channel_groups(config)
         neurons = getattr(config, self._size_field(config))
         return attention, *(_expert_group(expert, neurons) for expert in range(config.num_experts))
+
+    def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
+        """Return attention, and the experts with their router as the MLP."""
+        dense = super().sublayers(config)
+        experts = replace(dense["mlp"], outputs=(f"{EXPERTS}.down_proj",), config={self._size_field(config): 1})
+        return {**dense, "mlp": experts}
 
     def resized(
         self, config: PretrainedConfig, kept_layers: Sequence[int], units: Mapping[str, int]

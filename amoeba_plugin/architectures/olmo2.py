@@ -18,6 +18,8 @@ class Olmo2(GatedDecoder):
     """
 
     model_types = ("olmo2",)
+    attention_norms = ("post_attention_layernorm",)
+    mlp_norms = ("post_feedforward_layernorm",)
 
     def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
         """Return the usual groups; attention's norms belong to it."""

@@ -280,7 +280,7 @@ class OneForAllDistillationModifier(Modifier):
         directory = Path(self.checkpoint_dir)
         strategy = elastic.strategy
         settings = self.model_dump(mode="json", include=set(type(self).model_fields) - NOT_OF_THE_TRAINING)
-        kept = {str(depth): list(layers) for depth, layers in strategy.depth.kept.items()}
+        kept = strategy.depth.table
         model = {"model": strategy.fingerprint, "space": str(strategy.space), "kept_layers": kept}
         require_same_training(directory, model | settings)
         yield directory

@@ -10,9 +10,10 @@ from typing import Any
 from peft import PeftConfig
 
 from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
-from amoeba_plugin.shape import ShapeSpace, parse_width
+from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, parse_width
 from amoeba_plugin.smol import host
 from amoeba_plugin.smol.host import extend_peft_type
+from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 
 FORMAT_VERSION = 1
 COMBINATIONS = ("factors", "outputs")
@@ -35,9 +36,10 @@ class SmolConfig(PeftConfig):
         top_k: Experts mixed at a shape, k. With ``top_k=1`` the only weight is always 1, so the router cannot learn.
         lora_dropout: Dropout probability of the adapter's input.
         widths: Widths of the shape space as exact fractions, "1", "7/8"; stored largest first.
-        depths: Depths of the shape space, in layers; None: only the full depth.
-        kept_layers: For each depth (as a string) the indices of the layers that stay, as a strategy chose them. A depth
-            that is missing here drops its deepest layers but the very last: 6 layers at depth 4 keep 0, 1, 2, 5.
+        depths: Depths of the shape space, in layers; 10.5 is 21 sublayers. None: only the full depth.
+        kept_layers: For each depth (as a string) the layers that stay, as a strategy chose them: indices, and "2.mlp"
+            or "2.attention" for a layer that keeps only that. A depth that is missing here drops its deepest layers but
+            the very last: 6 layers at depth 4 keep 0, 1, 2, 5.
         num_layers: Decoder layers of the base model; None: read from the model.
         combination: "factors": ``dW = s (sum g_k B_k)(sum g_k A_k)``, rank r (the reference code); "outputs":
             ``dW = s sum g_k B_k A_k``, rank k*r (the paper's figure), computed as one LoRA of rank k*r.
@@ -82,8 +84,8 @@ class SmolConfig(PeftConfig):
     top_k: int = field(default=2, metadata={"help": "Experts mixed at a shape."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
     widths: list[str] = field(default_factory=lambda: ["1"], metadata={"help": "Widths of the shape space."})
-    depths: list[int] | None = field(default=None, metadata={"help": "Depths of the shape space."})
-    kept_layers: dict[str, list[int]] | None = field(default=None, metadata={"help": "Depth -> layers that stay."})
+    depths: list[float] | None = field(default=None, metadata={"help": "Depths of the shape space."})
+    kept_layers: dict[str, list[Kept]] | None = field(default=None, metadata={"help": "Depth -> layers that stay."})
     num_layers: int | None = field(default=None, metadata={"help": "Decoder layers of the base model."})
     combination: str = field(default="factors", metadata={"help": "'factors' or 'outputs'."})
     router_noise: bool = field(default=True, metadata={"help": "Noise on the router's logits in training."})
@@ -190,8 +192,8 @@ class SmolConfig(PeftConfig):
     def _check_space(self) -> None:
         if not is_list(self.widths, str | int | float | Fraction):
             raise ConfigError(f"widths={self.widths!r}: give a list, such as ['1', '7/8']")
-        if self.depths is not None and not is_list(self.depths, int):
-            raise ConfigError(f"depths={self.depths!r}: give a list of whole numbers, such as [24, 32]")
+        if self.depths is not None and not is_list(self.depths, int | float):
+            raise ConfigError(f"depths={self.depths!r}: give a list of whole or half numbers, such as [24, 32]")
         try:
             widths = {parse_width(width) for width in self.widths}
         except ShapeError as error:
@@ -202,7 +204,10 @@ class SmolConfig(PeftConfig):
         if self.num_layers is not None and self.num_layers < 1:
             raise ConfigError(f"num_layers={self.num_layers}: a model has at least 1 layer")
         if self.depths is not None:
-            self.depths = sorted(set(self.depths), reverse=True)
+            try:
+                self.depths = sorted(set(map(half_steps, self.depths)), reverse=True)
+            except ShapeError as error:
+                raise ConfigError(f"depths={self.depths}: {error}") from error
             if not self.depths or self.depths[-1] < 1:
                 raise ConfigError(f"depths={self.depths}: give at least one depth, each of at least 1 layer")
             if self.num_layers is not None and self.depths[0] > self.num_layers:
@@ -210,9 +215,13 @@ class SmolConfig(PeftConfig):
         if self.kept_layers is not None:
             self.kept_layers = {str(depth): list(kept) for depth, kept in self.kept_layers.items()}
             for text, layers in self.kept_layers.items():
-                if not text.isdigit():
-                    raise ConfigError(f"kept_layers names the depth '{text}'; its keys are whole numbers, as strings")
-                check_kept_layers(layers, int(text), self.num_layers)
+                try:
+                    depth = parse_depth(text)
+                except (ShapeError, ValueError) as error:
+                    raise ConfigError(
+                        f"kept_layers names the depth '{text}'; its keys are whole or half numbers, as strings"
+                    ) from error
+                check_kept_layers(layers, depth, self.num_layers)
 
     @property
     def space(self) -> ShapeSpace:
@@ -226,13 +235,15 @@ class SmolConfig(PeftConfig):
             raise ConfigError("the depths are unknown until the adapter is on a model; set depths or num_layers")
         return ShapeSpace(tuple(depths), tuple(parse_width(width) for width in self.widths))
 
-    def kept(self, depth: int) -> tuple[int, ...]:
-        """Return the indices of the layers that stay at ``depth``, ascending (needs ``num_layers``)."""
+    def kept(self, depth: float) -> tuple[Kept, ...]:
+        """Return the layers that stay at ``depth``, ascending (needs ``num_layers``)."""
         if self.num_layers is None:
             raise ConfigError("num_layers is unknown until the adapter is on a model; set it")
         if self.kept_layers is not None and str(depth) in self.kept_layers:
             return tuple(self.kept_layers[str(depth)])
-        return (*range(depth - 1), self.num_layers - 1)
+        whole = int(depth)
+        half = () if whole == depth else (f"{whole - 1}.mlp",)
+        return (*range(whole - 1), *half, self.num_layers - 1)
 
 
 def is_list(value: Any, kind: Any) -> bool:
@@ -240,15 +251,20 @@ def is_list(value: Any, kind: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(x, kind) for x in value)
 
 
-def check_kept_layers(layers: list[int] | tuple[int, ...], depth: int, num_layers: int | None) -> None:
-    """Check that ``layers`` are ``depth`` ascending layer indices.
+def check_kept_layers(layers: Sequence[Kept], depth: float, num_layers: int | None) -> None:
+    """Check that ``layers`` are ascending layers that make up ``depth``; ``"2.mlp"`` is half a layer.
 
     Raises:
         ConfigError: If they are not.
     """
-    if len(layers) != depth:
-        raise ConfigError(f"depth {depth} keeps {depth} layers, but kept_layers lists {len(layers)}: {list(layers)}")
-    if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
+    try:
+        indices, lost = read_kept(layers)
+    except ShapeError as error:
+        raise ConfigError(f"kept_layers {list(layers)}: list each index once, ascending, from 0; {error}") from error
+    if list(layers) != write_kept(indices, lost):
         raise ConfigError(f"kept_layers {list(layers)}: list each index once, ascending, from 0")
-    if num_layers is not None and layers and layers[-1] >= num_layers:
-        raise ConfigError(f"kept_layers names layer {layers[-1]}, but the model has layers 0 to {num_layers - 1}")
+    kept = half_steps(len(indices) - len(lost) / 2)
+    if kept != depth:
+        raise ConfigError(f"depth {depth} keeps {depth} layers, but kept_layers lists {kept}: {list(layers)}")
+    if num_layers is not None and indices and indices[-1] >= num_layers:
+        raise ConfigError(f"kept_layers names layer {indices[-1]}, but the model has layers 0 to {num_layers - 1}")

@@ -27,6 +27,7 @@ from amoeba_plugin.smol.host import (
 from amoeba_plugin.smol.layer import SmolLinear
 from amoeba_plugin.smol.packed import keep_packed
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer, importance_loss
+from amoeba_plugin.sublayers import Kept
 
 ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
 
@@ -61,12 +62,12 @@ class SmolModel(BaseTuner):
         """The active shape of the (first) active adapter; the largest until :meth:`set_shape` is called."""
         return self.router.weights(self._adapter(None)).state.shape
 
-    def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> None:
+    def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[Kept] | None = None) -> None:
         """Set the active shape of the active adapters. It routes only: layers and weights are the base model's matter.
 
         Args:
             shape: A shape of the adapters' space, ``"24x7/8"``.
-            kept_layers: Indices of the layers that stay; None: ``SmolConfig.kept_layers``, or its default.
+            kept_layers: The layers that stay; None: ``SmolConfig.kept_layers``, or its default.
 
         Raises:
             ShapeError: If an active adapter was not made for the shape.

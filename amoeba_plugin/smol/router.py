@@ -19,6 +19,7 @@ from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig, check_kept_layers
 from amoeba_plugin.smol.host import BaseTunerLayer
+from amoeba_plugin.sublayers import Kept, read_kept
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -39,19 +40,23 @@ class RouterState(NamedTuple):
     """What the router sees: the active shape and the noise of the current forward."""
 
     shape: SubnetShape
-    kept_layers: tuple[int, ...]  # indices of the layers that stay, ascending
-    feature: Tensor  # (num_layers + widths,) fp32, 0/1: kept-layer vector, then one-hot width
+    kept_layers: tuple[Kept, ...]  # the layers that stay, ascending
+    feature: Tensor  # (num_layers + widths,) fp32: share of every layer that stays, then one-hot width
     noise: Tensor  # (experts,) fp32, standard normal in training
 
 
-def shape_feature(kept_layers: Sequence[int], width_index: int, num_layers: int, num_widths: int) -> Tensor:
+def shape_feature(kept_layers: Sequence[Kept], width_index: int, num_layers: int, num_widths: int) -> Tensor:
     """Describe a shape to the router.
 
     >>> shape_feature([0, 2], width_index=1, num_layers=3, num_widths=2).tolist()
     [1.0, 0.0, 1.0, 0.0, 1.0]
+    >>> shape_feature([0, "2.mlp"], width_index=0, num_layers=3, num_widths=1).tolist()
+    [1.0, 0.0, 0.5, 1.0]
     """
     feature = torch.zeros(num_layers + num_widths)
-    feature[list(kept_layers)] = 1.0
+    layers, lost = read_kept(kept_layers)
+    feature[list(layers)] = 1.0
+    feature[list(lost)] = 0.5
     feature[num_layers + width_index] = 1.0
     return feature
 
@@ -100,7 +105,7 @@ class RouterWeights(nn.Module):
         self.down_bias[:widths] = 0.0
         self.up_weight[:, :widths] = START_LOGIT * self.config.router_temperature * owned
 
-    def state_at(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> RouterState:
+    def state_at(self, shape: SubnetShape | str, kept_layers: Sequence[Kept] | None = None) -> RouterState:
         """Return the router's input at ``shape``, without noise.
 
         Raises:
@@ -234,12 +239,12 @@ class ShapeRouter(nn.Module, SmolLayer):
             return adapter
         return self.smol_router[adapter](deterministic)
 
-    def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[int] | None = None) -> None:
+    def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[Kept] | None = None) -> None:
         """Set the active shape of the active adapters.
 
         Args:
             shape: A shape of the adapters' space, ``"24x7/8"``.
-            kept_layers: Indices of the layers that stay; None: the adapter's own table.
+            kept_layers: The layers that stay, as in ``SmolConfig.kept_layers``; None: the adapter's own table.
 
         Raises:
             ShapeError: If an active adapter was not made for the shape; then no adapter has changed.

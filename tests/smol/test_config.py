@@ -37,8 +37,8 @@ from amoeba_plugin.smol import SmolConfig, host
         ({"widths": ["1", "0"]}, r"widths=\['1', '0'\]: width 0"),
         ({"widths": ["half"]}, "'half' is no number"),
         ({"widths": "7/8"}, r"widths='7/8': give a list, such as \['1', '7/8'\]"),
-        ({"depths": 4}, "depths=4: give a list of whole numbers"),
-        ({"depths": ["4"]}, r"depths=\['4'\]: give a list of whole numbers"),
+        ({"depths": 4}, "depths=4: give a list of whole or half numbers"),
+        ({"depths": ["4"]}, r"depths=\['4'\]: give a list of whole or half numbers"),
         ({"lora_alpha": "16"}, "lora_alpha='16': the scale of the updates"),
         ({"alpha_pattern": {"q_proj": None}}, "q_proj=None: the scale of the updates"),
         ({"init_lora_weights": "pissa"}, "init_weights='pissa': choose one of"),
@@ -49,6 +49,9 @@ from amoeba_plugin.smol import SmolConfig, host
         ({"depths": [5], "num_layers": 4}, "depth 5 exceeds the model's 4 layers"),
         ({"kept_layers": {"two": [0, 1]}}, "names the depth 'two'"),
         ({"kept_layers": {"2": [0]}}, "depth 2 keeps 2 layers, but kept_layers lists 1"),
+        ({"depths": [1.25]}, "half a layer each"),
+        ({"kept_layers": {"2": [0, "1.norm"]}}, "'1.norm' among the layers kept"),
+        ({"kept_layers": {"2": [0, "1.mlp"]}}, "depth 2 keeps 2 layers, but kept_layers lists 1.5"),
         ({"kept_layers": {"2": [1, 0]}}, "list each index once, ascending"),
         ({"kept_layers": {"2": [0, 9]}, "num_layers": 4}, "names layer 9, but the model has layers 0 to 3"),
     ],
@@ -80,6 +83,13 @@ def test_space_needs_a_depth() -> None:
         _ = SmolConfig().space
     with pytest.raises(ConfigError, match="num_layers is unknown"):
         SmolConfig().kept(2)
+
+
+def test_half_layers_are_depths_too() -> None:
+    config = SmolConfig(depths=[4, 3.5, 2.5], num_layers=4, kept_layers={"2.5": [0, "2.attention", 3]})
+    assert str(config.space) == "depths {4, 3.5, 2.5} x widths {1}"
+    assert config.kept(2.5) == (0, "2.attention", 3)
+    assert config.kept(3.5) == (0, 1, "2.mlp", 3)  # the default
 
 
 def test_kept_layers_default_to_dropping_the_deepest_but_the_last() -> None:

@@ -1,0 +1,204 @@
+"""Attention and MLP as units of depth, against models in which the projections that end them are zero."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from elastic_models import random_strategy
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_architectures import CONFIGS
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from amoeba_plugin.conformance import random_model
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
+from amoeba_plugin.sublayers import PARTS, Kept, read_kept, without_sublayers, write_kept
+
+# Written down here, not asked of the adapters: the parameters that end attention and MLP.
+ENDS = {"attention": ("self_attn.o_proj", "self_attn.out_proj", "attention.dense"),
+        "mlp": ("mlp.down_proj", "mlp.experts.down_proj", "mlp.dense_4h_to_h", "fc2")}  # fmt: skip
+# The first attention goes: the cache is asked how long it is at layer 0. Layer 1 goes as a whole at 2.5 and 2.
+TABLE: dict[str, list[Kept]] = {
+    "3.5": ["0.mlp", 1, 2, 3], "3": [0, "1.attention", "2.mlp", 3], "2.5": ["0.mlp", 2, 3],
+    "2": ["0.mlp", "2.attention", 3], "1": ["1.attention", "3.mlp"],
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = CONFIGS | {
+    "gpt_neox in sequence": CONFIGS["gpt_neox"] | {"use_parallel_residual": False},
+    "opt, norms behind": CONFIGS["opt"] | {"do_layer_norm_before": False},
+}
+POSITIONS = 9
+
+
+def tokens_of(config: Mapping[str, Any]) -> Tensor:
+    return torch.randint(3, config["vocab_size"], (2, POSITIONS), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    found: Tensor = model(tokens, use_cache=False).logits
+    return found
+
+
+def zeroed(model: PreTrainedModel, kept: Sequence[Kept]) -> PreTrainedModel:
+    """Return a copy whose missing sublayers end in zeros, and whose missing layers are deleted."""
+    model = copy.deepcopy(model)
+    layers, lost = read_kept(kept)
+    decoder = architecture_for(model.config.model_type).decoder(model)
+    found = 0
+    with torch.no_grad():
+        for index, part in lost.items():
+            for name, parameter in decoder.layers[index].named_parameters():
+                if name.removesuffix(".weight").removesuffix(".bias") in ENDS[part]:
+                    parameter.zero_()
+                    found += 1
+    assert found >= len(lost)
+    decoder.layers = nn.ModuleList([decoder.layers[index] for index in layers])
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(model.config, name, None):
+            setattr(model.config, name, [getattr(model.config, name)[index] for index in layers])
+    model.config.num_hidden_layers = len(layers)
+    return model
+
+
+def elastic_of(model: PreTrainedModel, table: Mapping[str, list[Kept]] = TABLE, **options: Any) -> ElasticModel:
+    strategy = random_strategy(model, **options)
+    return ElasticModel(model, SubnetStrategy(DepthStrategy.given(table, 4), strategy.width, strategy.fingerprint))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_shape_without_sublayers_is_the_model_with_zeros_where_they_end(case: str) -> None:
+    model, tokens = random_model(CASES[case]), tokens_of(CASES[case])
+    expected = {depth: logits(zeroed(model, kept), tokens) for depth, kept in TABLE.items()}
+    before, config = logits(model, tokens), model.config.to_dict()
+    elastic = elastic_of(model)
+    for depth, reference in expected.items():
+        with elastic.active(f"{depth}x1"):
+            assert not torch.allclose(reference, before, atol=1e-2)
+            torch.testing.assert_close(logits(model, tokens), reference, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(model, tokens), before, atol=1e-4, rtol=0)
+    assert model.config.to_dict() == config
+    with elastic.active("2.5x1/2"):
+        narrow = logits(model, tokens)
+    torch.testing.assert_close(narrow, logits(zeroed(narrowed(case), TABLE["2.5"]), tokens), atol=1e-4, rtol=0)
+
+
+def narrowed(case: str) -> PreTrainedModel:
+    """Return the whole model at half its width, with ordinary modules of its own."""
+    elastic = elastic_of(random_model(CASES[case]))
+    elastic.set_shape("4x1/2")
+    return elastic.model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decoding_with_a_cache_agrees_step_by_step(case: str) -> None:
+    elastic, tokens = elastic_of(random_model(CASES[case])), tokens_of(CASES[case])
+    for shape in ("3.5x3/4", "3x1", "2x1", "1x1/2"):
+        with elastic.active(shape) as model, torch.no_grad():
+            expected, cache = logits(model, tokens), DynamicCache(config=model.config)
+            for position in range(POSITIONS):
+                step = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True).logits[:, 0]
+                torch.testing.assert_close(step, expected[:, position], atol=1e-4, rtol=0, msg=f"{shape}, {position}")
+            assert cache.get_seq_length() == POSITIONS
+
+
+def test_a_cache_of_fixed_size_serves_a_model_without_its_first_attention() -> None:
+    elastic, tokens = elastic_of(random_model(CASES["llama"])), tokens_of(CASES["llama"])
+    with elastic.active("3.5x1") as model, torch.no_grad():
+        expected, cache = logits(model, tokens), StaticCache(config=model.config, max_cache_len=POSITIONS)
+        for first, last in ((0, 4), (4, 5), (5, POSITIONS)):
+            positions = torch.arange(first, last)
+            step = model(
+                tokens[:, first:last], past_key_values=cache, use_cache=True, position_ids=positions[None],
+            ).logits  # fmt: skip
+            torch.testing.assert_close(step, expected[:, first:last], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_gone_computes_nothing_and_comes_back(case: str) -> None:
+    model, tokens = random_model(CASES[case]), tokens_of(CASES[case])
+    elastic = elastic_of(model)
+    memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    before = logits(model, tokens)
+    called: list[nn.Module] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: called.append(module))
+    with elastic.active("3x1"):
+        called.clear()
+        logits(model, tokens)
+        present = {name for name, _ in model.named_parameters()}
+        for position, (index, part) in ((1, (1, "mlp")), (2, (2, "attention"))):
+            assert read_kept(TABLE["3"])[1][index] == part
+            assert not any(f"layers.{position}.{end}" in name for name in present for end in ENDS[part])
+        lost_modules = {id(part) for _, _, part in elastic._sublayers._out}
+        assert lost_modules
+        assert not lost_modules & {id(module) for module in called}
+    assert torch.equal(logits(model, tokens), before)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == memory
+    with pytest.raises(RuntimeError, match="stop"), elastic.active("2x1"):
+        raise RuntimeError("stop")
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_gradients_reach_what_is_there_and_modes_reach_what_was_away() -> None:
+    elastic, tokens = elastic_of(random_model(CASES["gemma2"])), tokens_of(CASES["gemma2"])
+    with elastic.active("3x1") as model:
+        model.train()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        present = dict(model.named_parameters())
+        assert all(parameter.grad is not None for parameter in present.values())
+    assert all(module.training for module in elastic.model.modules())
+    missing = {name for name, parameter in elastic.model.named_parameters() if parameter.grad is None}
+    assert any("1.mlp" in name for name in missing)
+    assert any("2.self_attn" in name for name in missing)
+    assert not any("3." in name for name in missing)
+
+
+@given(st.data(), st.integers(1, 6))
+def test_what_is_kept_is_read_back(data: st.DataObject, layers: int) -> None:
+    removed = data.draw(st.sets(st.integers(0, 2 * layers - 1)))
+    kept, lost = without_sublayers(layers, removed)
+    assert read_kept(write_kept(kept, lost)) == (kept, lost)
+    assert len(kept) - len(lost) / 2 == layers - len(removed) / 2
+    there = {2 * layer + PARTS.index(part) for layer in kept for part in PARTS if lost.get(layer) != part}
+    assert there == set(range(2 * layers)) - removed
+
+
+@pytest.mark.parametrize("entry", ["2.norm", "mlp", "-1", "1.5", "", "2.mlp.0", 1])
+def test_what_is_no_layer_is_refused(entry: Kept) -> None:
+    with pytest.raises(ShapeError, match=r"2\.attention or 2\.mlp"):
+        read_kept([1, entry])
+
+
+@pytest.mark.parametrize(
+    ("depth", "kept"),
+    [("2.5", [0, 1]), ("2", [0, "1.mlp"]), ("1.5", [0, "4.mlp"]), ("1.5", [0, "0.mlp"]), ("1.4", [0]), ("0", [])],
+)
+def test_kept_layers_that_do_not_make_up_their_depth_are_refused(depth: str, kept: list[Kept]) -> None:
+    with pytest.raises(RecipeError, match=f"depth {depth} keeps"):
+        DepthStrategy.given({depth: kept}, 4)
+
+
+def test_an_adapter_that_names_no_sublayers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from amoeba_plugin.architecture import ArchitectureAdapter
+    from amoeba_plugin.architectures.gated import GatedDecoder
+
+    monkeypatch.setattr(GatedDecoder, "sublayers", ArchitectureAdapter.sublayers)
+    with pytest.raises(ArchitectureError, match="set granularity: layer"):
+        elastic_of(random_model(CASES["llama"]))
+
+
+def test_depths_in_one_space_count_half_layers() -> None:
+    elastic = elastic_of(random_model(CASES["llama"]))
+    assert str(elastic.space) == "depths {4, 3.5, 3, 2.5, 2, 1} x widths {1, 3/4, 1/2}"
+    assert elastic.kept_layers(elastic.space.require("2.5")) == (0, 2, 3)
+    assert elastic.listed(elastic.space.require("2.5x1/2")) == ["0.mlp", 2, 3]
+    assert elastic.space.smallest.width == Fraction(1, 2)
