@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +26,15 @@ from amoeba_plugin.measured import MeasuredTable
 from amoeba_plugin.memory import peak_memory, reset_peak_memory
 from amoeba_plugin.objectives import Objective, Score, evaluating
 from amoeba_plugin.ranks import agreed, gather, rank
-from amoeba_plugin.recurrence import NEAR, Search, evaluations, exchange_evaluations
+from amoeba_plugin.recurrence import NEAR, Search, Table, evaluations, exchange_evaluations
+from amoeba_plugin.shape import half_steps
 from amoeba_plugin.sharding import shard
 from amoeba_plugin.strategy import DepthStrategy, model_fingerprint
+from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, removed_names
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
+Granularity = Literal["layer", "sublayer"]
 
 
 def search_depths(
@@ -44,14 +47,16 @@ def search_depths(
     keep_last: int = 1,
     beam: int = 1,
     exchanges: int = 0,
+    granularity: Granularity = "layer",
     cache_gib: float = 4.0,
     resume_dir: Path | str | None = None,
     progress: bool = True,
 ) -> DepthStrategy:
     """Find the layers to keep at every depth down to ``min_depth`` (AmoebaLLM, arXiv:2411.10606, section 4.1).
 
-    With N layers allowed to go and M of them to go at most, this scores N*M - M(M-1)/2 subnets, and up to ``beam``
-    times as many with a beam. Their layers are run in lockstep, so that what subnets share is computed once.
+    With N layers (or twice as many sublayers) allowed to go and M of them to go at most, this scores N*M - M(M-1)/2
+    subnets, and up to ``beam`` times as many with a beam. Their layers are run in lockstep, so that what subnets share
+    is computed once.
 
     Where torch.distributed is initialised, ranks share the batches out and all return the same.
 
@@ -67,6 +72,8 @@ def search_depths(
             best set may have a part that is not the best of its own, and a wider beam finds it.
         exchanges: Rounds after the program, in each of which every depth tries to exchange one removed layer for one
             kept. 0 is the paper.
+        granularity: "layer" (the paper), or "sublayer": attention and MLP of a layer go apart, each half a layer of
+            depth. There are then twice as many depths, and about four times as many subnets.
         cache_gib: GiB of hidden states held in memory; on an accelerator as much again on the CPU. The rest is files.
         resume_dir: Where to keep every score, after every step; what is there already is not measured again.
         progress: Show a progress bar.
@@ -77,11 +84,15 @@ def search_depths(
 
     Raises:
         RecipeError: If no layer, or too many, would be removed.
+        ArchitectureError: If the adapter does not know the sublayers asked for.
         DataError: If the batches lack what the objective needs, or it cannot tell candidates apart.
         ArtifactError: If ``resume_dir`` holds the scores of another model, other data, or another objective.
     """
     num_layers = len(adapter.layers(model))
-    candidates, most = _require_removable(num_layers, min_depth, keep_last)
+    by_sublayer = granularity == "sublayer"
+    per_layer = len(PARTS) if by_sublayer else 1
+    candidates, most = (per_layer * count for count in _require_removable(num_layers, min_depth, keep_last))
+    stand_ins = StandIns(adapter.sublayers(model.config), tuple(adapter.layers(model))) if by_sublayer else None
     objective.check(batches)
     reset_peak_memory()
     mine, data = shard(batches)
@@ -89,7 +100,9 @@ def search_depths(
     silent = not progress or rank() != 0
     with (
         tqdm(total=total * len(mine), desc="depth search", unit="batch", disable=silent) as bar,
-        _Measurement.of(model, adapter, objective, batches, mine, candidates, cache_gib * GIB, bar.update) as measure,
+        _Measurement.of(
+            model, adapter, objective, batches, mine, candidates, cache_gib * GIB, bar.update, stand_ins
+        ) as measure,
         evaluating(model),
     ):
         identity = {
@@ -98,7 +111,8 @@ def search_depths(
             "data": data,
             "objective": _identity(objective),
         }
-        measured = MeasuredTable.resumed(measure, identity, None if resume_dir is None else Path(resume_dir))
+        directory = None if resume_dir is None else Path(resume_dir)
+        measured = MeasuredTable.resumed(measure, identity, directory, granularity)
         bar.update(len(measured.scores) * len(mine))
         whole = measured([WHOLE])[0]
         if not math.isfinite(whole.value):
@@ -110,14 +124,22 @@ def search_depths(
         search = Search(measured, objective)
         table = search.exchange(search.shrink(candidates, most, beam), candidates, exchanges)
         bar.total = bar.n  # exchanges come back to sets that are known
-        report = {"measured": measured.measured, **measure.report(), "near_ties": _near_ties(search)}
+        report = {"measured": measured.measured, **measure.report(), "near_ties": _near_ties(search, by_sublayer)}
     _log(report)
-    kept = {num_layers: tuple(range(num_layers))}
-    metric = {num_layers: whole.value}
+    return _strategy(num_layers, {0: (WHOLE, whole)} | table, objective.name, report, by_sublayer)
+
+
+def _strategy(
+    num_layers: int, table: Table, objective: str, report: Mapping[str, Any], by_sublayer: bool
+) -> DepthStrategy:
+    kept, metric, lost = {}, {}, {}
     for count, (removed, score) in table.items():
-        kept[num_layers - count] = tuple(index for index in range(num_layers) if index not in removed)
-        metric[num_layers - count] = score.value
-    return DepthStrategy(kept, objective.name, metric, report)
+        depth = half_steps(num_layers - (count / len(PARTS) if by_sublayer else count))
+        kept[depth], gone = kept_without(num_layers, removed, by_sublayer)
+        metric[depth] = score.value
+        if gone:
+            lost[depth] = gone
+    return DepthStrategy(kept, objective, metric, report, lost)
 
 
 def _identity(objective: Objective) -> str:
@@ -146,21 +168,23 @@ class _Measurement:
         removable: int,
         cache_bytes: float,
         progress: Callable[[int], object],
+        stand_ins: StandIns | None = None,
     ) -> Iterator[_Measurement]:
         contract = Contract(f"objective {objective.name} measures it as a whole")
         if objective.is_separable:
-            contract = check_contract(model, adapter, batches)
+            contract = check_contract(model, adapter, batches, stand_ins)
         if agreed(contract.broken is None):
             with Lockstep.of(
-                model, adapter, mine, removable, cache_bytes, returns_tuples=contract.returns_tuples
-            ) as lockstep:
+                model, adapter, mine, removable, cache_bytes,
+                returns_tuples=contract.returns_tuples, stand_ins=stand_ins,
+            ) as lockstep:  # fmt: skip
                 yield cls(objective, lockstep, batches, progress)
         else:
             logger.warning(
                 "depth search: every subnet of this %s is run from its embeddings, which takes several times as long: "
                 "%s", type(model).__name__, contract.broken or "another rank has to",
             )  # fmt: skip
-            with OneByOne.of(model, adapter, mine) as one_by_one:
+            with OneByOne.of(model, adapter, mine, stand_ins) as one_by_one:
                 yield cls(objective, one_by_one, batches, progress)
 
     def __call__(self, sets: Sequence[Removed]) -> list[Score]:
@@ -201,21 +225,24 @@ def _gathered(observed: Sequence[Tensor]) -> list[Tensor]:
     return [everywhere[:, number] for number in range(len(observed))]
 
 
-def _near_ties(search: Search) -> list[dict[str, list[int]]]:
-    pairs = dict.fromkeys((tuple(sorted(tie.preferred)), tuple(sorted(tie.other))) for tie in search.near_ties)
-    return [{"preferred": list(preferred), "other": list(other)} for preferred, other in pairs]
+def _near_ties(search: Search, by_sublayer: bool) -> list[dict[str, list[int] | list[str]]]:
+    def written(removed: Removed) -> list[int] | list[str]:
+        return removed_names(removed, by_sublayer) if by_sublayer else sorted(removed)
+
+    pairs = dict.fromkeys((tie.preferred, tie.other) for tie in search.near_ties)
+    return [{"preferred": written(preferred), "other": written(other)} for preferred, other in pairs]
 
 
 def _log(report: Mapping[str, Any]) -> None:
     peak = ", ".join(f"{place} {size / GIB:.2f} GiB" for place, size in report["peak_bytes"].items())
     logger.info(
-        "depth search: %d subnets, %d layer-forwards; peak memory: %s",
+        "depth search: %d subnets, %.0f layer-forwards; peak memory: %s",
         report["measured"], report["layer_forwards"], peak,
     )  # fmt: skip
     if report["near_ties"]:
         logger.warning(
             "depth search: %d comparisons of subnets are within %g of each other, relative, and may turn out the other "
-            "way on other hardware; the strategy lists them as near_ties. First: without layers %s, or without %s",
+            "way on other hardware; the strategy lists them as near_ties. First: without %s, or without %s",
             len(report["near_ties"]), NEAR, report["near_ties"][0]["preferred"], report["near_ties"][0]["other"],
         )  # fmt: skip
 

@@ -220,7 +220,7 @@ def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:
         DepthSelector(
             "dynamic_program",
             dynamic_program,
-            options=("beam", "exchanges", "cache_gib", "resume_dir"),
+            options=("beam", "exchanges", "granularity", "cache_gib", "resume_dir"),
             description="the paper's search",
         ),
         DepthSelector(

@@ -56,6 +56,8 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
         ArchitectureError: If no class can hold it, or a tensor did not get the size that was asked for.
     """
     shape = elastic.space.require(shape)
+    if elastic.lost(shape):
+        raise ArchitectureError(f"shape {shape} keeps layers in part, which no class holds yet; extract whole layers")
     sizes = layer_units(elastic, shape)
     largest = largest_units(sizes)
     with elastic.active(shape), torch.no_grad():

@@ -6,7 +6,7 @@ Sums run over the batches of all ranks, so that a calibration set cut into batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 
@@ -23,6 +23,7 @@ from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_flow import layer_flow
 from amoeba_plugin.objectives import Objective, Score, better, evaluating
 from amoeba_plugin.ranks import sum_over_ranks
+from amoeba_plugin.sublayers import StandIns
 
 
 def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:
@@ -155,11 +156,16 @@ def _matrices(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[dict
 
 
 @contextmanager
-def keeping(model: PreTrainedModel, adapter: ArchitectureAdapter, kept: Sequence[int]) -> Iterator[None]:
-    """Run a block with some of the layers; all are back afterwards, after an exception too."""
+def keeping(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, kept: Sequence[int], lost: Mapping[int, str] | None = None
+) -> Iterator[None]:
+    """Run a block with some of the layers, some of which have lost a sublayer; all are back afterwards, after an
+    exception too."""
     layers, config = tuple(adapter.layers(model)), copy_config(model.config)
+    stand_ins = StandIns(adapter.sublayers(config) if lost else {}, layers)
     try:
-        adapter.set_layers(model, [layers[index] for index in kept], kept, config)
-        yield
+        with stand_ins.without(lost or {}):
+            adapter.set_layers(model, [layers[index] for index in kept], kept, config)
+            yield
     finally:
         adapter.set_layers(model, layers, range(len(layers)), config)

@@ -1,4 +1,7 @@
-"""Many subnets of one model observed at once: what they have in common is computed once, layer by layer."""
+"""Many subnets of one model observed at once: what they have in common is computed once, layer by layer.
+
+Where attention and MLP may go apart, each is a step of its own: the layer in which a stand-in takes the other's place.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from amoeba_plugin.errors import DataError
 from amoeba_plugin.hosted import answering, input_device, is_offloaded, onloaded
 from amoeba_plugin.memory import StateStore
 from amoeba_plugin.objectives import Objective, model_inputs
+from amoeba_plugin.shape import half_steps
+from amoeba_plugin.sublayers import OTHER, PARTS, StandIns
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch
@@ -30,31 +35,31 @@ CALLS_KEPT = 8  # recorded arguments hold a mask of (rows, 1, positions, positio
 
 @dataclass(frozen=True)
 class Visit:
-    """What happens at one layer: which states go through it, and which are led around it.
+    """What happens at one step, a layer or a sublayer: which states go through it, and which are led around it.
 
-    A state is known by the layers removed before it; the empty set is the whole model's.
+    A state is known by the steps removed before it; the empty set is the whole model's.
     """
 
-    layer: int
+    step: int
     through: tuple[Removed, ...]
     around: tuple[Removed, ...]
 
 
-def walk(sets: Sequence[Removed], num_layers: int) -> Iterator[Visit]:
-    """Yield the layers at which subnets need states, first to last.
+def walk(sets: Sequence[Removed], num_steps: int) -> Iterator[Visit]:
+    """Yield the steps at which subnets need states, first to last.
 
-    Sets with the same layers removed so far share one state. As long as none is removed it is the whole model's, which
+    Sets with the same steps removed so far share one state. As long as none is removed it is the whole model's, which
     is run only where the whole model is among the sets.
 
     >>> [len(visit.through) for visit in walk([frozenset({1}), frozenset({1, 3}), frozenset({2})], 5)]
     [1, 1, 3]
     """
-    for layer in range(min(min(removed, default=0) for removed in sets), num_layers):
-        so_far = {removed: Removed(index for index in removed if index < layer) for removed in sets}
+    for step in range(min(min(removed, default=0) for removed in sets), num_steps):
+        so_far = {removed: Removed(index for index in removed if index < step) for removed in sets}
         known = set() if WHOLE in sets else {WHOLE}
-        through = dict.fromkeys(so_far[removed] for removed in sets if layer not in removed)
-        around = dict.fromkeys(so_far[removed] for removed in sets if layer in removed)
-        yield Visit(layer, tuple(state for state in through if state not in known), tuple(around))
+        through = dict.fromkeys(so_far[removed] for removed in sets if step not in removed)
+        around = dict.fromkeys(so_far[removed] for removed in sets if step in removed)
+        yield Visit(step, tuple(state for state in through if state not in known), tuple(around))
 
 
 @dataclass
@@ -70,12 +75,13 @@ class Lockstep:
         layers: Its decoder layers.
         decoder: The module that runs them.
         batches: What subnets are observed on.
-        removable: Layers that may go: indices 0 to this - 1.
-        cached: States before these layers in the whole model, by (layer, batch).
-        flying: States of subnets under way, by (layers removed, batch).
+        removable: Steps that may go: indices 0 to this - 1.
+        cached: States before these steps in the whole model, by (step, batch).
+        flying: States of subnets under way, by (steps removed, batch).
+        stand_ins: Of all layers: attention and MLP are steps, 2 * layer and 2 * layer + 1. None: layers are.
         returns_tuples: Whether layers return their states as the first of several values.
         tokens_at_once: Of states that one call of a layer takes together.
-        layer_forwards: Decoder layers run so far, counted for each state and batch.
+        step_forwards: Steps run so far, counted for each state and batch.
         layer_calls: In how many calls; one takes several states.
     """
 
@@ -86,9 +92,10 @@ class Lockstep:
     removable: int
     cached: StateStore
     flying: StateStore
+    stand_ins: StandIns | None = None
     returns_tuples: bool = False
     tokens_at_once: int = TOKENS_AT_ONCE
-    layer_forwards: int = 0
+    step_forwards: int = 0
     layer_calls: int = 0
     _calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
 
@@ -108,6 +115,21 @@ class Lockstep:
             layers, decoder = list(adapter.layers(model)), adapter.decoder(model)
             yield cls(model, layers, decoder, batches, removable, cached, flying, **options)
 
+    @property
+    def steps_per_layer(self) -> int:
+        """1, or 2 where attention and MLP are steps."""
+        return 1 if self.stand_ins is None else len(PARTS)
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole model."""
+        return self.steps_per_layer * len(self.layers)
+
+    @property
+    def layer_forwards(self) -> float:
+        """Decoder layers run so far, counted for each state and batch; attention or MLP alone is half a layer."""
+        return half_steps(self.step_forwards / self.steps_per_layer)
+
     def observe(
         self, objective: Objective, sets: Sequence[Removed], progress: Callable[[], object] = lambda: None
     ) -> list[Tensor]:
@@ -115,7 +137,7 @@ class Lockstep:
 
         Args:
             objective: What to observe.
-            sets: Layers removed, different from one another; the empty set is the whole model.
+            sets: Steps removed, different from one another; the empty set is the whole model.
             progress: Called for every set and batch.
 
         Returns:
@@ -129,7 +151,7 @@ class Lockstep:
 
     def observe_final(self, objective: Objective, removed: Removed, batch: int) -> Tensor:
         """Return an observation of a subnet whose states are behind the last layer."""
-        with self.emitting(self._state(removed, len(self.layers), batch)):
+        with self.emitting(self._state(removed, self.num_steps, batch)):
             return objective.observe(self.model, self.batches[batch])
 
     @contextmanager
@@ -164,7 +186,7 @@ class Lockstep:
                     yield from ((removed, number) for number in batches for removed in some)
                     self.flying.clear()
                 for number in batches:
-                    self.cached.discard((len(self.layers), number))
+                    self.cached.discard((self.num_steps, number))
 
     def _portions(self, sets: Sequence[Removed], batch: int) -> Iterator[Sequence[Removed]]:
         """Cut many sets into portions that fit into the budget; neighbours share most."""
@@ -173,36 +195,45 @@ class Lockstep:
         return _cut(sorted(sets, key=sorted), self.flying.budget / (2 * size))
 
     def _run(self, sets: Sequence[Removed], batches: Sequence[int], streams: bool) -> None:
-        for visit in walk(sets, len(self.layers)):
-            with onloaded(self.layers[visit.layer].modules()) if streams and visit.through else nullcontext():
+        for visit in walk(sets, self.num_steps):
+            needed = streams and bool(visit.through)
+            with self._alone(visit.step) as layer, onloaded(layer.modules()) if needed else nullcontext():
                 for batch in batches:
                     self._visit(visit, batch)
 
+    @contextmanager
+    def _alone(self, step: int) -> Iterator[nn.Module]:
+        """Let a step's layer compute nothing but that step."""
+        layer, part = divmod(step, self.steps_per_layer)
+        lost = {layer: OTHER[PARTS[part]]}
+        with nullcontext() if self.stand_ins is None else self.stand_ins.without(lost):
+            yield self.layers[layer]
+
     def _visit(self, visit: Visit, batch: int) -> None:
-        layer, tokens = visit.layer, self.batches[batch]["input_ids"].numel()
-        if WHOLE in visit.through and layer == 0:
+        step, tokens = visit.step, self.batches[batch]["input_ids"].numel()
+        if WHOLE in visit.through and step == 0:
             self._record(batch, 1)
         passed: list[Tensor] = []
         for some in _cut(visit.through, self.tokens_at_once // tokens):
-            states = torch.cat([self._state(removed, layer, batch) for removed in some])
-            output = self._record(batch, len(some))[layer](states)
+            states = torch.cat([self._state(removed, step, batch) for removed in some])
+            output = self._record(batch, len(some))[step // self.steps_per_layer](states)
             passed += (output if isinstance(output, Tensor) else output[0]).chunk(len(some))
-            self.layer_forwards, self.layer_calls = self.layer_forwards + len(some), self.layer_calls + 1
+            self.step_forwards, self.layer_calls = self.step_forwards + len(some), self.layer_calls + 1
         for removed in visit.around:
             if removed:
-                self.flying.rename((removed, batch), (removed | {layer}, batch))
+                self.flying.rename((removed, batch), (removed | {step}, batch))
             else:
-                self.flying[removed | {layer}, batch] = self.cached[layer, batch]
+                self.flying[removed | {step}, batch] = self.cached[step, batch]
         for removed, states in zip(visit.through, passed, strict=True):
             if removed:
                 self.flying[removed, batch] = states
             else:
-                self.cached[layer + 1, batch] = states
-                if layer >= self.removable:
-                    del self.cached[layer, batch]
+                self.cached[step + 1, batch] = states
+                if step >= self.removable:
+                    del self.cached[step, batch]
 
-    def _state(self, removed: Removed, layer: int, batch: int) -> Tensor:
-        return self.flying[removed, batch] if removed else self.cached[layer, batch]
+    def _state(self, removed: Removed, step: int, batch: int) -> Tensor:
+        return self.flying[removed, batch] if removed else self.cached[step, batch]
 
     def _record(self, batch: int, times: int) -> list[Call]:
         """Return the decoder's calls of its layers on a batch whose rows are repeated so many times."""

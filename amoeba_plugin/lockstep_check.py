@@ -15,6 +15,8 @@ from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.hosted import input_device
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
 from amoeba_plugin.objectives import MODEL_INPUTS, Objective, Score, evaluating, model_inputs
+from amoeba_plugin.shape import half_steps
+from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, removed_names
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch
@@ -31,18 +33,21 @@ class Contract:
     returns_tuples: bool = False
 
 
-def check_contract(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Contract:
+def check_contract(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch], stand_ins: StandIns | None = None
+) -> Contract:
     """Run a few tokens through subnets in lockstep and through the model itself, with these layers really taken out.
 
     Args:
         model: Its layers and configuration are restored.
         adapter: Its architecture.
         batches: The first one is used.
+        stand_ins: Of its layers, where attention and MLP are to be steps of their own.
     """
     if model._forward_pre_hooks or model._forward_hooks:
         return Contract("the model has forward hooks of its own")
     piece = {name: value[:ROWS, :POSITIONS] for name, value in batches[0].items() if name in MODEL_INPUTS}
-    with OneByOne.of(model, adapter, [piece]) as trial, evaluating(model):
+    with OneByOne.of(model, adapter, [piece], stand_ins) as trial, evaluating(model):
         return _check(trial, piece)
 
 
@@ -58,6 +63,8 @@ def _check(trial: OneByOne, piece: Batch) -> Contract:
         return Contract("its decoder does not call its layers once each, in their order")
     returns_tuples = met[0][1]
     sets = [WHOLE, Removed({0}), Removed(range(1, len(layers), 2))]
+    if trial.stand_ins is not None:  # an attention alone; every MLP, and a layer that so loses both
+        sets = [WHOLE, Removed({0}), Removed({0, *range(1, 2 * len(layers) - 1, 2)})]
     try:
         found = _in_lockstep(trial, piece, sets, returns_tuples)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -65,8 +72,9 @@ def _check(trial: OneByOne, piece: Batch) -> Contract:
     for removed, states in zip(sets, found, strict=True):
         with trial.active(removed):
             if not _same(states, trial.last_states(piece)):
-                what = f"the model without layers {sorted(removed)}" if removed else "the whole model"
-                return Contract(f"{what} computes something else when its layers are called one at a time")
+                what = f"the model without {', '.join(trial.names(removed))}" if removed else "the whole model"
+                steps = "layers" if trial.stand_ins is None else "attentions and MLPs"
+                return Contract(f"{what} computes something else when its {steps} are called one at a time")
     return Contract(None, returns_tuples)
 
 
@@ -88,8 +96,9 @@ def _in_lockstep(trial: OneByOne, piece: Batch, sets: Sequence[Removed], returns
         trial.model,
         trial.adapter,
         [piece],
-        len(trial.layers),
+        len(trial.layers) * (1 if trial.stand_ins is None else len(PARTS)),
         float("inf"),
+        stand_ins=trial.stand_ins,
         returns_tuples=returns_tuples,
         tokens_at_once=1,
     ) as lockstep:
@@ -104,32 +113,50 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class OneByOne:
-    """Runs every subnet from its embeddings, by exchanging the model's list of layers."""
+    """Runs every subnet from its embeddings, by exchanging the model's list of layers.
+
+    With ``stand_ins``, what is removed are sublayers: 2 * layer is a layer's attention, 2 * layer + 1 its MLP.
+    """
 
     model: PreTrainedModel
     adapter: ArchitectureAdapter
     batches: Sequence[Batch]
     layers: tuple[nn.Module, ...]
     config: PretrainedConfig
-    layer_forwards: int = 0
+    stand_ins: StandIns | None = None
+    layer_forwards: float = 0
 
     @classmethod
     @contextmanager
-    def of(cls, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Iterator[OneByOne]:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        adapter: ArchitectureAdapter,
+        batches: Sequence[Batch],
+        stand_ins: StandIns | None = None,
+    ) -> Iterator[OneByOne]:
         """Yield one; layers and configuration are given back with the block."""
         layers, config = tuple(adapter.layers(model)), copy_config(model.config)
         try:
-            yield cls(model, adapter, batches, layers, config)
+            yield cls(model, adapter, batches, layers, config, stand_ins)
         finally:
+            if stand_ins is not None:
+                stand_ins.restore()
             adapter.set_layers(model, layers, range(len(layers)), config)
 
     @contextmanager
     def active(self, removed: Removed) -> Iterator[None]:
-        """Run a block without some layers."""
-        kept = [index for index in range(len(self.layers)) if index not in removed]
+        """Run a block without some layers, or sublayers."""
+        kept, lost = kept_without(len(self.layers), removed, sublayers=self.stand_ins is not None)
+        if self.stand_ins is not None:
+            self.stand_ins.set(lost)
         self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
-        self.layer_forwards += len(kept) * len(self.batches)
+        self.layer_forwards += half_steps(len(kept) - len(lost) / 2) * len(self.batches)
         yield
+
+    def names(self, removed: Removed) -> list[str]:
+        """Return what is removed, for people."""
+        return removed_names(removed, sublayers=self.stand_ins is not None)
 
     def last_states(self, batch: Batch) -> Tensor:
         """Return what the decoder makes of a batch, (batch, positions, hidden)."""

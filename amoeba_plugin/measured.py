@@ -15,7 +15,8 @@ from amoeba_plugin.ranks import from_first_rank, rank
 from amoeba_plugin.strategy import write_atomically
 
 Removed = frozenset[int]
-FORMAT, VERSION, NAME = "amoeba_plugin.DepthSearch", 1, "depth_search.json"
+FORMAT, VERSION = "amoeba_plugin.DepthSearch", 1
+NAMES = {"layer": "depth_search.json", "sublayer": "sublayer_search.json"}  # by what is removed
 
 
 @dataclass
@@ -45,15 +46,18 @@ class MeasuredTable:
         measure: Callable[[Sequence[Removed]], Sequence[Score]],
         identity: Mapping[str, str],
         directory: Path | None,
+        granularity: str = "layer",
     ) -> MeasuredTable:
         """Return a table that begins with what a directory holds; every rank gets what the first one reads.
+
+        Each granularity has a file of its own there: the same numbers are other removals.
 
         Raises:
             ArtifactError: If that is of another model, other data or another objective, or is damaged.
         """
         if directory is None:
             return cls(measure, identity)
-        path = directory / NAME
+        path = directory / NAMES[granularity]
         data = from_first_rank(path.read_bytes() if rank() == 0 and path.exists() else None)
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)

@@ -69,21 +69,35 @@ def write_kept(layers: Iterable[int], lost: Mapping[int, str]) -> list[Kept]:
     return [f"{layer}.{OTHER[lost[layer]]}" if layer in lost else layer for layer in layers]
 
 
-def without_sublayers(num_layers: int, removed: Iterable[int]) -> tuple[tuple[int, ...], dict[int, str]]:
-    """Return layers and losses, as :func:`read_kept` does, of a model without some sublayers.
+def kept_without(num_layers: int, removed: Iterable[int], sublayers: bool) -> tuple[tuple[int, ...], dict[int, str]]:
+    """Return layers and losses, as :func:`read_kept` does, of a model from which something is removed.
 
     Args:
         num_layers: Of the whole model.
-        removed: Sublayers: 2 * layer is a layer's attention, 2 * layer + 1 its MLP.
+        removed: Layers; or sublayers: 2 * layer is a layer's attention, 2 * layer + 1 its MLP.
+        sublayers: Which of the two.
 
-    >>> without_sublayers(3, {0, 2, 3})
+    >>> kept_without(3, {0, 2, 3}, sublayers=True)
     ((0, 2), {0: 'attention'})
     """
     gone = set(removed)
+    if not sublayers:
+        return tuple(layer for layer in range(num_layers) if layer not in gone), {}
     layers = [layer for layer in range(num_layers) if not {2 * layer, 2 * layer + 1} <= gone]
     return tuple(layers), {
         layer: part for layer in layers for number, part in enumerate(PARTS) if 2 * layer + number in gone
     }
+
+
+def removed_names(removed: Iterable[int], sublayers: bool) -> list[str]:
+    """Return the names of what is removed, for people.
+
+    >>> removed_names({3, 0}, sublayers=False), removed_names({3, 0}, sublayers=True)
+    (['layer 0', 'layer 3'], ['0.attention', '1.mlp'])
+    """
+    if not sublayers:
+        return [f"layer {layer}" for layer in sorted(removed)]
+    return [f"{index // 2}.{PARTS[index % 2]}" for index in sorted(removed)]
 
 
 @dataclass

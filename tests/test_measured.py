@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.measured import NAME, MeasuredTable
+from amoeba_plugin.measured import NAMES, MeasuredTable
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.ranks import from_first_rank
@@ -68,7 +68,7 @@ def killed_search(model: PreTrainedModel, batches: list[Batch], directory: Path,
 
 
 def known(directory: Path) -> int:
-    path = directory / NAME
+    path = directory / NAMES["layer"]
     return len(json.loads(path.read_bytes())["scores"]) if path.exists() else 0
 
 
@@ -110,7 +110,7 @@ def test_the_table_holds_the_scores_of_models_without_these_layers(
 ) -> None:
     model, batches = tiny_model("llama", layers=6), random_batches(2, lengths=(12, 7))
     search(model, batches, tmp_path)
-    entries = json.loads((tmp_path / NAME).read_bytes())["scores"]
+    entries = json.loads((tmp_path / NAMES["layer"]).read_bytes())["scores"]
     assert len(entries) == 25
     for entry in entries:
         subnet = copy.deepcopy(model)
@@ -135,7 +135,7 @@ def test_the_table_holds_the_scores_of_models_without_these_layers(
 def test_another_search_s_table_is_refused(
     tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path, what: str, message: str
 ) -> None:
-    model, batches, objective, path = tiny_model("llama"), random_batches(), PerTokenLoss(), tmp_path / NAME
+    model, batches, objective, path = tiny_model("llama"), random_batches(), PerTokenLoss(), tmp_path / NAMES["layer"]
     search(model, batches, tmp_path)
     if what == "model":
         model = tiny_model("llama", seed=1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -12,61 +11,15 @@ import torch
 from elastic_models import random_strategy
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_architectures import CONFIGS
-from torch import Tensor, nn
+from sublayer_models import CASES, ENDS, POSITIONS, TABLE, logits, tokens_of, zeroed
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
-from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
-from amoeba_plugin.sublayers import PARTS, Kept, read_kept, without_sublayers, write_kept
-
-# Written down here, not asked of the adapters: the parameters that end attention and MLP.
-ENDS = {"attention": ("self_attn.o_proj", "self_attn.out_proj", "attention.dense"),
-        "mlp": ("mlp.down_proj", "mlp.experts.down_proj", "mlp.dense_4h_to_h", "fc2")}  # fmt: skip
-# The first attention goes: the cache is asked how long it is at layer 0. Layer 1 goes as a whole at 2.5 and 2.
-TABLE: dict[str, list[Kept]] = {
-    "3.5": ["0.mlp", 1, 2, 3], "3": [0, "1.attention", "2.mlp", 3], "2.5": ["0.mlp", 2, 3],
-    "2": ["0.mlp", "2.attention", 3], "1": ["1.attention", "3.mlp"],
-}  # fmt: skip
-CASES: dict[str, dict[str, Any]] = CONFIGS | {
-    "gpt_neox in sequence": CONFIGS["gpt_neox"] | {"use_parallel_residual": False},
-    "opt, norms behind": CONFIGS["opt"] | {"do_layer_norm_before": False},
-}
-POSITIONS = 9
-
-
-def tokens_of(config: Mapping[str, Any]) -> Tensor:
-    return torch.randint(3, config["vocab_size"], (2, POSITIONS), generator=torch.Generator().manual_seed(5))
-
-
-@torch.no_grad()
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    found: Tensor = model(tokens, use_cache=False).logits
-    return found
-
-
-def zeroed(model: PreTrainedModel, kept: Sequence[Kept]) -> PreTrainedModel:
-    """Return a copy whose missing sublayers end in zeros, and whose missing layers are deleted."""
-    model = copy.deepcopy(model)
-    layers, lost = read_kept(kept)
-    decoder = architecture_for(model.config.model_type).decoder(model)
-    found = 0
-    with torch.no_grad():
-        for index, part in lost.items():
-            for name, parameter in decoder.layers[index].named_parameters():
-                if name.removesuffix(".weight").removesuffix(".bias") in ENDS[part]:
-                    parameter.zero_()
-                    found += 1
-    assert found >= len(lost)
-    decoder.layers = nn.ModuleList([decoder.layers[index] for index in layers])
-    for name in ("layer_types", "no_rope_layers"):
-        if getattr(model.config, name, None):
-            setattr(model.config, name, [getattr(model.config, name)[index] for index in layers])
-    model.config.num_hidden_layers = len(layers)
-    return model
+from amoeba_plugin.sublayers import PARTS, Kept, kept_without, read_kept, write_kept
 
 
 def elastic_of(model: PreTrainedModel, table: Mapping[str, list[Kept]] = TABLE, **options: Any) -> ElasticModel:
@@ -165,7 +118,7 @@ def test_gradients_reach_what_is_there_and_modes_reach_what_was_away() -> None:
 @given(st.data(), st.integers(1, 6))
 def test_what_is_kept_is_read_back(data: st.DataObject, layers: int) -> None:
     removed = data.draw(st.sets(st.integers(0, 2 * layers - 1)))
-    kept, lost = without_sublayers(layers, removed)
+    kept, lost = kept_without(layers, removed, sublayers=True)
     assert read_kept(write_kept(kept, lost)) == (kept, lost)
     assert len(kept) - len(lost) / 2 == layers - len(removed) / 2
     there = {2 * layer + PARTS.index(part) for layer in kept for part in PARTS if lost.get(layer) != part}
