@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.compressed_linear import CompressedLinear, keep_packed
+from amoeba_plugin.elastic_linear import dense_weight, is_packed, linear_sizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.sublayers import Sublayer
 
@@ -54,12 +56,24 @@ class ChannelAxis:
         return slice(self.first_channel, self.first_channel + units * self.channels_per_unit)
 
     def weight(self, layer: nn.Module) -> Tensor:
-        """Return the whole weight that holds the channels, (out, in) for a linear or an expert; no copy."""
+        """Return the whole weight that holds the channels, (out, in) for a linear or an expert.
+
+        No copy, except of a linear whose weight is packed: that is unpacked at every call.
+        """
         return self.weight_of(layer.get_submodule(self.path))
 
     def weight_of(self, module: nn.Module) -> Tensor:
         """Return the weight, given the module that holds it."""
-        return self.part(module.get_parameter(self.parameter))
+        return dense_weight(module) if is_packed(module) else self.part(module.get_parameter(self.parameter))
+
+    def size(self, layer: nn.Module) -> tuple[int, int]:
+        """Return the whole weight's (out, in); packed ones are not unpacked for it."""
+        module = layer.get_submodule(self.path)
+        if is_packed(module):
+            into, out = linear_sizes(module)
+            return out, into
+        rows, columns = self.weight_of(module).shape
+        return rows, columns
 
     def part(self, parameter: Tensor) -> Tensor:
         """Return the expert's part of a tensor in the shape of the whole parameter; that itself for a linear."""
@@ -208,7 +222,12 @@ class ArchitectureAdapter(ABC):
 
 def linear_names(layers: Iterable[nn.Module]) -> list[str]:
     """Return the names that the linears of decoder layers have within their parents, sorted: ``["down_proj", ...]``."""
-    linears = (path for layer in layers for path, module in layer.named_modules() if isinstance(module, nn.Linear))
+    linears = (
+        path
+        for layer in layers
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear) or is_packed(module)
+    )
     return sorted({path.rpartition(".")[2] for path in linears})
 
 
@@ -223,17 +242,27 @@ def text_model(model: nn.Module) -> nn.Module:
     return model if unwrap is None else unwrap()
 
 
-def require_unquantized(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are quantized already.
+def require_usable(model: PreTrainedModel) -> None:
+    """Refuse a model that is quantized, unless its linears can be used as they are, packed; see that they stay so.
 
     Raises:
         ArchitectureError: Naming the quantization found and the order that works.
     """
+    keep_packed(model)
+    modules = dict(model.named_modules())
     method = getattr(model.config, "quantization_config", None)
-    scheme = next((name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")), None)
-    if method is not None or scheme is not None:
+    scheme = next(
+        (
+            name
+            for name, module in modules.items()
+            if hasattr(module, "quantization_scheme") and not isinstance(module, CompressedLinear)
+        ),
+        None,
+    )
+    packed = any(is_packed(module) for module in modules.values())
+    if scheme is not None or (method is not None and not packed):
         raise ArchitectureError(
-            f"the model is already quantized ({'config.quantization_config' if method is not None else scheme}): "
-            "selection and extraction work on full-precision weights; load the original model, and put quantization "
-            "after extraction in the recipe"
+            f"the model is already quantized ({'config.quantization_config' if scheme is None else scheme}), and not "
+            "packed, as bitsandbytes leaves linears, beside which an adapter can be trained: load the original model, "
+            "and put quantization after extraction in the recipe"
         )

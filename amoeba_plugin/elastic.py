@@ -1,8 +1,9 @@
 """ElasticModel: a model of which exactly one subnet shape is active; switching copies no parameter.
 
 Channels are reordered once by importance (which changes no output), so every width is a prefix of every weight:
-``ElasticLinear`` computes with views ``weight[:out, :in]``, of a fused linear with one such view per part. Depth is the
-layer list, exchanged. (The idea is that of ELMS, arXiv:2409.09071, section 3: permutation-consistent units.)
+``ElasticLinear`` computes with views ``weight[:out, :in]``, of a fused linear with one such view per part. Packed
+weights stay as they are, and what flows in and out of them is reordered. Depth is the layer list, exchanged. (The idea
+is that of ELMS, arXiv:2409.09071, section 3: permutation-consistent units.)
 """
 
 from __future__ import annotations
@@ -16,78 +17,28 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_unquantized
+from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_usable
+from amoeba_plugin.elastic_linear import (
+    ElasticLinear,
+    PackedElasticLinear,
+    PartialLinear,
+    convert_packed,
+    dense_weight,
+    is_packed,
+)
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.experts import ElasticExperts
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.sharded import gathered
-from amoeba_plugin.slicing import Rows, SlicedModule, count, joined, restore_parameters, slice_parameters, take
+from amoeba_plugin.slicing import SlicedModule, joined, restore_parameters, slice_parameters
 from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy, model_fingerprint
 from amoeba_plugin.sublayers import Kept, StandIns
 
 if TYPE_CHECKING:
     from amoeba_plugin.streaming import StreamedWeights
-
-
-class ElasticLinear(nn.Linear):
-    """An ``nn.Linear`` that computes with some rows and the first ``active_in`` columns of its weight.
-
-    Made from an existing linear in place (:meth:`convert`), whose parameters stay the same objects. All it computes
-    with are views: a fused linear, of which every part keeps a prefix, multiplies block by block and joins the outputs.
-
-    Attributes:
-        active_rows: Blocks of rows; one for an ordinary linear, several for a fused one.
-        active_in: Columns.
-        compensation: (widths, out_features) or ``None``; the row ``compensation_row`` is added to the output: what the
-            missing input channels contributed on average.
-    """
-
-    active_rows: Rows
-    active_in: int
-    compensation: Tensor | None
-    compensation_row: int | None
-
-    @classmethod
-    def convert(cls, linear: nn.Linear) -> ElasticLinear:
-        """Turn a linear into an elastic one at full size, in place."""
-        linear.__class__ = cls
-        assert isinstance(linear, cls)
-        linear.active_rows, linear.active_in = (slice(0, linear.out_features),), linear.in_features
-        linear.register_buffer("compensation", None, persistent=False)
-        linear.compensation_row = None
-        return linear
-
-    @property
-    def active_out(self) -> int:
-        """Active rows."""
-        return count(self.active_rows)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., active_in) to (..., active_out)."""
-        outputs = [
-            functional.linear(
-                input, self.weight[rows, : self.active_in], None if self.bias is None else self.bias[rows]
-            )
-            for rows in self.active_rows
-        ]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        if self.compensation is not None and self.compensation_row is not None:
-            output = output + take(self.compensation[self.compensation_row], self.active_rows)
-        return output
-
-    def restore(self) -> None:
-        """Turn it into an ordinary linear of its whole size again, in place."""
-        del self._buffers["compensation"], self.active_rows, self.active_in, self.compensation_row
-        self._non_persistent_buffers_set.discard("compensation")
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-
-    def extra_repr(self) -> str:
-        """Show the active size beside the whole one."""
-        return f"{super().extra_repr()}, active={self.active_out}x{self.active_in}"
 
 
 @dataclass(frozen=True)
@@ -97,9 +48,14 @@ class ElasticGroup:
     key: str
     group: ChannelGroup
     layer: nn.Module
-    producers: tuple[ElasticLinear, ...]
-    consumer: ElasticLinear
+    producers: tuple[PartialLinear, ...]
+    consumer: PartialLinear
     norms: tuple[nn.Module, ...]
+
+    @property
+    def packed(self) -> bool:
+        """Whether a linear of it keeps its weight packed."""
+        return any(isinstance(each, PackedElasticLinear) for each in (*self.producers, self.consumer))
 
     def reordered(self, means: Tensor, order: Tensor) -> Tensor:
         """Return the consumer's mean inputs, (channels,), in the order that its columns were brought into."""
@@ -107,7 +63,7 @@ class ElasticGroup:
 
     def set_units(self, units: int, compensation_row: int | None) -> None:
         """Activate the first ``units`` units."""
-        blocks: dict[ElasticLinear, list[slice]] = {}
+        blocks: dict[PartialLinear, list[slice]] = {}
         for axis, linear in zip(self.group.producers, self.producers, strict=True):
             blocks.setdefault(linear, []).append(axis.prefix(units))
         for linear, rows in blocks.items():
@@ -129,20 +85,23 @@ class ElasticModel:
             model(**batch)                           # 24 layers at 7/8 of the width
 
     Args:
-        model: A full-precision causal LM; its channels are reordered in place.
+        model: A causal LM; its channels are reordered in place. Linears that a quantization keeps packed
+            (bitsandbytes' 4-bit and 8-bit, ...) stay as they are: adapters can be trained beside them at every shape,
+            but narrow shapes are no faster.
         strategy: Must carry the model's fingerprint.
         weights: Where a model without weights takes them from, part by part; such a model can be evaluated and cut, not
             trained.
 
     Raises:
         ArtifactError: If the strategy belongs to another model.
-        ArchitectureError: If the model is quantized, already elastic, or of an unsupported architecture.
+        ArchitectureError: If the model is quantized in a form that cannot be used here, already elastic, or of an
+            unsupported architecture.
     """
 
     def __init__(
         self, model: PreTrainedModel, strategy: SubnetStrategy, weights: StreamedWeights | None = None
     ) -> None:
-        require_unquantized(model)
+        require_usable(model)
         self.model = model
         self.strategy = strategy
         self._weights = weights
@@ -164,6 +123,12 @@ class ElasticModel:
         else:
             self._load_on_use()
         self._shape = self.space.largest
+
+    @property
+    def packed(self) -> bool:
+        """Whether linears keep their weights in a quantization's own form: a narrow shape then costs what the whole
+        one does."""
+        return any(group.packed for group in self.groups)
 
     @property
     def space(self) -> ShapeSpace:
@@ -289,9 +254,15 @@ class ElasticModel:
         """Return the strategy for the model as it is now, its channels in order of importance; it changes no order.
 
         Raises:
-            ArchitectureError: If missing channels are compensated: the biases were made from the weights of before.
+            ArchitectureError: If missing channels are compensated: the biases were made from the weights of before. Or
+                if weights are packed, which nobody can have trained.
         """
         width = self.strategy.width
+        if self.packed:
+            raise ArchitectureError(
+                "the model's weights are quantized and cannot be trained; put an adapter on it (adapter: {type: smol} "
+                "or {type: lora}), or load it in full precision"
+            )
         if width.bias_compensation:
             raise ArchitectureError(
                 "a model whose own weights were trained has no biases that stand in for its missing channels; select "
@@ -308,10 +279,16 @@ class ElasticModel:
         return replace(self.strategy, width=replace(width, order=order, mean_input=means), fingerprint=fingerprint)
 
     def release(self) -> None:
-        """Give the whole model back with ordinary linears; its channels stay reordered, which changes no output."""
+        """Give the whole model back with its host's linears; its channels stay reordered, which changes no output.
+
+        Those of packed linears never were, so that what is dense beside them goes back.
+        """
         self.set_shape(self.space.largest)
         self._listeners.clear()
         for group in self.groups:
+            order = self.strategy.width.order.get(group.key)
+            if order is not None and group.packed:
+                _permute(group, order.argsort())
             for linear in {*group.producers, group.consumer}:
                 linear.restore()
             for norm in group.norms:
@@ -359,45 +336,63 @@ def _elastic_group(key: str, group: ChannelGroup, layer: nn.Module) -> ElasticGr
     return ElasticGroup(key, group, layer, producers, _elastic_linear(layer, group.consumer.path), norms)
 
 
-def _elastic_linear(layer: nn.Module, path: str) -> ElasticLinear:
+def _elastic_linear(layer: nn.Module, path: str) -> PartialLinear:
     linear = layer.get_submodule(path)
+    if not isinstance(linear, PartialLinear) and is_packed(linear):
+        return convert_packed(linear)
     if type(linear) is not nn.Linear:
         raise ArchitectureError(
-            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear: the model is "
-            "quantized, already elastic, or carries an adapter; load it in full precision and make it elastic "
-            "before anything else"
+            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, neither a plain nn.Linear nor a packed "
+            "one: the model is already elastic, or carries an adapter; make it elastic before anything else"
         )
     return ElasticLinear.convert(linear)
 
 
-@torch.no_grad()
 def _reorder(group: ElasticGroup, width: WidthStrategy) -> None:
-    """Permute a group's channels by importance, in place, and precompute the biases that stand in for missing ones."""
+    """Bring a group's channels into the order of their importance and precompute the biases that stand in for missing
+    ones."""
     order = width.order.get(group.key)
     if order is None:
         return
+    if width.bias_compensation:
+        group.consumer.register_buffer("compensation", _compensation(group, width, order), persistent=False)
+    _permute(group, order)
+
+
+@torch.no_grad()
+def _permute(group: ElasticGroup, order: Tensor) -> None:
+    """Permute the channels of a group: in place where weights are dense, of packed ones what flows in and out."""
     for axis, module in zip(
         (*group.group.producers, *group.group.norms), (*group.producers, *group.norms), strict=True
     ):
         channels = axis.channels(order)
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                run = parameter[axis.first_channel : axis.first_channel + len(channels)]
-                run.copy_(parameter[channels.to(parameter.device)])
-    consumer = group.consumer
+        run = slice(axis.first_channel, axis.first_channel + len(channels))
+        for tensor in _by_row(module):
+            tensor[run] = tensor[channels.to(tensor.device)]
     columns = group.group.consumer.channels(order)
-    consumer.weight.copy_(consumer.weight[:, columns.to(consumer.weight.device)])
-    if width.bias_compensation:
-        consumer.register_buffer("compensation", _compensation(group, width, columns), persistent=False)
+    consumer = group.consumer
+    if isinstance(consumer, PackedElasticLinear):
+        consumer.column_order.copy_(consumer.column_order[columns.to(consumer.column_order.device)])
+    else:
+        weight = consumer.get_parameter("weight")
+        weight.copy_(weight[:, columns.to(weight.device)])
 
 
-def _compensation(group: ElasticGroup, width: WidthStrategy, columns: Tensor) -> Tensor:
+def _by_row(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, PackedElasticLinear):
+        return [module.row_order]
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _compensation(group: ElasticGroup, width: WidthStrategy, order: Tensor) -> Tensor:
     # b = W[:, pruned] @ mu[pruned]  (FLAP, arXiv:2312.11983, eq. 5), one row per width; in fp32
-    weight = group.consumer.weight.float()
+    columns = group.group.consumer.channels(order)
+    whole = dense_weight(group.consumer)
+    weight = whole.float()[:, columns.to(whole.device)]
     mean = width.mean_input[group.key][columns].to(weight.device)
     rows = []
     for share in sorted(width.units, reverse=True):
         kept = width.units[share].get(group.key, group.group.units) * group.group.consumer.channels_per_unit
         # a copy, because the last bit of a product depends on where in memory its factors begin
         rows.append(weight[:, kept:].contiguous() @ mean[kept:])
-    return torch.stack(rows).to(group.consumer.weight.dtype)
+    return torch.stack(rows).to(whole.dtype)

@@ -6,7 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from amoeba_plugin.elastic import ElasticLinear, ElasticModel
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_linear import ElasticLinear, PartialLinear
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.shape import SubnetShape
 
@@ -36,13 +37,13 @@ def follow_lora(elastic: ElasticModel, peft_model: PeftModel) -> None:
     layers = [
         layer
         for layer in peft_model.modules()
-        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), ElasticLinear)
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), PartialLinear)
     ]
     for layer in layers:
         if any(layer.use_dora.values()):
             raise AdapterError("DoRA scales the whole weight, which a subnet does not have; set use_dora=False")
     factors = [
-        (_elastic(layer.get_base_layer()), _elastic(layer.lora_A[name]), _elastic(layer.lora_B[name]))
+        (_partial(layer.get_base_layer()), _elastic(layer.lora_A[name]), _elastic(layer.lora_B[name]))
         for layer in layers
         for name in layer.lora_A
     ]
@@ -52,6 +53,11 @@ def follow_lora(elastic: ElasticModel, peft_model: PeftModel) -> None:
             factor_a.active_in, factor_b.active_rows = base.active_in, base.active_rows
 
     elastic.on_shape_change(follow)
+
+
+def _partial(base: nn.Module) -> PartialLinear:
+    assert isinstance(base, PartialLinear)
+    return base
 
 
 def _elastic(factor: nn.Module) -> ElasticLinear:

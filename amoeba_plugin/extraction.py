@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import group_key
 from amoeba_plugin.audit import require_sizes
-from amoeba_plugin.elastic import ElasticLinear, ElasticModel
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_linear import PackedElasticLinear, PartialLinear, dense_weight, is_packed, linear_sizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.shape import SubnetShape
@@ -99,7 +100,7 @@ def cut_factors(elastic: ElasticModel, adapter: SmolModel, shape: SubnetShape | 
 
 def _cut_pair(pair: LoraPair, layer: nn.Module) -> LoraPair:
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if not isinstance(base, ElasticLinear):
+    if not isinstance(base, PartialLinear):
         return pair
     return pair._replace(A=pair.A[:, : base.active_in], B=take(pair.B, base.active_rows))
 
@@ -119,6 +120,7 @@ def subnet_config(elastic: ElasticModel, shape: SubnetShape, portable: bool = Fa
     else:
         config = _per_layer_config(elastic, kept, sizes, biased)
     config.name_or_path = elastic.config.name_or_path
+    vars(config).pop("quantization_config", None)  # what is cut from packed weights is dense
     return config
 
 
@@ -197,22 +199,22 @@ def become(model: PreTrainedModel, subnet: PreTrainedModel) -> None:
         model.__dict__["save_pretrained"] = override
 
 
-def cut_linear(linear: nn.Linear, delta: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def cut_linear(linear: Any, delta: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of a linear at its active size.
 
     Args:
-        linear: An :class:`ElasticLinear` (cut to what is active of it), or an ordinary linear, taken whole.
+        linear: A :class:`PartialLinear` (cut to what is active of it), or another one, taken whole. Packed weights are
+            unpacked.
         delta: What an adapter adds to the whole weight, same shape as it; added in fp32.
 
     Returns:
         (active_out, active_in) and (active_out,) or ``None``; copies.
     """
-    if not isinstance(linear, ElasticLinear):
-        weight = linear.weight.detach().clone()
-        bias = None if linear.bias is None else linear.bias.detach().clone()
+    plain = _dense(linear)
+    if not isinstance(linear, PartialLinear):
+        weight = plain.weight.detach().clone()
+        bias = None if plain.bias is None else plain.bias.detach().clone()
         return (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)), bias
-    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    plain.weight, plain.bias = linear.weight, linear.bias
     kept = {row for block in linear.active_rows for row in range(block.start, block.stop)}
     torch_pruning.prune_linear_out_channels(plain, [row for row in range(linear.out_features) if row not in kept])
     torch_pruning.prune_linear_in_channels(plain, list(range(linear.active_in, linear.in_features)))
@@ -223,6 +225,23 @@ def cut_linear(linear: nn.Linear, delta: Tensor | None = None) -> tuple[Tensor, 
         row = take(linear.compensation[linear.compensation_row], linear.active_rows)
         bias = row.clone() if bias is None else bias + row
     return weight, bias
+
+
+def _dense(linear: Any) -> nn.Linear:
+    """Return a linear with another one's own weight and bias, or, of a packed one, with unpacked and ordered copies."""
+    bias = getattr(linear, "bias", None)
+    plain = nn.Linear(*linear_sizes(linear), bias=bias is not None, device="meta")
+    if not is_packed(linear):
+        plain.weight, plain.bias = linear.weight, bias  # type: ignore[assignment]
+        return plain
+    weight = dense_weight(linear)
+    if isinstance(linear, PackedElasticLinear):
+        weight = weight[linear.row_order][:, linear.column_order]
+        bias = None if bias is None else bias[linear.row_order]
+    plain.weight = nn.Parameter(weight)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(weight.dtype))
+    return plain
 
 
 def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
@@ -309,8 +328,11 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
     if isinstance(source, BaseTunerLayer):
         delta = _adapter_delta(source)
         source = source.get_base_layer()
-    if isinstance(source, nn.Linear):
+    if isinstance(source, nn.Linear) or is_packed(source):
         weight, bias = cut_linear(source, delta)
+        if is_packed(source):
+            dtype = target.get_parameter("weight").dtype
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         tensors = {"weight": weight, "bias": bias}
     else:
         tensors = {name: parameter.clone() for name, parameter in active_parameters(source).items()}

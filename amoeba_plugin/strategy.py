@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.hosted import onloaded
 from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth
@@ -36,6 +37,7 @@ FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
 WHOLE_LAYERS_VERSION = 1  # written where every layer kept is whole, so that older versions of this package read it
 JSON_NAME, TENSORS_NAME = "strategy.json", "strategy.safetensors"
 FINGERPRINT_ELEMENTS = 256
+PACKED = "packed"
 Loaded = Callable[[nn.Module], AbstractContextManager[object]]
 
 
@@ -155,7 +157,7 @@ class SubnetStrategy:
             ArtifactError: If the fingerprints differ.
         """
         found = model_fingerprint(model, adapter, loaded)
-        if found != self.fingerprint:
+        if not same_model(found, self.fingerprint):
             raise ArtifactError(
                 f"this strategy belongs to a model with fingerprint {self.fingerprint[:12]}, the model given has "
                 f"{found[:12]}: other weights or another architecture. Load the model the selection ran on, "
@@ -237,19 +239,44 @@ class SubnetStrategy:
 
 
 def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter, loaded: Loaded = nullcontext) -> str:
-    """Digest the shapes and the first elements of every decoder parameter.
+    """Return two digests, "WEIGHTS.FRAME": of every decoder parameter, and of what a quantization leaves as it is.
 
-    Values are rounded to bf16 first, so that loading a model in another dtype does not change its fingerprint. To be
-    taken before channels are reordered; ``loaded`` has a layer's weights in memory for a block of code.
+    WEIGHTS: shapes and first elements; "packed" for a model with packed linears. FRAME: sizes of the channel groups,
+    and the norms. Values are rounded to bf16 first, so that loading a model in another dtype does not change its
+    fingerprint. To be taken before channels are reordered; ``loaded`` has a layer's weights in memory for a block of
+    code.
     """
-    digest = hashlib.sha256(model.config.model_type.encode())
+    weights, frame = (hashlib.sha256(model.config.model_type.encode()) for _ in range(2))
+    for group in adapter.channel_groups(model.config):
+        frame.update(f"{group.name}{group.units}x{group.consumer.channels_per_unit}".encode())
+    packed = False
     for index, layer in enumerate(adapter.layers(model)):
         with loaded(layer), onloaded(layer.modules()):
-            for name, parameter in layer.named_parameters():
-                head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
-                digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())
-                digest.update(head.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+            for path, module in layer.named_modules():
+                packed |= is_packed(module)
+                for name, parameter in module._parameters.items():
+                    if parameter is None or is_packed(module):
+                        continue
+                    told = _told(f"{index}.{path}.{name}", parameter)
+                    weights.update(told)
+                    if parameter.dim() == 1 and not isinstance(module, nn.Linear):
+                        frame.update(told)
+    return f"{PACKED if packed else weights.hexdigest()}.{frame.hexdigest()}"
+
+
+def _told(name: str, parameter: Tensor) -> bytes:
+    head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
+    return f"{name}{tuple(parameter.shape)}".encode() + head.view(torch.int16).numpy().tobytes()
+
+
+def same_model(fingerprint: str, other: str) -> bool:
+    """Tell whether two fingerprints are of one model; a quantized one is known by its frame.
+
+    >>> same_model("a.b", "a.b"), same_model("a.b", "c.b"), same_model("packed.b", "c.b"), same_model("packed.b", "c.d")
+    (True, False, True, False)
+    """
+    (weights, _, frame), (other_weights, _, other_frame) = fingerprint.partition("."), other.partition(".")
+    return frame == other_frame if PACKED in (weights, other_weights) else weights == other_weights
 
 
 def write_atomically(path: Path, data: bytes) -> None:

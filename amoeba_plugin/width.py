@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.calibration import ActivationStats
+from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
 from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.strategy import WidthStrategy
@@ -158,19 +159,31 @@ def unit_cost(layer: nn.Module, group: ChannelGroup) -> int:
     group of g query heads, 2 d/3 for a query head alone; without a gate, half as much again.
     """
     # A producer's unit has its rows, over all inputs; the consumer's its columns, over all outputs.
-    cost = sum(axis.channels_per_unit * axis.weight(layer).shape[1] for axis in group.producers)
-    return cost + group.consumer.channels_per_unit * len(group.consumer.weight(layer))
+    cost = sum(axis.channels_per_unit * axis.size(layer)[1] for axis in group.producers)
+    return cost + group.consumer.channels_per_unit * group.consumer.size(layer)[0]
 
 
 def coupled_parameters(model: PreTrainedModel, adapter: ArchitectureAdapter) -> dict[str, nn.Parameter]:
-    """Return the weights of all groups of all layers, by "3.mlp.up_proj", or "3.mlp.experts.down_proj" of all
-    experts."""
+    """Return the weights of all groups of all layers, by "3.mlp.up_proj", or "3.mlp.experts.down_proj" of all experts.
+
+    Raises:
+        ArchitectureError: If one of them is packed.
+    """
     return {
-        _name(index, axis): layer.get_parameter(f"{axis.path}.{axis.parameter}")
+        _name(index, axis): _parameter(layer, axis)
         for index, layer in enumerate(adapter.layers(model))
         for group in adapter.channel_groups(model.config)
         for axis in (*group.producers, group.consumer)
     }
+
+
+def _parameter(layer: nn.Module, axis: ChannelAxis) -> nn.Parameter:
+    if is_packed(layer.get_submodule(axis.path)):
+        raise ArchitectureError(
+            f"{axis.path} is quantized, and packed weights have no gradients; take an importance without them (flap, "
+            "wanda, magnitude), or select on the full-precision model"
+        )
+    return layer.get_parameter(f"{axis.path}.{axis.parameter}")
 
 
 def _name(index: int, axis: ChannelAxis) -> str:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from llmcompressor.core import State
+from llmcompressor.core import State, active_session
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, require_unquantized
+from amoeba_plugin.architecture import ArchitectureAdapter, require_usable
 from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_linear import is_packed
+from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.hosted import input_device, is_offloaded
 from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.plugins import architecture_for
@@ -65,17 +67,39 @@ def selection_for(state: State) -> Selection:
     Calibration batches are drawn once: every iteration of the host's loader is another order and another subset.
 
     Raises:
-        ArchitectureError: If the model is quantized already or its architecture is not supported.
+        ArchitectureError: If the model is quantized in a form that cannot be used here, or its architecture is not
+            supported.
+        RecipeError: If ``oneshot`` would fail on the packed weights that the recipe leaves it.
         DataError: If there is no calibration data.
     """
     model = state.model
     if model not in _SELECTIONS:
-        require_unquantized(model)
+        require_usable(model)
         require_own_modules(model)
+        _require_extraction(state)
         adapter = architecture_for(model.config.model_type)
         batches = materialise(state.data.calib)
         _SELECTIONS[model] = Selection(adapter, model_fingerprint(model, adapter), batches)
     return _SELECTIONS[model]
+
+
+def _require_extraction(state: State) -> None:
+    """Refuse what would fail after hours of training: ``oneshot`` moves all weights when a recipe is over."""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    trained_elsewhere = state.data.train is not None or state.optimizer is not None
+    if (
+        not modifiers
+        or trained_elsewhere
+        or any(type(each).__name__ == "SubnetExtractionModifier" for each in modifiers)
+    ):
+        return
+    packed = next((path for path, module in state.model.named_modules() if is_packed(module)), None)
+    if packed is not None:
+        raise RecipeError(
+            f"{packed} keeps its weight packed, which llm-compressor cannot move when the recipe is over; end the "
+            "recipe with SubnetExtractionModifier, whose subnet is dense, or train with OneForAllTrainer or "
+            "begin_session"
+        )
 
 
 def forget_selection(model: PreTrainedModel) -> Selection | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from amoeba_plugin.compressed_linear import CompressedLinear
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.slicing import Rows, take
 from amoeba_plugin.smol.config import SmolConfig
@@ -22,7 +23,7 @@ from amoeba_plugin.smol.host import (
     resolve_quantization_backend,
     undo_cpu_layout,
 )
-from amoeba_plugin.smol.packed import PackedBackend, PackedLinear
+from amoeba_plugin.smol.packed import PackedBackend
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
 
 
@@ -104,7 +105,7 @@ class SmolLinear(nn.Module, SmolLayer):
         if sizes[0] is None or sizes[1] is None:
             raise AdapterError(f"SMOL cannot adapt a {type(base_layer).__name__}; target linear layers only")
         self.in_features, self.out_features = sizes
-        packed = isinstance(self.get_base_layer(), PackedLinear)
+        packed = isinstance(self.get_base_layer(), CompressedLinear)
         self.quantization_backend = (
             PackedBackend() if packed else resolve_quantization_backend(self.get_base_layer(), **kwargs)
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from amoeba_plugin.compressed_linear import keep_packed
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig
@@ -25,7 +26,6 @@ from amoeba_plugin.smol.host import (
     resolve_quantization_backend,
 )
 from amoeba_plugin.smol.layer import SmolLinear
-from amoeba_plugin.smol.packed import keep_packed
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer, importance_loss
 from amoeba_plugin.sublayers import Kept
 

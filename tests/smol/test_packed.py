@@ -1,4 +1,4 @@
-"""SMOL on a base that compressed-tensors keeps packed; also the contract test of what packed.py takes from it."""
+"""SMOL on a base that compressed-tensors keeps packed; also the contract test of what compressed_linear takes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
+from amoeba_plugin.compressed_linear import CompressedLinear, is_compressed
+from amoeba_plugin.conformance import random_strategy
+from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.smol import SmolConfig, SmolLinear
-from amoeba_plugin.smol.packed import PackedLinear, is_packed
 
 CONFIG = dict(r=3, depths=[2, 4], widths=["1", "1/2"], target_modules=["q_proj", "up_proj"], init_weights=False)
 
@@ -55,7 +57,7 @@ def with_smol(model: LlamaForCausalLM) -> PeftModel:
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # how transformers takes dequantize
 def test_packed_weights_stay_packed_and_count_the_same(packed_directory: Path, tokens: Tensor) -> None:
     dense, packed = (with_smol(load(packed_directory, dequantize)) for dequantize in (True, False))
-    assert len([m for m in packed.modules() if isinstance(m, PackedLinear)]) == 28
+    assert len([m for m in packed.modules() if isinstance(m, CompressedLinear)]) == 28
     for shape in ("4x1", "2x1/2"):
         grads = []
         for model in (dense, packed):
@@ -66,8 +68,23 @@ def test_packed_weights_stay_packed_and_count_the_same(packed_directory: Path, t
         assert torch.equal(packed(tokens).logits, dense(tokens).logits)
         assert grads[0].keys() == grads[1].keys()
         assert all(torch.allclose(grads[1][name], grad, rtol=1e-5, atol=1e-7) for name, grad in grads[0].items())
-    assert len([m for m in packed.modules() if is_packed(m)]) == 28
+    assert len([m for m in packed.modules() if is_compressed(m)]) == 28
     assert torch.equal(copy.deepcopy(packed)(tokens).logits, packed(tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_an_elastic_model_of_them_computes_what_one_of_the_dense_weights_does(
+    packed_directory: Path, base_model: Any, tokens: Tensor
+) -> None:
+    dense = base_model(hidden_size=32, intermediate_size=64, num_attention_heads=4)
+    missing = dense.load_state_dict(load(packed_directory, dequantize=True).state_dict(), strict=False).missing_keys
+    assert not missing
+    strategy = random_strategy(dense)
+    expected, found = ElasticModel(dense, strategy), ElasticModel(load(packed_directory, dequantize=False), strategy)
+    for shape in expected.space:
+        with expected.active(shape) as one, found.active(shape) as other:
+            torch.testing.assert_close(other(tokens).logits, one(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert len([m for m in found.model.modules() if is_compressed(m)]) == 28
 
 
 def test_merging_makes_the_merged_layers_dense(packed_directory: Path, tokens: Tensor) -> None:
@@ -78,7 +95,7 @@ def test_merging_makes_the_merged_layers_dense(packed_directory: Path, tokens: T
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5)
     model.unmerge_adapter()
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5)
-    assert len([m for m in model.modules() if is_packed(m)]) == 28 - len(
+    assert len([m for m in model.modules() if is_compressed(m)]) == 28 - len(
         [m for m in model.modules() if isinstance(m, SmolLinear)]
     )
     unloaded = model.merge_and_unload()
@@ -91,4 +108,4 @@ def test_quantized_activations_are_left_to_the_host(packed_directory: Path, toke
     layer.quantization_scheme.input_activations = QuantizationArgs(num_bits=8)
     model = with_smol(base)
     assert hasattr(base, "ct_decompress_hook")
-    assert not [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert not [m for m in model.modules() if isinstance(m, CompressedLinear)]

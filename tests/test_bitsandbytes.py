@@ -1,0 +1,209 @@
+"""One-for-all training on a base that bitsandbytes keeps in four bits (QLoRA), from loading to a subnet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from elastic_models import random_strategy
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from test_modifiers import save_base
+from test_packed_elastic import adapted, close, logits, require_equal_training, train
+from test_training_doors import TRAIN, SessionTrainer, rows
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+
+import amoeba_plugin  # noqa: F401  # registers the modifiers
+from amoeba_plugin.batching import PaddingCollator
+from amoeba_plugin.checkpoint import extract_checkpoint, load_elastic, save_elastic
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_linear import PackedElasticLinear, dense_weight
+from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
+from amoeba_plugin.extraction import extract
+from amoeba_plugin.modifiers import OneForAllDistillationModifier, TrainingEventsCallback, begin_session
+from amoeba_plugin.plugins import architecture_for
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+TinyModel = Callable[..., PreTrainedModel]
+FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+EIGHT = BitsAndBytesConfig(load_in_8bit=True)
+KEPT = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_session() -> Iterator[None]:
+    reset_session()
+    yield
+    reset_session()
+
+
+@pytest.fixture
+def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    return save_base(tiny_model("llama"), tmp_path / "base")
+
+
+def load(base: Path, config: BitsAndBytesConfig = FOUR) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    for module in model.modules():  # a kernel for CPUs in evaluation that rounds to bf16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def dequantized(base: Path) -> Any:
+    return load(base).dequantize().eval()
+
+
+def recipe(elastic: Path, *more: dict[str, Any], **fields: Any) -> str:
+    groups = (
+        {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": KEPT}},
+        {"WidthShrinkingModifier": {"widths": ["1", "1/2"]}},
+        {"OneForAllDistillationModifier": TRAIN | {"elastic_dir": str(elastic)} | fields},
+        *more,
+    )
+    return yaml.safe_dump({f"s{i}_stage": {f"g{i}_modifiers": g} for i, g in enumerate(groups)}, sort_keys=False)
+
+
+def run_recipe(model: Any, text: str) -> Any:
+    loader = DataLoader(rows(), batch_size=4)
+    return oneshot(model=model, recipe=text, dataset=loader, num_calibration_samples=8, max_seq_length=12)
+
+
+def test_every_shape_computes_what_the_dequantized_weights_do(base: Path) -> None:
+    model, reference = load(base), dequantized(base)
+    strategy = random_strategy(reference, bias_compensation=True)
+    weight = reference.model.layers[1].mlp.down_proj.weight.detach().clone()
+    assert torch.equal(dense_weight(model.model.layers[1].mlp.down_proj), weight)
+    packed, dense = ElasticModel(model, strategy), ElasticModel(reference, strategy)
+    linear = packed.layers[1].mlp.down_proj
+    assert isinstance(linear, PackedElasticLinear)
+    assert isinstance(linear, bitsandbytes.nn.Linear4bit)
+    stored = linear.weight.detach().clone()
+    for shape in packed.space:
+        with packed.active(shape) as one, dense.active(shape) as other:
+            close(logits(one), logits(other), 1e-4)
+    assert linear.weight.dtype == torch.uint8
+    assert torch.equal(linear.weight, stored)
+    packed.release()
+    assert type(linear) is bitsandbytes.nn.Linear4bit
+    assert torch.equal(dense_weight(linear), weight)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_eight_bits_compute_what_masks_compute(base: Path) -> None:
+    """Eight-bit products round the activations too, so that no dense weight gives the same."""
+    model, masked = load(base, EIGHT), load(base, EIGHT)
+    strategy, adapter = random_strategy(model), architecture_for("llama")
+    elastic, width = ElasticModel(model, strategy), strategy.space.widths[1]
+    for index, layer in enumerate(masked.model.layers):
+        for group in adapter.channel_groups(masked.config):
+            key = f"{index}.{group.name}"
+            kept = group.consumer.channels(strategy.width.order[key][: strategy.width.units[width][key]])
+            mask = torch.zeros(group.channels).index_fill(0, kept, 1.0)
+            layer.get_submodule(group.consumer.path).register_forward_pre_hook(
+                lambda _m, args, mask=mask: args[0] * mask
+            )
+    masked.model.layers = nn.ModuleList([masked.model.layers[index] for index in KEPT["3"]])
+    masked.config.num_hidden_layers = 3
+    with elastic.active(f"3x{width}") as active:
+        close(logits(active), logits(masked), 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["smol", "lora"])
+def test_trained_saved_and_cut(base: Path, tmp_path: Path, kind: str) -> None:
+    strategy = random_strategy(AutoModelForCausalLM.from_pretrained(base))  # selected on the full model
+    packed, dense = ElasticModel(load(base), strategy), ElasticModel(model := dequantized(base), random_strategy(model))
+    found, expected = adapted(packed, kind), adapted(dense, kind)
+    for elastic, model in ((packed, found), (dense, expected)):
+        train(elastic, model, tmp_path)
+        model.eval()
+    require_equal_training(found, expected, 1e-4)
+
+    save_elastic(packed, found, tmp_path / "elastic", str(base))
+    full, loaded = load_elastic(tmp_path / "elastic")
+    assert loaded is not None
+    assert not full.packed
+    for name, value in found.state_dict().items():
+        if "smol_" in name or "lora_" in name:
+            assert torch.equal(loaded.state_dict()[name], value), name
+    parity = extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "of_full")
+    assert parity.max_logit_difference < 1e-4
+
+    with packed.active("3x1/2") as active:
+        served = logits(active)
+    close(logits(extract(packed, "3x1/2")), served, 1e-4)
+    save_base(dequantized(base), tmp_path / "dequantized")
+    with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
+        extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "refused", base=str(tmp_path / "dequantized"))
+
+
+def test_a_base_selected_and_trained_in_four_bits_is_cut_from_either_base(base: Path, tmp_path: Path) -> None:
+    elastic = ElasticModel(load(base), random_strategy(load(base)))
+    model = adapted(elastic, "smol")
+    train(elastic, model, tmp_path)
+    model.eval()
+    with elastic.active("3x1/2") as active:
+        served = logits(active)
+    save_elastic(elastic, model, tmp_path / "elastic", str(base))
+    save_base(dequantized(base), tmp_path / "dequantized")
+    for name, tolerance in (("base", None), ("dequantized", 1e-4)):
+        extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / f"of_{name}", base=str(tmp_path / name))
+        subnet = AutoModelForCausalLM.from_pretrained(tmp_path / f"of_{name}")
+        if tolerance is None:
+            assert (logits(subnet) - served).abs().max() > 1e-2  # the adapter has learned beside other weights
+        else:
+            close(logits(subnet), served, tolerance)
+
+
+def test_the_base_itself_cannot_be_trained(base: Path, tmp_path: Path) -> None:
+    elastic = ElasticModel(load(base), random_strategy(load(base)))
+    with pytest.raises(ArchitectureError, match="cannot be trained; put an adapter on it"):
+        OneForAllDistillationModifier(adapter="none").attach(elastic)
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        elastic.model.lm_head.requires_grad_(True)
+        train(elastic, elastic.model, tmp_path)
+
+
+def test_a_recipe_that_extracts_runs_on_it(base: Path, tmp_path: Path) -> None:
+    text = recipe(tmp_path / "elastic", {"SubnetExtractionModifier": {"shape": "3x1/2"}})
+    subnet = run_recipe(load(base), text)
+    assert {type(module) for module in subnet.model.layers.modules() if "Linear" in type(module).__name__} == {
+        nn.Linear
+    }
+    strategy = load_elastic(tmp_path / "elastic")[0].strategy
+    elastic = ElasticModel(load(base), strategy)
+    model = OneForAllDistillationModifier(**TRAIN).attach(elastic)
+    assert model is not None
+    model.load_adapter(tmp_path / "elastic/adapter", "trained")
+    model.set_adapter("trained")
+    with elastic.active("3x1/2") as active:
+        model.set_shape("3x1/2")
+        close(logits(subnet), logits(active.eval()), 1e-4)
+
+
+def test_a_recipe_that_would_leave_it_packed_is_refused_before_anything_runs(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="q_proj keeps its weight packed, which llm-compressor cannot move"):
+        run_recipe(load(base), recipe(tmp_path / "elastic"))
+    assert not (tmp_path / "elastic").exists()
+
+
+def test_a_trainer_of_its_own_trains_the_recipe(base: Path, tmp_path: Path) -> None:
+    text = recipe(tmp_path / "elastic")
+    model = begin_session(text, load(base), DataLoader(rows(), batch_size=4), rows())
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "scratch"), max_steps=2, per_device_train_batch_size=2, report_to=[],
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    SessionTrainer(
+        model=model, args=arguments, train_dataset=rows(), data_collator=PaddingCollator(),
+        callbacks=[TrainingEventsCallback()],
+    ).train()  # fmt: skip
+    _, trained = load_elastic(tmp_path / "elastic")
+    assert trained is not None
+    assert any(bool(value.any()) for name, value in trained.named_parameters() if name.endswith("default.B"))

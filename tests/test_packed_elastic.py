@@ -1,0 +1,211 @@
+"""Elastic models whose linears are packed compute, learn and are cut as those of the unpacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from elastic_models import random_strategy
+from packed_linears import IntegerLinear, PackedLinear, pack, unpack
+from peft import LoraConfig, PeftModel
+from tiny_architectures import CONFIGS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+from amoeba_plugin.architecture import linear_names
+from amoeba_plugin.calibration import collect_statistics, materialise
+from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.conformance import WIDTHS, random_model
+from amoeba_plugin.depth import search_depths
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.errors import ArchitectureError, ArtifactError
+from amoeba_plugin.extraction import extract
+from amoeba_plugin.plugins import architecture_for, importance_named, objective_named
+from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.training import OneForAllOptions, train_one_for_all
+from amoeba_plugin.width import coupled_parameters, rank_widths
+
+TinyModel = Callable[..., PreTrainedModel]
+COMPENSATED = {"gpt_neox", "granite", "llama", "opt", "smollm3", "phi3"}  # at least elastically
+
+
+def tokens(high: int = 97) -> Tensor:
+    return torch.randint(3, high, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(tokens(model.config.vocab_size), use_cache=False).logits
+    return found
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def adapted(elastic: ElasticModel, kind: str) -> PeftModel:
+    """Put an adapter on all linears; the same at every call."""
+    torch.manual_seed(1)
+    targets = linear_names(elastic.layers)
+    if kind == "lora":
+        return attach_lora(elastic, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    return attach_smol(elastic, SmolConfig(r=2, num_experts=3, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def train(elastic: ElasticModel, model: PeftModel | PreTrainedModel, directory: Path, steps: int = 3) -> None:
+    rows = [
+        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in tokens(60).repeat(2, 1)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(directory), max_steps=steps, per_device_train_batch_size=2, learning_rate=0.5, optim="sgd",
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    train_one_for_all(elastic, model, rows, OneForAllOptions(num_random=1), arguments)
+
+
+def require_equal_training(packed: PeftModel, dense: PeftModel, tolerance: float) -> None:
+    trained, expected = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (packed, dense))
+    assert trained.keys() == expected.keys()
+    assert any(bool(value.any()) for name, value in trained.items() if name.endswith((".B", "lora_B.default.weight")))
+    for name, value in trained.items():
+        close(value, expected[name], tolerance)
+
+
+@pytest.mark.parametrize("cls", [PackedLinear, IntegerLinear])
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_every_shape_of_every_architecture(model_type: str, cls: Any) -> None:
+    config = CONFIGS[model_type]
+    reference = unpack(pack(random_model(config), cls))
+    strategy = random_strategy(reference, bias_compensation=model_type in COMPENSATED)
+    model = pack(random_model(config), cls)
+    before, classes = logits(model), [type(module) for module in model.modules()]
+    dense, packed = ElasticModel(reference, strategy), ElasticModel(model, strategy)
+    assert packed.packed
+    assert not dense.packed
+    for shape in packed.space:
+        with packed.active(shape) as one, dense.active(shape) as other:
+            close(logits(one), logits(other))
+    close(logits(model), before)
+    packed.release()
+    assert [type(module) for module in model.modules()] == classes
+    close(logits(model), before)
+
+
+def test_a_group_of_which_some_linears_are_packed_and_some_are_not() -> None:
+    """Norms over the channels of packed linears are dense as well: what was permuted in place goes back."""
+    config = CONFIGS["olmo2"]
+    reference, model = (pack(random_model(config), skip="up_proj") for _ in range(2))
+    reference = unpack(reference)
+    before, names = logits(model), {name: each.clone() for name, each in model.named_parameters()}
+    strategy = random_strategy(reference)
+    dense, packed = ElasticModel(reference, strategy), ElasticModel(model, strategy)
+    for shape in packed.space:
+        with packed.active(shape) as one, dense.active(shape) as other:
+            close(logits(one), logits(other))
+    assert not torch.equal(
+        model.model.layers[0].self_attn.q_norm.weight, names["model.layers.0.self_attn.q_norm.weight"]
+    )
+    packed.release()
+    assert torch.equal(logits(model), before)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, names[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
+@pytest.mark.parametrize("kind", ["smol", "lora"])
+def test_an_adapter_learns_and_is_cut_as_on_the_unpacked_weights(model_type: str, kind: str, tmp_path: Path) -> None:
+    config = CONFIGS[model_type]
+    reference = unpack(pack(random_model(config)))
+    strategy = random_strategy(reference)
+    dense, packed = ElasticModel(reference, strategy), ElasticModel(pack(random_model(config)), strategy)
+    expected, found = adapted(dense, kind), adapted(packed, kind)
+    for elastic, model in ((dense, expected), (packed, found)):
+        train(elastic, model, tmp_path)
+        model.eval()
+    require_equal_training(found, expected, 1e-5)
+    for shape in ("4x1", "3x3/4", "2x1/2"):
+        with packed.active(shape) as one:
+            served = logits(one)
+        subnet = extract(packed, shape)
+        assert not hasattr(subnet.config, "quantization_config")
+        close(logits(subnet), served)
+
+
+def test_an_unused_base_linear_is_unpacked_too(tmp_path: Path) -> None:
+    """GPT-NeoX keeps its heads: no group has its attention's linears, and a subnet holds them dense."""
+    elastic = ElasticModel(model := pack(random_model(CONFIGS["gpt_neox"])), random_strategy(model))
+    attention = elastic.layers[0].attention.query_key_value
+    assert type(attention) is PackedLinear
+    with elastic.active("2x1/2") as active:
+        served = logits(active)
+    extract(elastic, "2x1/2").save_pretrained(tmp_path)
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), served)
+
+
+def test_selection_sees_the_unpacked_weights(random_batches: Callable[..., Any]) -> None:
+    config = CONFIGS["llama"]
+    found = []
+    for model in (pack(random_model(config)), unpack(pack(random_model(config)))):
+        adapter, batches = architecture_for("llama"), materialise(random_batches())
+        depth = search_depths(model, adapter, objective_named("loss"), batches, min_depth=2)
+        stats = collect_statistics(model, adapter, batches, progress=False)
+        widths = [
+            rank_widths(model, adapter, stats, widths=WIDTHS, importance=importance_named(name))
+            for name in ("flap", "wanda", "magnitude", "group_magnitude")
+        ]
+        found.append((depth.kept, [{key: order.tolist() for key, order in each.order.items()} for each in widths]))
+    assert found[0] == found[1]
+
+
+def test_gradients_of_packed_weights_are_refused() -> None:
+    model = pack(random_model(CONFIGS["llama"]))
+    with pytest.raises(ArchitectureError, match="q_proj is quantized, and packed weights have no gradients; take"):
+        coupled_parameters(model, architecture_for("llama"))
+
+
+def test_a_strategy_fits_the_model_and_its_quantized_copy_but_no_other() -> None:
+    config = CONFIGS["qwen2"]
+    full, packed = random_strategy(random_model(config)), random_strategy(pack(random_model(config)))
+    ElasticModel(pack(random_model(config)), full)
+    ElasticModel(random_model(config), packed)
+    for strategy, other in ((full, pack(random_model(config, 1))), (packed, random_model(config, 1))):
+        with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
+            ElasticModel(other, strategy)
+    with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
+        ElasticModel(unpack(pack(random_model(config))), full)  # rounded weights are others
+
+
+def test_packed_weights_themselves_are_not_trained() -> None:
+    elastic = ElasticModel(model := pack(random_model(CONFIGS["llama"])), random_strategy(model))
+    with pytest.raises(ArchitectureError, match="are quantized and cannot be trained; put an adapter on it"):
+        elastic.reordered_strategy()
+
+
+def test_made_elastic_twice_or_with_an_adapter_is_refused() -> None:
+    model = pack(random_model(CONFIGS["llama"]))
+    strategy = random_strategy(model)
+    ElasticModel(model, strategy)
+    with pytest.raises(ArchitectureError, match="already elastic"):
+        ElasticModel(model, strategy)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hooks_of_accelerate_run_in_front_of_elastic_linears(packed: bool) -> None:
+    """A hook keeps the forward of the class that a module had: it would compute with the whole weight."""
+    prepare: Any = pack if packed else (lambda model: model)
+    strategy = random_strategy(prepare(random_model(CONFIGS["llama"])))
+    plain = ElasticModel(prepare(random_model(CONFIGS["llama"])), strategy)
+    hooked = dispatch_model(prepare(random_model(CONFIGS["llama"])), {"": "cpu"}, force_hooks=True)
+    before = logits(hooked)
+    elastic = ElasticModel(hooked, strategy)
+    for shape in plain.space:
+        with plain.active(shape) as one, elastic.active(shape) as other:
+            assert torch.equal(logits(one), logits(other))
+    elastic.release()
+    close(logits(hooked), before)
