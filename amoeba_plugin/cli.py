@@ -149,10 +149,16 @@ def check(
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the target splits it over.")] = 1,
     round_to: Annotated[int, typer.Option(min=1, help="Of a SHAPE: channels that sizes are multiples of.")] = 1,
+    strategy: Annotated[
+        Path | None, typer.Option(help="Of a SHAPE: elastic checkpoint, or directory with strategy.json: its sizes.")
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="With --strategy: as extracted with --portable.")
+    ] = False,
 ) -> None:
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
-    from amoeba_plugin.preflight import check_against_model, load_config, shape_config, subnet_config
+    from amoeba_plugin.preflight import check_against_model, load_config, planned_config, shape_config, subnet_config
     from amoeba_plugin.recipes import check_recipe, find_recipe
     from amoeba_plugin.shape import SubnetShape
 
@@ -160,6 +166,10 @@ def check(
     if (is_shape or target or scheme) and (model is None or target is None):
         raise RecipeError(
             "whether a subnet can be loaded depends on the model and on what loads it; give --model, --target"
+        )
+    if (strategy is not None and not is_shape) or (portable and strategy is None):
+        raise RecipeError(
+            "--strategy goes with a SHAPE, and --portable with --strategy; leave them out, or name a shape"
         )
     if not is_shape:
         checked = check_recipe(find_recipe(recipe))
@@ -170,7 +180,15 @@ def check(
         _done(f"{checked.source} can run{on}")
     if model is not None and target is not None:
         whole = load_config(model)
-        subnet = shape_config(whole, SubnetShape.parse(recipe), round_to) if is_shape else subnet_config(checked, whole)
+        if not is_shape:
+            subnet = subnet_config(checked, whole)
+        elif strategy is not None:
+            subnet = planned_config(whole, SubnetShape.parse(recipe), strategy, portable)
+        else:
+            subnet = shape_config(whole, SubnetShape.parse(recipe), round_to)
+            _warn(
+                "every layer is taken to keep the same sizes (allocation: uniform); --strategy DIR: those of a strategy"
+            )
         _check_target(whole.model_type, subnet, target, scheme, tensor_parallel)
 
 
@@ -182,7 +200,7 @@ def _check_target(model_type: str, subnet: PretrainedConfig, target: str, scheme
     for warning in require_loadable(subject, target):
         _warn(f"{warning.where}: {warning.rule.says} [{warning.rule.source}]")
     quantized = f" in {scheme}" if scheme else ""
-    _done(f"{target} can load it, as {subject.class_name}{quantized}, by the rules of {targets()[target].read}")
+    _done(f"{target} can load it, as {subject.saved_as}{quantized}, by the rules of {targets()[target].read}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ travels with the checkpoint, or, ``portable``, a stock class of the largest laye
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.architecture import group_key
+from amoeba_plugin.architecture import ArchitectureAdapter, group_key
 from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import PackedElasticLinear, PartialLinear, dense_weight, is_packed, linear_sizes
@@ -32,6 +32,7 @@ from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.slicing import active_parameters, take
 from amoeba_plugin.smol import SmolModel
 from amoeba_plugin.smol.export import LoraPair
+from amoeba_plugin.subnet_plan import SubnetPlan
 
 PER_LAYER_FILE = "modeling_per_layer.py"  # beside a checkpoint whose layers differ in size
 
@@ -105,7 +106,7 @@ def _cut_pair(pair: LoraPair, layer: nn.Module) -> LoraPair:
     return pair._replace(A=pair.A[:, : base.active_in], B=take(pair.B, base.active_rows))
 
 
-def subnet_config(elastic: ElasticModel, shape: SubnetShape, portable: bool = False) -> PretrainedConfig:
+def subnet_config(elastic: ElasticModel | SubnetPlan, shape: SubnetShape, portable: bool = False) -> PretrainedConfig:
     """Return the configuration of the class that holds a shape.
 
     Raises:
@@ -118,13 +119,13 @@ def subnet_config(elastic: ElasticModel, shape: SubnetShape, portable: bool = Fa
     if portable or all(units == largest for units in sizes):
         config = elastic.adapter.subnet_config(elastic.config, kept, largest, biased)
     else:
-        config = _per_layer_config(elastic, kept, sizes, biased)
+        config = per_layer_config(elastic.adapter, elastic.config, kept, sizes, biased)
     config.name_or_path = elastic.config.name_or_path
     vars(config).pop("quantization_config", None)  # what is cut from packed weights is dense
     return config
 
 
-def layer_units(elastic: ElasticModel, shape: SubnetShape) -> list[dict[str, int]]:
+def layer_units(elastic: ElasticModel | SubnetPlan, shape: SubnetShape) -> list[dict[str, int]]:
     """Return per kept layer the units of each group at a shape."""
     groups = elastic.adapter.channel_groups(elastic.config)
     return [
@@ -142,12 +143,28 @@ def largest_units(sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {name: max(units[name] for units in sizes) for name in sizes[0]}
 
 
-def _per_layer_config(
-    elastic: ElasticModel, kept: Sequence[int], sizes: Sequence[Mapping[str, int]], biased: frozenset[str]
+def per_layer_config(
+    adapter: ArchitectureAdapter,
+    whole: PretrainedConfig,
+    kept: Sequence[int],
+    sizes: Sequence[Mapping[str, int]],
+    biased: frozenset[str],
 ) -> PretrainedConfig:
+    """Return the configuration of a subnet whose layers differ in size.
+
+    Args:
+        adapter: Of the whole model.
+        whole: Its configuration.
+        kept: Indices of the layers kept.
+        sizes: Of each the units per group.
+        biased: See :meth:`ArchitectureAdapter.subnet_config`.
+
+    Raises:
+        ArchitectureError: If no class can hold it.
+    """
     # The whole model's sizes are valid for its class whatever its divisibility rules; layers only name what differs.
-    whole = {group.name: group.units for group in elastic.adapter.channel_groups(elastic.config)}
-    config = elastic.adapter.subnet_config(elastic.config, kept, whole, biased)
+    common = {group.name: group.units for group in adapter.channel_groups(whole)}
+    config = adapter.subnet_config(whole, kept, common, biased)
     per_layer_class(config)
     if not hasattr(PretrainedConfig, "per_layer_config"):
         raise ArchitectureError(
@@ -156,7 +173,7 @@ def _per_layer_config(
         )
     overrides: dict[int | str, dict[str, Any]] = {}
     for position, units in enumerate(sizes):
-        own = elastic.adapter.subnet_config(elastic.config, kept, units, biased).to_dict()
+        own = adapter.subnet_config(whole, kept, units, biased).to_dict()
         stated = config.to_dict()
         overrides[position] = {
             name: value for name, value in own.items() if type(value) is int and stated.get(name, value) != value
@@ -185,6 +202,16 @@ def per_layer_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             "extract with --portable (padded with zeros to a stock class), or select with allocation: uniform"
         )
     return found
+
+
+def build(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return a new model of the class that a configuration is for; ``options`` are those of ``from_config``."""
+    model: PreTrainedModel
+    if is_per_layer(config):
+        model = per_layer_class(config)._from_config(config, **options)
+    else:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    return model
 
 
 def become(model: PreTrainedModel, subnet: PreTrainedModel) -> None:
@@ -246,9 +273,6 @@ def _dense(linear: Any) -> nn.Linear:
 
 def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
     # Buffers (rotary frequencies) are not in a checkpoint: they must be real.
-    build: Callable[..., PreTrainedModel] = (
-        per_layer_class(config)._from_config if is_per_layer(config) else AutoModelForCausalLM.from_config
-    )
     with init_empty_weights(include_buffers=False):
         model = build(config, dtype=like.dtype)
     for module in model.modules():
@@ -298,21 +322,12 @@ def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequen
                     "channels; extract without portable, or select with allocation: uniform"
                 )
             for axis in group.producers:
-                linear, per_unit = _linear(layer, axis.path), axis.channels_per_unit
-                gone = slice(
-                    axis.first_channel + units[group.name] * per_unit, axis.first_channel + group.units * per_unit
-                )
-                linear.weight[gone] = 0
-                if linear.bias is not None:
-                    linear.bias[gone] = 0
-            kept = units[group.name] * group.consumer.channels_per_unit
-            _linear(layer, group.consumer.path).weight[:, kept:] = 0
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    linear = layer.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    return linear
+                gone = slice(axis.prefix(units[group.name]).stop, axis.prefix(group.units).stop)
+                axis.weight(layer)[gone] = 0
+                bias = layer.get_submodule(axis.path)._parameters.get("bias")
+                if bias is not None:
+                    bias[gone] = 0
+            group.consumer.weight(layer)[:, group.consumer.prefix(units[group.name]).stop :] = 0
 
 
 def _parameterised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import (
@@ -77,8 +77,27 @@ STAND_INS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+class _OwnFields:
+    """A model's configuration as one module sees it: some fields are its layer's, all else is the model's, live."""
+
+    def __init__(self, whole: PretrainedConfig, own: dict[str, Any]) -> None:
+        vars(self).update(own)
+        self.whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "whole":  # while being copied there is nothing to ask yet
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
 class PerLayer(_Stock):
-    """Builds the stock model, then every layer anew from the configuration that is its own."""
+    """Builds the stock model, then every layer anew from the configuration that is its own.
+
+    Attributes:
+        own_fields: By path in a layer, the fields that a module goes on asking its configuration for.
+    """
+
+    own_fields: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         # Heads, keys and neurons are read from the layers' configurations; who asks the model's gets the largest.
@@ -87,6 +106,7 @@ class PerLayer(_Stock):
         alike.per_layer_config = None
         super().__init__(alike, *args, **kwargs)
         config._attn_implementation = alike._attn_implementation
+        config._experts_implementation = alike._experts_implementation
         decoder: Any = self.get_decoder()  # type: ignore[no-untyped-call]
         for index, layer in enumerate(decoder.layers):
             own = config.per_layer_config[index]
@@ -97,7 +117,19 @@ class PerLayer(_Stock):
         for module in self.modules():  # one configuration for all, or set_attn_implementation would not reach a layer
             if hasattr(module, "config"):
                 vars(module)["config"] = config
+        for layer, own in zip(decoder.layers, config.per_layer_config, strict=True):
+            for path, names in self.own_fields.items():
+                module = layer.get_submodule(path)
+                if hasattr(module, "config"):  # what took the place of one that is gone has none
+                    fields = {name: getattr(own, name) for name in names}
+                    vars(module)["config"] = _OwnFields(config, fields)
         self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for words in the file of a class, which is this one; the stock class knows
+        stock: Any = cls.__mro__[cls.__mro__.index(PerLayer) + 1]
+        return bool(stock._can_set_experts_implementation())
 
 
 class PerLayerSizes(PerLayer):
@@ -152,16 +184,24 @@ class PerLayerSmolLM3ForCausalLM(PerLayerSizes, SmolLM3ForCausalLM):
     """``SmolLM3ForCausalLM``, one size per layer."""
 
 
-class PerLayerPhi3ForCausalLM(PerLayer, Phi3ForCausalLM):
-    """``Phi3ForCausalLM``, layers alike but for what they lack."""
+class PerLayerPhi3ForCausalLM(PerLayerSizes, Phi3ForCausalLM):
+    """``Phi3ForCausalLM``, one size per layer."""
+
+    # of all stock classes the only one whose attention counts heads by the configuration while it runs
+    own_fields: ClassVar = {"self_attn": ("num_attention_heads",)}
 
 
-class PerLayerMixtralForCausalLM(PerLayer, MixtralForCausalLM):
-    """``MixtralForCausalLM``, layers alike but for what they lack."""
+class PerLayerMixtralForCausalLM(PerLayerSizes, MixtralForCausalLM):
+    """``MixtralForCausalLM``, one size per layer, the same for all its experts."""
+
+    # llm-compressor asks the experts' configuration how many neurons they have
+    own_fields: ClassVar = {"mlp.experts": ("intermediate_size",)}
 
 
-class PerLayerQwen3MoeForCausalLM(PerLayer, Qwen3MoeForCausalLM):
-    """``Qwen3MoeForCausalLM``, layers alike but for what they lack."""
+class PerLayerQwen3MoeForCausalLM(PerLayerSizes, Qwen3MoeForCausalLM):
+    """``Qwen3MoeForCausalLM``, one size per layer, the same for all its experts."""
+
+    own_fields: ClassVar = {"mlp.experts": ("moe_intermediate_size",)}
 
 
 # Saving a model of these classes saves this file beside it.

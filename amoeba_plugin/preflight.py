@@ -13,9 +13,13 @@ import torch
 
 from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError, ShapeError
+from amoeba_plugin.extraction import build, per_layer_config
+from amoeba_plugin.extraction import subnet_config as elastic_config
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.shape import SubnetShape, parse_width
+from amoeba_plugin.strategy import SubnetStrategy
+from amoeba_plugin.subnet_plan import SubnetPlan
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -102,8 +106,13 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
 
 
 def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
-    """Return the configuration that quantization will see: the subnet's where one is extracted, else the model's."""
+    """Return the configuration that quantization will see: the subnet's where one is extracted, else the model's.
+
+    Where layers will differ in size (``allocation: global``, ``anchor_layers``), how is known after selection only;
+    this one has a layer of the least that any may keep, and whole ones.
+    """
     from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
+    from amoeba_plugin.width import rounding_steps
 
     adapter = architecture_for(config.model_type)
     layers = config.num_hidden_layers
@@ -128,10 +137,36 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
             f"{recipe.source}: shape {shape} is outside the space: this model and recipe give depths "
             f"{possible.start} to {layers}; extract one of these"
         )
-    biased = frozenset(units[shape.width]) if width is not None and width.bias_compensation else frozenset()
-    return adapter.subnet_config(
-        config, range(math.ceil(shape.depth)), units[shape.width], biased if shape.width != 1 else frozenset()
-    )
+    whole, least = units[Fraction(1)], units[shape.width]
+    uneven = width is not None and shape.width != 1 and (width.allocation == "global" or width.anchor_count > 0)
+    if width is not None and width.allocation == "global" and shape.width != 1:
+        least = rounding_steps(groups, width.round_to)
+    kept = range(math.ceil(shape.depth))
+    biased = frozenset(least) if width is not None and width.bias_compensation and shape.width != 1 else frozenset()
+    if uneven and not extraction.portable and len(kept) > 1:
+        return per_layer_config(adapter, config, kept, [least, *[whole] * (len(kept) - 1)], biased)
+    return adapter.subnet_config(config, kept, least, biased)
+
+
+def planned_config(
+    config: PretrainedConfig, shape: SubnetShape, directory: Path, portable: bool = False
+) -> PretrainedConfig:
+    """Return the configuration of a shape of a strategy that is there already; no weights are needed.
+
+    Args:
+        config: The whole model's.
+        shape: Of the strategy's space.
+        directory: Holds ``strategy.json``; an elastic checkpoint does.
+        portable: Pad layers of different sizes to the largest, for a stock class.
+
+    Raises:
+        ArtifactError: If there is no strategy, or it belongs to a model of other sizes.
+        ArchitectureError: If the architecture is not supported, or no class holds the shape.
+        ShapeError: If the strategy's space does not hold the shape.
+    """
+    plan = SubnetPlan(architecture_for(config.model_type), config, SubnetStrategy.load(directory))
+    plan.require_fit(str(directory))
+    return elastic_config(plan, plan.space.require(shape), portable)
 
 
 def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1) -> PretrainedConfig:
@@ -227,11 +262,8 @@ def _divisors(number: int) -> Iterator[int]:
 
 def weightless(config: PretrainedConfig) -> PreTrainedModel:
     """Return a model of a configuration without weights."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+        return build(config)
 
 
 def _is_ours(path: Path) -> bool:

@@ -397,9 +397,3 @@ def _check_shape(recipe: CheckedRecipe) -> None:
             f"{recipe.source}: shape {shape} is outside the space: the widths are {known}; extract one of these, or "
             f'add "{shape.width}" to WidthShrinkingModifier.widths'
         )
-    if width is not None and width.allocation == "global" and shape.width != 1:
-        raise RecipeError(
-            f"{recipe.source}: allocation global gives every layer its own width, which no stock checkpoint can "
-            f"express; set allocation: uniform, or extract {shape.depth}x1, or leave SubnetExtractionModifier out and "
-            "set elastic_dir"
-        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.extraction import PER_LAYER_FILE
 from amoeba_plugin.preflight import (
     check_against_model,
     has_experts,
@@ -20,6 +21,8 @@ from amoeba_plugin.preflight import (
 from amoeba_plugin.recipes import CheckedRecipe, check_recipe, find_recipe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from amoeba_plugin.calibration import Batch
 
 
@@ -136,11 +139,16 @@ def _oneshot(
         return
     with TemporaryDirectory(dir=output_dir.parent, prefix=f"{output_dir.name}.") as subnet:
         _own_stage(recipe, model, batches, Path(subnet), options)
-        _host(subnet, rest, batches, output_dir, options)
+        _host(subnet, rest, batches, output_dir, options, own_code=(Path(subnet) / PER_LAYER_FILE).is_file())
 
 
 def _host(
-    model: str, recipe: str | list[Any], batches: list[Batch] | None, output_dir: Path, options: RunOptions
+    model: str,
+    recipe: str | list[Any],
+    batches: list[Batch] | None,
+    output_dir: Path,
+    options: RunOptions,
+    own_code: bool = False,
 ) -> None:
     import llmcompressor
     from torch.utils.data import DataLoader
@@ -148,18 +156,25 @@ def _host(
     loader: DataLoader[Batch] | None = None
     if batches is not None:
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
-    loaded = _with_named_experts(model, options) if has_experts(load_config(model)) else model
+    loaded = _with_named_experts(model, options, own_code) if has_experts(load_config(model)) else model
     llmcompressor.oneshot(
-        model=loaded, precision=options.dtype, recipe=recipe, dataset=loader, output_dir=str(output_dir)
+        model=loaded,
+        precision=options.dtype,
+        recipe=recipe,
+        dataset=loader,
+        output_dir=str(output_dir),
+        trust_remote_code_model=own_code,
     )
 
 
-def _with_named_experts(model: str, options: RunOptions) -> Any:
+def _with_named_experts(model: str, options: RunOptions, own_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     from amoeba_plugin.modifiers.quantized_experts import save_experts_by_original_names
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, dtype=options.dtype, trust_remote_code=own_code
+    )
     save_experts_by_original_names(loaded)
     return loaded
 

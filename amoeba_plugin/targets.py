@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,12 +13,12 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.architectures.gated import head_size
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.extraction import is_per_layer
+from amoeba_plugin.extraction import is_per_layer, per_layer_class
 from amoeba_plugin.preflight import weightless
 
 RULES = Path(__file__).with_name("targets.yaml")
@@ -54,7 +54,8 @@ class Candidate:
 
     Attributes:
         config: Its configuration.
-        linears: Per name in a decoder layer the (inputs, outputs), of the first layer.
+        linears: Per name in a decoder layer the (inputs, outputs), of the first layer; of all layers by "NAME of layer
+            INDEX" where they differ in size.
         split_inputs: Names of the linears whose inputs, not outputs, are split over devices.
         group_size: Inputs that share a scale, or ``None``.
         scheme: Name of the quantization, or ``None``.
@@ -73,6 +74,16 @@ class Candidate:
         """Name of the model's class."""
         stock: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
         return str(stock.__name__)
+
+    @property
+    def saved_as(self) -> str:
+        """Name of the class that its checkpoint is loaded as."""
+        return per_layer_class(self.config).__name__ if is_per_layer(self.config) else self.class_name
+
+    @property
+    def layer_configs(self) -> Sequence[PretrainedConfig]:
+        """One configuration for each layer where they differ; transformers warns who asks the model's for a size."""
+        return list(self.config.per_layer_config) if is_per_layer(self.config) else [self.config]
 
     def inputs(self) -> dict[str, int]:
         """Return per linear its inputs on one device."""
@@ -128,15 +139,18 @@ def candidate(
         RecipeError: If the target or the scheme is unknown.
     """
     group_size = _group_size(_target(target, targets()), target, scheme)
-    single = _one_layer(config)
-    layer = adapter.layers(single)[0]
-    linears = {
-        name.rpartition(".")[2]: (module.in_features, module.out_features)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    consumers = {group.consumer.path.rpartition(".")[2] for group in adapter.channel_groups(single.config)}
-    return Candidate(config, linears, frozenset(consumers), group_size, scheme, devices)
+    uneven = is_per_layer(config)
+    model = weightless(config) if uneven else _one_layer(config)
+    groups = adapter.channel_groups(config.per_layer_config[0] if uneven else config)
+    consumers = {group.consumer.path for group in groups}
+    linears, split = {}, set()
+    for index, layer in enumerate(adapter.layers(model)):
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                name = path.rpartition(".")[2] + (f" of layer {index}" if uneven else "")
+                linears[name] = (module.in_features, module.out_features)
+                split |= {name} if path in consumers else set()
+    return Candidate(config, linears, frozenset(split), group_size, scheme, devices)
 
 
 def findings(subject: Candidate, target: str) -> list[Finding]:
@@ -185,10 +199,8 @@ def _group_size(target: Target, name: str, scheme: str | None) -> int | None:
     return None if weights is None or weights.group_size is None or weights.group_size < 1 else weights.group_size
 
 
-def _one_layer(config: PretrainedConfig) -> Any:
-    single = type(config).from_dict(
-        {name: value for name, value in config.to_dict().items() if name != "per_layer_config"}
-    )
+def _one_layer(config: PretrainedConfig) -> PreTrainedModel:
+    single = copy_config(config)
     single.num_hidden_layers = 1
     if getattr(single, "layer_types", None) is not None:
         single.layer_types = single.layer_types[:1]
@@ -208,10 +220,12 @@ def _field_is_off(subject: Candidate, field: str) -> str:
 
 
 def _heads_split(subject: Candidate, _: None) -> str:
-    heads, devices = subject.config.num_attention_heads, subject.devices
-    pairs = getattr(subject.config, "num_key_value_heads", None) or heads
-    split = heads % devices == 0 and (pairs % devices == 0 or devices % pairs == 0)
-    return "" if split else f"{heads} heads and {pairs} KV heads over {devices} devices"
+    for config in subject.layer_configs:
+        heads, devices = config.num_attention_heads, subject.devices
+        pairs = getattr(config, "num_key_value_heads", None) or heads
+        if heads % devices or (pairs % devices and devices % pairs):
+            return f"{heads} heads and {pairs} KV heads over {devices} devices"
+    return ""
 
 
 def _neurons_split(subject: Candidate, _: None) -> str:
@@ -220,14 +234,16 @@ def _neurons_split(subject: Candidate, _: None) -> str:
 
 
 def _head_size_among(subject: Candidate, allowed: list[int]) -> str:
-    size = head_size(subject.config)
+    size = head_size(subject.layer_configs[0])
     return "" if size in allowed else f"heads of {size} channels"
 
 
 def _heads_fill_hidden(subject: Candidate, _: None) -> str:
-    heads, size = subject.config.num_attention_heads, head_size(subject.config)
-    hidden = subject.config.hidden_size
-    return "" if heads * size == hidden else f"{heads} heads of {size} channels on hidden size {hidden}"
+    for config in subject.layer_configs:
+        heads, size, hidden = config.num_attention_heads, head_size(config), config.hidden_size
+        if heads * size != hidden:
+            return f"{heads} heads of {size} channels on hidden size {hidden}"
+    return ""
 
 
 def _group_size_among(subject: Candidate, allowed: list[int]) -> str:

@@ -26,6 +26,8 @@ from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
 from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.strategy import WidthStrategy
 
+EXPERT_NEURONS = 8  # 16 bytes of bfloat16
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +71,8 @@ def rank_widths(
         gradients: From ``loss_gradients`` of :func:`coupled_parameters`, for importances that need them.
         allocation: ``uniform`` keeps the same number of units in every layer: the share of that group's units.
             ``global`` is the paper's: one threshold over the units of all layers, so that the share counts the
-            parameters of units, and layers differ; every group keeps its best unit at least.
+            parameters of units, and layers differ; every group keeps its best unit at least, and all experts of a
+            layer the same number (:func:`experts_together`).
         round_to: Consumer's channels that kept sizes are multiples of (the nearest one), for all groups or by group
             name. With ``global`` it moves the share away from the one asked for.
         anchors: Indices of layers that keep full width (ELMS). The others make up for them: their share is
@@ -97,11 +100,6 @@ def rank_widths(
     ]
     if allocation == "uniform":
         units = {share: uniform_units(ranked, share, steps) for share in shares}
-    elif allocation == "global" and any(each.group.consumer.expert is not None for each in ranked):
-        raise RecipeError(
-            "allocation: global would give the experts of one layer different sizes, which no class can hold; take "
-            "allocation: uniform"
-        )
     elif allocation == "global":
         units = {share: _global_units(ranked, share, steps) for share in shares}
     else:
@@ -294,14 +292,35 @@ def _global_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping
     others = [each for each in ranked if not each.anchored]
     cost = {each.key: each.cost * each.group.units for each in ranked}
     anchored = 1 - Fraction(sum(cost[each.key] for each in others), sum(cost.values()))
-    scores = [each.scores for each in others]
-    counts = global_prefix(scores, [each.cost for each in others], other_share(share, anchored))
-    for each, count in zip(others, counts, strict=True):
+    joint = experts_together(others)
+    alone = [each for each, _ in joint]
+    counts = global_prefix([each.scores for each in alone], [each.cost for each in alone], other_share(share, anchored))
+    for (each, keys), count in zip(joint, counts, strict=True):
         units, step = each.group.units, steps[each.group.name]
         # a group that the threshold leaves whole stays whole; all others keep one step at least
-        sizes[each.key] = max(nearest_size(units, Fraction(count, units), step), step)
-    _tell_rescued(share, others, counts)
+        sizes |= dict.fromkeys(keys, max(nearest_size(units, Fraction(count, units), step), step))
+    _tell_rescued(share, alone, counts)
     return sizes
+
+
+def experts_together(ranked: Sequence[RankedGroup]) -> list[tuple[RankedGroup, list[str]]]:
+    """Make one group of the experts of a layer, which must keep the same number of neurons.
+
+    Its unit j is the j-th best neuron of every expert: worth the mean of their scores, at the sum of their costs.
+
+    Returns:
+        Every group, or the experts of a layer as one, with the keys of the groups it stands for.
+    """
+    parts: dict[str, list[RankedGroup]] = {}
+    for each in ranked:
+        expert = each.group.consumer.expert
+        parts.setdefault(each.key if expert is None else each.key.removesuffix(f".{expert}"), []).append(each)
+    joint = []
+    for key, experts in parts.items():
+        scores = torch.stack([each.scores.sort(descending=True).values for each in experts]).mean(dim=0)
+        cost = sum(each.cost for each in experts)
+        joint.append((replace(experts[0], key=key, scores=scores, cost=cost), [each.key for each in experts]))
+    return joint
 
 
 def _tell_rescued(share: Fraction, ranked: Sequence[RankedGroup], counts: Sequence[int]) -> None:
@@ -344,7 +363,11 @@ def global_prefix(scores: Sequence[Tensor], costs: Sequence[int], share: Fractio
 
 
 def rounding_steps(groups: Sequence[ChannelGroup], round_to: Mapping[str, int] | int) -> dict[str, int]:
-    """Return per group the units that a kept size is a multiple of."""
+    """Return per group the units that a kept size is a multiple of.
+
+    Neurons of experts come in eights even where ``round_to`` does not ask for it: the grouped matrix product that
+    transformers computes experts with wants rows of whole 16 bytes.
+    """
     names = [group.name for group in groups]
     wanted = dict.fromkeys(names, round_to) if isinstance(round_to, int) else dict(round_to)
     unknown = sorted(wanted.keys() - set(names))
@@ -357,6 +380,8 @@ def rounding_steps(groups: Sequence[ChannelGroup], round_to: Mapping[str, int] |
             raise RecipeError(
                 f"round_to {channels} for {group.name} is impossible; take 1 (no rounding) or more channels"
             )
+        if group.consumer.expert is not None and group.units % EXPERT_NEURONS == 0:
+            channels = math.lcm(channels, EXPERT_NEURONS)
         step = math.lcm(channels, per_unit) // per_unit
         if step > group.units:
             raise RecipeError(

@@ -116,6 +116,19 @@ def test_a_recipe_saves_a_quantized_subnet_that_reloads_equal(model_type: str, d
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
 
+def test_fused_layers_of_different_sizes_are_quantized_too(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = {"widths": ["1", "3/4"], "allocation": "global"}
+    selecting = {"DepthShrinkingModifier": {"min_depth": 2}, "WidthShrinkingModifier": width}
+    monkeypatch.setitem(RECIPE["select_stage"], "select_modifiers", selecting)
+    model = run(save_base("phi3", tmp_path / "base"), data, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert len({layer.mlp.down_proj.in_features for layer in reloaded.model.layers}) > 1
+    assert reloaded.config.quantization_config.quant_method == "compressed-tensors"
+    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("model_type", OWN_STAGE)
 def test_what_oneshot_exchanges_modules_of_is_refused_there_with_the_way_round(
     model_type: str, data: Dataset, tmp_path: Path
@@ -214,6 +227,31 @@ def test_quantized_experts_are_read_back_by_another_process(
     expected = logits(in_memory[0])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 0.1  # it is not the base
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])
+def test_layers_of_different_sizes_are_quantized_after_a_stage_of_their_own(
+    model_type: str, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory = []
+    monkeypatch.setattr(llmcompressor, "oneshot", lambda **given: in_memory.append(oneshot(**given)))
+    width = {"widths": ["1", "3/4"], "allocation": "global", "anchor_layers": [3]}  # the last layer is always kept
+    if model_type == "gemma2":
+        width["round_to"] = {"attention": 64}  # of 8, 6 and 4 heads, which divide the hidden size, 8
+    selecting = {"DepthShrinkingModifier": {"min_depth": 2}, "WidthShrinkingModifier": width}
+    monkeypatch.setitem(RECIPE["select_stage"], "select_modifiers", selecting)
+    given = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
+    out = run_apart(
+        save_base(model_type, tmp_path / "base"), data, tmp_path / "out", "select_stage", "extract_stage",
+        quantizing={"QuantizationModifier": given},
+    )  # fmt: skip
+    assert (out / "modeling_per_layer.py").is_file()
+    reloaded, report = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
+    assert not [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    sizes = [layer.mlp.experts.down_proj.shape[2] if model_type == "mixtral" else layer.mlp.down_proj.in_features
+             for layer in reloaded.model.layers]  # fmt: skip
+    assert len(set(sizes)) > 1
+    torch.testing.assert_close(logits(reloaded), logits(in_memory[0]), atol=1e-5, rtol=0)
 
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import amoeba_plugin
 from amoeba_plugin.cli import app
+from amoeba_plugin.conformance import random_strategy
 from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.recipes import check_recipe, shipped_recipes
@@ -138,6 +140,44 @@ def test_check_shows_the_modifiers(files: Files):
     assert result.exit_code == 0, result.output
     assert "SubnetExtractionModifier" in result.stdout
     assert "can run on" in result.stderr
+
+
+def uneven(files: Files) -> Path:
+    """Write a strategy of the tiny model, four layers, whose narrow layers differ in size."""
+    model = AutoModelForCausalLM.from_pretrained(files["model"])
+    strategy = random_strategy(model)
+    for key in strategy.width.units[Fraction(1, 2)]:
+        if key.endswith("mlp"):
+            strategy.width.units[Fraction(1, 2)][key] += 16 * int(key[0])
+    strategy.save(files["elastic"])
+    return files["elastic"]
+
+
+def test_check_of_a_shape_goes_by_the_sizes_that_a_strategy_found(files: Files):
+    strategy = uneven(files)
+    asked = ["check", "4x1/2", "--model", files["model"], "--target"]
+    plain = invoke(*asked, "vllm")
+    assert plain.exit_code == 0, plain.output
+    assert "taken to keep the same sizes" in plain.stderr
+    assert "one size for all layers" in refused(*asked, "vllm", "--strategy", strategy)
+    assert invoke(*asked, "vllm", "--strategy", strategy, "--portable").exit_code == 0
+    known = invoke(*asked, "transformers", "--strategy", strategy)
+    assert known.exit_code == 0, known.output
+    assert "as PerLayer" in known.stderr
+    assert "taken to keep" not in known.stderr
+    # 64, 80, 96 and 112 of 128 neurons: no layer is asked about in the name of another
+    message = refused(*asked, "transformers", "--strategy", strategy, "--scheme", "W4A16")
+    assert "down_proj of layer 1 (80 inputs)" in message
+    assert "down_proj of layer 0 (64 inputs)" in message
+
+
+@pytest.mark.usefixtures("no_model_loads")
+def test_check_refuses_a_strategy_of_a_model_of_other_sizes(files: Files, tiny_model: TinyModel, tmp_path: Path):
+    random_strategy(tiny_model("llama", intermediate_size=64)).save(tmp_path / "other")
+    asked = ["check", "4x1/2", "--model", files["model"], "--target", "transformers"]
+    assert "belongs to another model" in refused(*asked, "--strategy", tmp_path / "other")
+    assert "goes with a SHAPE" in refused("check", files["recipe"], "--strategy", tmp_path / "other")
+    assert "does not exist" in refused(*asked, "--strategy", tmp_path / "nowhere")
 
 
 def test_debug_shows_where_an_error_came_from():

@@ -13,10 +13,10 @@ from amoeba_plugin.architecture import group_key
 from amoeba_plugin.calibration import collect_statistics
 from amoeba_plugin.conformance import random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.plugins import architecture_for, importance_named
-from amoeba_plugin.width import coupled_parameters, rank_widths
+from amoeba_plugin.width import coupled_parameters, rank_group, rank_widths
 
 TYPES = ["mixtral", "qwen3_moe"]
 
@@ -100,14 +100,45 @@ def test_an_expert_that_no_token_reached_is_named(caplog: pytest.LogCaptureFixtu
     assert "of 240 experts" in caplog.text
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_threshold_over_all_layers_leaves_the_experts_of_a_layer_one_size(model_type: str) -> None:
+    """Against a loop that takes the best of what is left, one neuron of every expert of a layer at a time."""
+    model = random_model(CONFIGS[model_type])
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):  # one neuron in three of the later layers' is worth more
+            layer.mlp.experts.down_proj[:, :, ::3] *= 1 + 5 * index
+    adapter, importance = architecture_for(model_type), importance_named("magnitude")
+    share = Fraction(1, 2)
+    strategy = rank_widths(
+        model, adapter, {}, widths=[Fraction(1), share], importance=importance, allocation="global"
+    )  # fmt: skip
+    groups = adapter.channel_groups(model.config)
+    values: dict[str, list[float]] = {}
+    costs, kept = {}, {}
+    for index, layer in enumerate(model.model.layers):
+        ranked = [rank_group(layer, index, group, {}, {}, importance) for group in groups]
+        attention, experts = ranked[0], ranked[1:]
+        values[f"{index}.attention"] = sorted(attention.scores.tolist(), reverse=True)
+        costs[f"{index}.attention"] = attention.cost
+        columns = zip(*(sorted(each.scores.tolist(), reverse=True) for each in experts), strict=True)
+        values[f"{index}.mlp"] = [sum(column) / len(experts) for column in columns]
+        costs[f"{index}.mlp"] = 3 * 96 * len(experts)
+    whole = sum(costs[key] * len(each) for key, each in values.items())
+    kept, spent = dict.fromkeys(values, 1), sum(costs.values())
+    while True:
+        best = max((key for key in values if kept[key] < len(values[key])), key=lambda key: values[key][kept[key]])
+        if abs(spent + costs[best] - share * whole) >= abs(spent - share * whole):
+            break
+        kept[best], spent = kept[best] + 1, spent + costs[best]
+    for key, units in strategy.units[share].items():
+        wanted = kept[".".join(key.split(".")[:2])]
+        # torch's grouped product wants rows of 16 bytes: experts keep the nearest eight
+        assert units == (wanted if key.endswith("attention") else max((wanted + 4) // 8 * 8, 8)), key
+    assert len({strategy.units[share][f"{index}.mlp.0"] for index in range(4)}) > 1
+
+
 def test_experts_of_different_sizes_are_refused() -> None:
     model = random_model(CONFIGS["mixtral"])
-    adapter = architecture_for("mixtral")
-    with pytest.raises(RecipeError, match="allocation: uniform"):
-        rank_widths(
-            model, adapter, {}, widths=[Fraction(1), Fraction(1, 2)], importance=importance_named("magnitude"),
-            allocation="global",
-        )  # fmt: skip
     strategy = random_strategy(model)
     strategy.width.units[Fraction(1, 2)]["1.mlp.0"] -= 1
     elastic = ElasticModel(model, strategy)

@@ -24,6 +24,7 @@ from amoeba_plugin.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import SubnetStrategy
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 TinyModel = Callable[..., PreTrainedModel]
 SHAPE = "3x3/4"
 CASES = [
@@ -33,6 +34,9 @@ CASES = [
     ("qwen2", False, "PerLayerQwen2ForCausalLM", "Qwen2ForCausalLM"),
     ("qwen2", True, "PerLayerSeedOssForCausalLM", "SeedOssForCausalLM"),
     ("qwen3", False, "PerLayerQwen3ForCausalLM", "Qwen3ForCausalLM"),
+    ("phi3", False, "PerLayerPhi3ForCausalLM", "Phi3ForCausalLM"),
+    ("mixtral", False, "PerLayerMixtralForCausalLM", "MixtralForCausalLM"),
+    ("qwen3_moe", False, "PerLayerQwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
 ]
 
 RELOAD = """
@@ -81,8 +85,10 @@ def uneven_strategy(model: PreTrainedModel, bias_compensation: bool = False) -> 
     strategy = random_strategy(model, bias_compensation=bias_compensation)
     for width, units in strategy.width.units.items():
         if width != 1:
-            for position, key in enumerate(sorted(units)):
-                units[key] -= position % 2 if key.endswith("attention") else 3 * position
+            for key in units:
+                layer = int(key.partition(".")[0])  # the experts of a layer keep the same number
+                step = 8 if key.count(".") == 2 else 3  # an expert's rows must fill 16 bytes
+                units[key] -= layer % 2 if key.endswith("attention") else step * layer
     return strategy
 
 
@@ -103,7 +109,7 @@ def test_elastic_equals_per_layer_equals_padded_equals_reloaded(
 ) -> None:
     expected = {}
     for model_type, biased, per_layer, stock in CASES:
-        elastic = uneven_elastic(tiny_model(model_type), biased)
+        elastic = uneven_elastic(tiny_model(model_type, **EXPERTS if "moe" in model_type else {}), biased)
         with elastic.active(SHAPE):
             reference = logits(elastic.model, tokens)
         for name, subnet, class_name in (
@@ -210,7 +216,22 @@ def test_layers_of_one_size_stay_a_stock_class(tiny_model: TinyModel) -> None:
 
 def test_a_class_without_a_per_layer_sibling_is_refused_with_the_way_out() -> None:
     with pytest.raises(ArchitectureError, match="--portable"):
-        per_layer_class(AutoConfig.for_model("phi3"))
+        per_layer_class(AutoConfig.for_model("gpt2"))
+
+
+def test_experts_run_as_those_of_the_stock_class_do(tiny_model: TinyModel) -> None:
+    """Contract: transformers asks a class whether the implementation of its experts can be chosen."""
+    can = {each.__name__: each._can_set_experts_implementation() for each in PerLayerSizes.__subclasses__()}
+    assert sorted(name for name, yes in can.items() if yes) == [
+        "PerLayerMixtralForCausalLM",
+        "PerLayerQwen3MoeForCausalLM",
+    ]
+    model = tiny_model("mixtral")
+    elastic = ElasticModel(model, uneven_strategy(model))
+    subnet = extract(elastic, SHAPE)
+    assert subnet.config._experts_implementation == model.config._experts_implementation != "eager"
+    subnet.set_experts_implementation("eager")
+    assert subnet.model.layers[1].mlp.experts.config._experts_implementation == "eager"
 
 
 def test_the_file_that_travels_imports_its_host_only() -> None:

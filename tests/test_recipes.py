@@ -112,7 +112,6 @@ BAD = {
     "no shape": ("3x3/4", "threequarters", ["'threequarters' is not a subnet shape", "24x7/8"]),
     "shape too shallow": ("3x3/4", "1x3/4", ["1x3/4 is outside the space", "min_depth 2"]),
     "shape of another width": ("3x3/4", "3x1/2", ["3x1/2 is outside the space", "1, 3/4"]),
-    "global with extraction": ('["1", "3/4"]', '["1", "3/4"], allocation: global', ["allocation global", "uniform"]),
     "unknown schedule": ("max_steps: 2", "max_steps: 2, lr_scheduler_type: cosin", ["Did you mean 'cosine'"]),
     "unknown loss": ("max_steps: 2", "max_steps: 2, loss: mse", ["loss 'mse'", "soft_cross_entropy"]),
     "more experts than there are": ("{r: 4}", "{r: 4, num_experts: 2, top_k: 3}", ["top_k 3"]),

@@ -33,7 +33,7 @@ class WidthShrinkingModifier(Modifier):
             ``group_magnitude``, ``taylor`` or ``taylor_vector`` (these two take a backward pass over the calibration
             data, and 4 bytes of main memory per weight), or a plugin's. Default ``flap``.
         allocation: ``uniform``, the same sizes in every layer (stock classes can load them), or ``global``, the
-            paper's one threshold over all layers (elastic use only). Default ``uniform``.
+            paper's one threshold over all layers (a per-layer class holds them). Default ``uniform``.
         anchor_layers: Layers that keep full width while the others make up for them, so that widths stay shares of the
             whole model: their indices, or how many of the most sensitive ones (those without which the calibration
             loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
