@@ -21,8 +21,9 @@ from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_flow import layer_flow
-from amoeba_plugin.objectives import Objective, Score, better, evaluating
+from amoeba_plugin.objectives import Objective, Score, better, evaluating, score_over_ranks
 from amoeba_plugin.ranks import sum_over_ranks
+from amoeba_plugin.sharding import shard
 from amoeba_plugin.sublayers import StandIns
 
 
@@ -88,13 +89,17 @@ def scores_without(
     batches: Sequence[Batch],
     progress: bool = True,
 ) -> list[Score]:
-    """Return for each layer the objective of the model without it (Shortened LLaMA's PPL, arXiv:2402.02834)."""
+    """Return for each layer the objective of the model without it (Shortened LLaMA's PPL, arXiv:2402.02834).
+
+    Ranks that were given the same batches share them out.
+    """
     objective.check(batches)
+    mine = shard(batches)[0] if objective.is_separable else batches
     layers = len(adapter.layers(model))
     scores = []
     for removed in tqdm(range(layers), desc="layers left out", unit="layer", disable=not progress):
         with keeping(model, adapter, [index for index in range(layers) if index != removed]):
-            scores.append(objective.measure(model, batches))
+            scores.append(score_over_ranks(objective, model, mine))
     return scores
 
 

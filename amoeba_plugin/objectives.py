@@ -23,6 +23,7 @@ from amoeba_plugin.architecture import text_model
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.hookspecs import hookimpl
 from amoeba_plugin.hosted import answering, input_device
+from amoeba_plugin.ranks import gather
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch
@@ -83,6 +84,25 @@ class Objective(ABC):
         self.check(batches)
         with evaluating(model):
             return self.score(torch.cat([self.observe(model, batch) for batch in batches]))
+
+
+def score_over_ranks(objective: Objective, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
+    """Score a model on the batches of all ranks together; every rank gets the same.
+
+    Args:
+        objective: One that overrides ``measure`` scores as a whole: all ranks then follow the first one.
+        model: Not changed.
+        batches: This rank's; may be none.
+    """
+    if not objective.is_separable:
+        score = objective.measure(model, batches)
+        value, loss = gather(torch.tensor([[score.value, score.loss]], dtype=torch.float64))[0].tolist()
+        return Score(value, loss)
+    with evaluating(model):
+        observed = [objective.observe(model, batch) for batch in batches]
+    rows = torch.cat(observed) if observed else torch.empty(0, 0, dtype=torch.float64)
+    columns = int(gather(torch.tensor([rows.shape[1]])).max())  # unknown where a rank has no batch
+    return objective.score(gather(rows if observed else rows.new_zeros(0, columns)))
 
 
 def better(objective: Objective, a: Score, b: Score) -> bool:

@@ -20,7 +20,8 @@ sys.path.insert(0, sys.argv[1])
 from conftest import make_random_batches, make_tiny_model
 from amoeba_plugin.calibration import collect_statistics
 from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.layer_scores import angular_distances, block_influence
+from amoeba_plugin.layer_scores import angular_distances, block_influence, most_sensitive_layers, scores_without
+from amoeba_plugin.objectives import Objective, PerTokenLoss
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.width import coupled_parameters
 root, rank, ranks = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -33,6 +34,28 @@ found["angles"] = angular_distances(model, adapter, batches)
 for key, stats in collect_statistics(model, adapter, batches, progress=False).items():
     found |= {f"{key}.mean": stats.mean, f"{key}.variance": stats.variance, f"{key}.tokens": torch.tensor(stats.tokens)}
 found |= loss_gradients(model, coupled_parameters(model, adapter), batches, progress=False)
+found["without"] = torch.tensor(
+    [[score.value, score.loss] for score in scores_without(model, adapter, PerTokenLoss(), batches, progress=False)],
+    dtype=torch.float64)
+alike = make_random_batches(3, lengths=(12, 7))  # as ranks have them whose loader does not split the data
+found["shared"] = torch.tensor(
+    [score.value for score in scores_without(model, adapter, PerTokenLoss(), alike, progress=False)],
+    dtype=torch.float64)
+found["anchors"] = torch.tensor(most_sensitive_layers(model, adapter, PerTokenLoss(), batches, 2, progress=False))
+
+
+class Whole(PerTokenLoss):
+    seen = 0
+
+    def measure(self, model, batches):
+        self.seen += len(batches)
+        return Objective.measure(self, model, batches)
+
+
+whole = Whole()
+found["whole"] = torch.tensor(
+    [score.value for score in scores_without(model, adapter, whole, alike, progress=False)], dtype=torch.float64)
+assert whole.seen == 3 * 3
 save_file(found, root / f"{ranks}.{rank}.safetensors")
 """
 
