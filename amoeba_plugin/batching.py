@@ -30,17 +30,18 @@ class PaddingCollator:
         """Return tensors (rows, longest row) int64; an ``attention_mask`` is added where lengths differ.
 
         Raises:
-            DataError: If a row has labels of another length than its tokens.
+            DataError: If a row has no tokens, other columns than the first one, or a column of another length than its
+                tokens.
         """
-        for row in rows:
-            if "labels" in row and len(row["labels"]) != len(row["input_ids"]):
-                raise DataError(
-                    f"a row has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels; "
-                    "give one label per token, -100 where nothing is to be predicted"
-                )
+        bare = next((row for row in rows if "input_ids" not in row), None)
+        if bare is not None:
+            have = ", ".join(bare) or "columns that no model takes"
+            raise DataError(f"a row has no input_ids, only {have}; tokenise the data set")
         lengths = {len(row["input_ids"]) for row in rows}
-        if len(lengths) > 1:
+        if len(lengths) > 1 or any("attention_mask" in row for row in rows):
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        for row in rows:
+            _require_aligned(row, rows[0])
         fill = {"labels": IGNORED, "input_ids": self.pad_token_id}
         return {
             name: torch.stack([_pad(row[name], max(lengths), fill.get(name, 0)) for row in rows]) for name in rows[0]
@@ -68,6 +69,17 @@ def require_targets(dataset: object) -> None:
         f"none of the {len(dataset)} training rows has a target token: all labels are {IGNORED}; "
         "give the tokens to be predicted their own id as label"
     )
+
+
+def _require_aligned(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    if row.keys() != first.keys():
+        raise DataError(f"a row has {', '.join(row)}, another {', '.join(first)}; give all rows the same columns")
+    for name, values in row.items():
+        if len(values) != len(row["input_ids"]):
+            raise DataError(
+                f"a row has {len(row['input_ids'])} input_ids and {len(values)} {name}; give one of each per token, "
+                "label -100 where nothing is to be predicted"
+            )
 
 
 def _pad(values: Any, length: int, fill: int) -> Tensor:

@@ -110,7 +110,8 @@ def materialise(loader: Iterable[Mapping[str, Any]] | None, device: torch.device
         padding), and whatever other numeric columns there are.
 
     Raises:
-        DataError: If there is no data, no ``input_ids``, or nothing to predict because every sequence is too short.
+        DataError: If there is no data, no ``input_ids``, columns that do not align with them, or nothing to predict
+            because every sequence is too short.
     """
     if loader is None:
         raise DataError(
@@ -154,6 +155,12 @@ def _complete(given: Mapping[str, Any], number: int, device: torch.device | str 
         raise DataError(
             f"input_ids of calibration batch {number} have shape {tuple(ids.shape)}; (batch, positions) is wanted"
         )
+    for name in SEQUENCE_COLUMNS:
+        if name in batch and batch[name].shape != ids.shape:
+            raise DataError(
+                f"calibration batch {number} has input_ids {tuple(ids.shape)} and {name} {tuple(batch[name].shape)}; "
+                "give one value per token"
+            )
     mask = batch.setdefault("attention_mask", torch.ones_like(ids))
     if "labels" not in batch:
         labels = ids.masked_fill(mask == 0, IGNORED)

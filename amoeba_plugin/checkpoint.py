@@ -184,7 +184,7 @@ def load_elastic(
 
     Raises:
         ArtifactError: If the directory is no elastic checkpoint, is damaged, or belongs to another base model, or its
-            adapter to another space.
+            adapter to another space, choice of layers or model.
     """
     document = _read_elastic_json(directory / ELASTIC_NAME)
     strategy = SubnetStrategy.load(directory)
@@ -216,6 +216,11 @@ def load_elastic(
         raise ArtifactError(
             f"the adapter in {adapter} was trained for {config.space}, but the strategy in {directory} has "
             f"{elastic.space}; put back the one that was saved with it"
+        )
+    if isinstance(config, SmolConfig) and config.kept_layers not in (None, elastic.strategy.depth.table):
+        raise ArtifactError(
+            f"the adapter in {adapter} was trained with other layers kept than the strategy in {directory} keeps; put "
+            "back the one that was saved with it"
         )
     _follow(elastic, peft_model)
     return elastic, peft_model

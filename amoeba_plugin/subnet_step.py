@@ -98,12 +98,13 @@ class SubnetStep:
         """Return where a micro-batch has losses.
 
         Raises:
-            DataError: If it has no labels, or they do not align with its tokens.
+            DataError: If it has no tokens or no labels, or they do not align.
         """
         labels = inputs.get("labels")
-        if labels is None:
+        if labels is None or "input_ids" not in inputs:
             raise DataError(
-                f"a training batch has {', '.join(inputs)}, but no labels; add a column 'labels', one per token"
+                f"a training batch has {', '.join(inputs)}, but no {'labels' if labels is None else 'input_ids'}; give "
+                "columns 'input_ids' and 'labels', one of each per token"
             )
         if labels.shape != inputs["input_ids"].shape:
             raise DataError(

@@ -80,6 +80,14 @@ def test_the_loader_s_own_tensors_are_not_changed() -> None:
         ([{"text": ["a"]}], "calibration batch 0 has no input_ids, only text; tokenise"),
         ([{}], "calibration batch 0 has no input_ids, only nothing"),
         ([{"input_ids": torch.tensor([5, 6])}], r"have shape \(2,\); \(batch, positions\) is wanted"),
+        (
+            [{"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5]])}],
+            r"batch 0 has input_ids \(1, 2\) and labels \(1, 1\)",
+        ),
+        (
+            [{"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1, 1]])}],
+            r"batch 0 has input_ids \(1, 2\) and attention_mask \(1, 3\)",
+        ),
         ([{"input_ids": torch.tensor([[5], [6]])}] * 3, r"nothing to predict in 3 batches, .* has 1 token\(s\)"),
         ([{"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, -100]])}], "too short: nothing to predict"),
     ],

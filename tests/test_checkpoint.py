@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_elastic
+from elastic_models import random_elastic, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -72,6 +72,20 @@ def test_another_base_is_refused(elastic: ElasticModel, tiny_model: TinyModel, t
     tiny_model("llama", seed=7).save_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
         load_elastic(tmp_path / "elastic", base=str(tmp_path / "other"))
+
+
+def test_an_adapter_of_another_model_or_choice_of_layers_is_refused(elastic: ElasticModel, tmp_path: Path) -> None:
+    path = tmp_path / "elastic/adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"kept_layers": config["kept_layers"] | {"2": [0, 1]}}))
+    with pytest.raises(ArtifactError, match="was trained with other layers kept"):
+        load_elastic(tmp_path / "elastic")
+    larger = tiny_llama(hidden_size=64)
+    attach_smol(random_elastic(larger), SmolConfig(r=4, num_experts=3, target_modules="all-linear")).save_pretrained(
+        str(tmp_path / "elastic/adapter")
+    )
+    with pytest.raises(ArtifactError, match="is damaged or of another model"):
+        load_elastic(tmp_path / "elastic")
 
 
 def test_a_shape_outside_is_refused_before_the_base_is_loaded(

@@ -408,6 +408,23 @@ def test_options_out_of_range_are_refused(fields: dict[str, Any], message: str):
         OneForAllOptions(**fields)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_compiled_training_gives_the_same_parameters(tmp_path: Path, adapter: bool):
+    """With logits as a whole: the head that takes the loss would be exchanged under the compiled graph."""
+    found = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        elastic = make_elastic()
+        model = add_smol(elastic, router_noise=False) if adapter else elastic.model
+        fields = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        trainer = make_trainer(elastic, tmp_path, model=model, **fields)
+        assert trainer.subnets.chunked != compiled
+        trainer.train()
+        found.append(parameters_of(model))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -415,6 +432,9 @@ def test_options_out_of_range_are_refused(fields: dict[str, Any], message: str):
         (make_rows(3, targets=0), "none of the 3 training rows has a target"),
         ([{"input_ids": [1, 2, 3]}], "but no labels"),
         ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "3 input_ids and 2 labels"),
+        ([{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1]}], "2 input_ids and 1 attention_mask"),
+        ([{"text": "no tokens"}], "a row has no input_ids, only columns that no model takes; tokenise"),
+        ([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2]}], "give all rows the same columns"),
     ],
 )
 def test_useless_data_is_refused(tmp_path: Path, rows: list[Row], message: str):

@@ -108,6 +108,7 @@ class OneForAllDistillationModifier(Modifier):
             parameters. Default: SMOL.
         dataset: Training text: a local file or a hub id. Default: the calibration data.
         dataset_split: Split of ``dataset``. Default ``train``.
+        text_column: Column of ``dataset`` with the text. Default: ``text``, or the only column of strings.
         num_samples: Sequences taken from ``dataset``. Default 10,000.
         max_seq_length: Tokens per sequence of ``dataset``. Default 512.
         max_steps: Optimizer steps; 0 trains nothing and keeps the selection alone. Default 10,000 (paper).
@@ -143,6 +144,7 @@ class OneForAllDistillationModifier(Modifier):
     adapter: AdapterOptions | Literal["none"] = AdapterOptions()
     dataset: str | None = None
     dataset_split: str = "train"
+    text_column: str | None = None
     num_samples: int = Field(default=10_000, ge=1)
     max_seq_length: int = Field(default=512, ge=2)
     max_steps: int = Field(default=10_000, ge=0)
@@ -295,6 +297,7 @@ class OneForAllDistillationModifier(Modifier):
                 num_samples=self.num_samples,
                 max_seq_length=self.max_seq_length,
                 batch_size=1,
+                text_column=self.text_column,
                 seed=self.seed,
             )
         return [
