@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from elastic_models import random_elastic, tiny_llama
+from llmcompressor import oneshot
 from peft import LoraConfig
 from safetensors.torch import save_file
+from test_modifiers import save_base
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
+import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import attach_smol, save_elastic
 from amoeba_plugin.elastic import ElasticModel
@@ -46,6 +51,7 @@ class Case:
     smol: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    rows: int = 48
 
 
 EACH_SUBNET = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
@@ -61,6 +67,11 @@ CASES = {
     "each": Case("none", arguments={"accelerator_config": EACH_SUBNET}),
 }
 MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "none"], "fsdp": list(CASES)}
+UNEVEN = Case(rows=7)  # 3 and 4 for each process
+RECIPE = {
+    "adapter": {"r": 2, "num_experts": 3}, "max_steps": STEPS, "gradient_accumulation_steps": 2, "save_steps": 2,
+    "learning_rate": 0.01,
+}  # fmt: skip
 REFUSED: dict[str, dict[str, Any]] = {
     "version 1": {"version": 1, "sync_module_states": False},
     "activation checkpointing": {"activation_checkpointing": True},
@@ -108,10 +119,10 @@ def make_model(elastic: ElasticModel, case: Case) -> nn.Module:
 
 
 def make_rows() -> list[dict[str, list[int]]]:
-    """Rows that differ in how many targets they have."""
+    """Rows that differ in how many targets they have; many have none, so that at times a process has none."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(61, (48, 12), generator=generator).tolist()
-    targets = torch.randint(1, 12, (48,), generator=generator).tolist()
+    targets = torch.randint(-8, 12, (48,), generator=generator).clamp(min=0).tolist()
     return [
         {"input_ids": row, "labels": [-100] * (12 - n) + row[12 - n :]} for row, n in zip(tokens, targets, strict=True)
     ]
@@ -135,7 +146,8 @@ def make_trainer(directory: Path, case: Case, mode: str, **fields: Any) -> OneFo
     elastic = random_elastic(tiny_llama())
     arguments = make_arguments(directory, mode, **case.arguments | fields)
     return OneForAllTrainer(
-        make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments, train_dataset=make_rows(),
+        make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments,
+        train_dataset=make_rows()[: case.rows],
         eval_dataset=make_rows()[:6], data_collator=PaddingCollator(),
     )  # fmt: skip
 
@@ -151,9 +163,9 @@ def trained(trainer: OneForAllTrainer) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in trainer.model.named_parameters() if value.requires_grad}
 
 
-def train(directory: Path, name: str, mode: str) -> None:
+def train(directory: Path, name: str, mode: str, case: Case) -> None:
     """Train in this process, which may be one of several; each saves what it has."""
-    case, counter = CASES[name], CountExchanges()
+    counter = CountExchanges()
     trainer = make_trainer(directory, case, mode)
     trainer.add_callback(counter)
     counter.trainer = trainer
@@ -173,6 +185,22 @@ def train(directory: Path, name: str, mode: str) -> None:
         trainer.elastic, peft_model, directory / f"{name}-{mode}", str(directory / "base"), case.adapter == "none"
     )
     save_file(found, directory / f"{name}-{mode}-{os.environ.get('RANK', 0)}.safetensors")
+
+
+def run_recipe(directory: Path, mode: str) -> None:
+    """Train by a recipe, with checkpoints."""
+    if mode == "ddp":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    rows = [{name: torch.tensor(value) for name, value in row.items()} for row in make_rows()]
+    kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}  # nothing is searched
+    select = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
+    where = {"elastic_dir": str(directory / f"recipe-{mode}"), "checkpoint_dir": str(directory / f"checkpoints-{mode}")}
+    train = {"OneForAllDistillationModifier": RECIPE | where | {"batch_size": 4 if mode == "one" else 2}}
+    recipe = {"a_stage": {"a_modifiers": select}, "b_stage": {"b_modifiers": train}}
+    oneshot(
+        model=str(directory / "base"), recipe=yaml.safe_dump(recipe), dataset=DataLoader(rows, batch_size=4),
+        precision="float32",
+    )  # fmt: skip
 
 
 def resume(directory: Path, kind: str) -> None:
@@ -223,7 +251,11 @@ def work(directory: Path, mode: str) -> None:
         offer_gloo()
         refuse(directory)
     for name in MODES[mode]:
-        train(directory, name, mode)
+        train(directory, name, mode, CASES[name])
+    if mode != "fsdp":
+        run_recipe(directory, mode)
+    if mode == "ddp":
+        train(directory, "uneven", mode, UNEVEN)
     if mode == "fsdp":
         resume(directory, "FULL_STATE_DICT")
         resume(directory, "SHARDED_STATE_DICT")
@@ -253,7 +285,7 @@ def free_port() -> str:
 def main() -> None:
     """Run every mode, in one process or in two."""
     directory = Path(sys.argv[1])
-    tiny_llama().save_pretrained(directory / "base")
+    save_base(tiny_llama(), directory / "base")
     for mode in sys.argv[2:] or MODES:
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         ranks = [{}] if mode == "one" else [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]

@@ -48,6 +48,21 @@ def test_gradients_are_exchanged_once_per_optimizer_step(results: Path, mode: st
             assert fewest == most == STEPS
 
 
+def test_nothing_needs_a_number_of_processes_that_divides_it(results: Path) -> None:
+    """Rows, and above, sharded, a vocabulary of 61 tokens and 3 experts."""
+    first, second = (load_file(results / f"uneven-ddp-{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(second[name], value) and value.isfinite().all() for name, value in first.items())
+
+
+def test_a_recipe_trains_on_several_processes_as_on_one(results: Path) -> None:
+    one, two = (load_file(results / f"recipe-{mode}/adapter/adapter_model.safetensors") for mode in ("one", "ddp"))
+    assert len(one) == len(two)
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-4)
+    assert (results / "checkpoints-ddp/checkpoint-4").is_dir()
+    assert not list(results.glob(".*"))
+
+
 def test_a_sharded_model_is_evaluated_whole(results: Path) -> None:
     for case in MODES["ddp"]:
         expected, found = (load_file(results / f"{case}-{mode}-0.safetensors") for mode in ("ddp", "fsdp"))

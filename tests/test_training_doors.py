@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from safetensors.torch import load_file
 from test_modifiers import save_base
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import load_elastic
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.errors import ArtifactError, DataError, TrainingError
 from amoeba_plugin.modifiers import (
     OneForAllDistillationModifier,
     TrainingEventsCallback,
@@ -139,6 +140,41 @@ def test_other_adapters_train_and_extract_in_a_recipe(base: Path, tmp_path: Path
     tokens = torch.arange(10)[None]
     with elastic.active("3x1/2") as model, torch.no_grad():
         torch.testing.assert_close(subnet(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_recipe_trains_on_the_text_it_names(base: Path, tmp_path: Path) -> None:
+    texts = [{"title": f"w{row}", "body": " ".join(f"w{row + word}" for word in range(8))} for row in range(20)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps(text) for text in texts))
+    fields = {"dataset": str(path), "num_samples": 8, "max_seq_length": 8, "max_steps": 1}
+    with pytest.raises(DataError, match="its columns are title, body: name the one with the text in text_column"):
+        run_recipe(base, recipe(tmp_path / "elastic", **fields))
+    assert not (tmp_path / "elastic").exists()
+    reset_session()
+    with mock.patch.object(OneForAllTrainer, "__init__", autospec=True, side_effect=OneForAllTrainer.__init__) as made:
+        run_recipe(base, recipe(tmp_path / "elastic", text_column="body", **fields))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    stream = 2 * [token for text in texts for token in (*tokenizer(text["body"])["input_ids"], tokenizer.eos_token_id)]
+    windows = [stream[start : start + 8] for start in range(len(stream) // 2)]
+    found = [row["input_ids"].tolist() for row in made.call_args.kwargs["train_dataset"]]
+    assert len(found) == 8
+    assert all(tokens in windows for tokens in found)
+
+
+def test_a_trainer_of_ones_own_with_several_processes_is_refused(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trained = begin_session(recipe(tmp_path / "elastic"), model, DataLoader(rows(), batch_size=4), rows())
+    arguments = arguments_of(OneForAllDistillationModifier(**TRAIN), tmp_path / "scratch")
+    trainer = SessionTrainer(
+        model=trained, args=arguments, train_dataset=rows(), data_collator=PaddingCollator(),
+        callbacks=[TrainingEventsCallback()],
+    )  # fmt: skip
+    with (
+        mock.patch("amoeba_plugin.modifiers.external.world_size", return_value=2),
+        pytest.raises(TrainingError, match="trains in one process, and there are 2; use OneForAllTrainer"),
+    ):
+        trainer.train()
+    assert not (tmp_path / "elastic").exists()
 
 
 def test_an_interrupted_recipe_goes_on_where_it_was(base: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.ranks import world_size
 from amoeba_plugin.subnet_step import SubnetStep
 
 
@@ -30,7 +32,16 @@ class ExternalSteps:
         self._place = (-1, -1)
 
     def begin(self, batch_data: Mapping[str, Any], global_step: int) -> None:
-        """Prepare for a micro-batch, before the loop's own forward of the largest subnet."""
+        """Prepare for a micro-batch, before the loop's own forward of the largest subnet.
+
+        Raises:
+            TrainingError: If there are several processes: their losses and gradients would not be balanced together.
+        """
+        if world_size() > 1:
+            raise TrainingError(
+                f"a recipe that a Trainer of your own drives trains in one process, and there are {world_size()}; use "
+                "OneForAllTrainer, which balances losses over all processes, or run the recipe with oneshot"
+            )
         step, seen = self._place
         self.batch_data, self._place = batch_data, (global_step, seen + 1 if step == global_step else 0)
         self.subnets.begin(self._place)

@@ -26,6 +26,7 @@ from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
+from amoeba_plugin.ranks import rank
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.subnet_step import StepHost, SubnetStep
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
@@ -185,7 +186,7 @@ class OneForAllDistillationModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Prepare what is trained, train it, write the elastic checkpoint."""
         require_session_order(self)
-        if self.elastic_dir is not None:
+        if self.elastic_dir is not None and rank() == 0:
             require_replaceable(Path(self.elastic_dir))
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
@@ -284,7 +285,8 @@ class OneForAllDistillationModifier(Modifier):
         settings = self.model_dump(mode="json", include=set(type(self).model_fields) - NOT_OF_THE_TRAINING)
         kept = strategy.depth.table
         model = {"model": strategy.fingerprint, "space": str(strategy.space), "kept_layers": kept}
-        require_same_training(directory, model | settings)
+        if rank() == 0:
+            require_same_training(directory, model | settings)
         yield directory
 
     def _rows(self, elastic: ElasticModel, calibration: list[Batch]) -> list[dict[str, Tensor]]:
