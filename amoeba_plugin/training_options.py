@@ -15,11 +15,15 @@ class OneForAllOptions:
     Args:
         loss: What subnets learn from the largest: "soft_cross_entropy" (the paper), "kl", "reverse_kl" or
             "jensen_shannon".
-        temperature: Divides both logits.
+        temperature: T divides both logits. As in the reference code, losses are not multiplied by T^2 (Hinton et al.,
+            arXiv:1503.02531, section 2): gradients shrink by about T^2, and only against the labels (``kd_weight``
+            below 1) or without ``loss_balancing``, which divides by the loss, would the factor be seen.
         kd_weight: Share of distillation in a subnet's loss, in [0, 1]; the rest is next-token cross-entropy.
         loss_balancing: Scale each subnet's loss to the size of the largest subnet's.
         max_balance_ratio: The largest scale; reached where a divergence goes to 0.
-        distill_all_tokens: Distil every position, not just those before a target token.
+        distill_all_tokens: Distil every position, not just those before a target token. A micro-batch, of whatever
+            process, weighs by its targets all the same: the step's distillation is a mean of means over positions, not
+            one mean over all positions, unless all micro-batches have as many of both.
         distill_steps: Optimizer steps with distillation; after them all subnets learn from the labels alone. None: all.
         num_random: Random shapes per micro-batch, beside largest and smallest.
         sampled_shapes: Shapes that the random ones are drawn from, depth and width together: ``("24x7/8", ...)``.

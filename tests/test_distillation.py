@@ -54,6 +54,23 @@ def test_divergences_equal_hand_computed_numbers(divergence: Callable[..., Tenso
     assert divergence(student, teacher).item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1000.0])
+def test_gradients_are_not_multiplied_by_the_temperature_squared(temperature: float):
+    logits = torch.randn(2, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student, teacher = logits[0].clone().requires_grad_(), logits[1]
+    soft_cross_entropy(student, teacher, temperature).backward()
+    difference = (logits[0] / temperature).softmax(-1) - (teacher / temperature).softmax(-1)
+    torch.testing.assert_close(student.grad, difference / temperature)
+    if temperature == 1000.0:  # (s - t) / (n T^2) for centred logits (arXiv:1503.02531, eq. 4)
+        s, t = logits - logits.mean(dim=-1, keepdim=True)
+        torch.testing.assert_close(student.grad, (s - t) / (7 * temperature**2), rtol=0.02, atol=1e-9)
+
+
+def test_balancing_would_undo_a_factor_on_the_loss():
+    largest, loss = torch.tensor(3.0), torch.tensor(2.0)
+    assert balance(4 * loss, largest) * 4 * loss == balance(loss, largest) * loss
+
+
 def test_temperature_divides_both_logits():
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     found = soft_cross_entropy(student, teacher, temperature=2.0)
