@@ -2,78 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Any
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from amoeba_plugin.stored_tensors import CheckpointTensors, NativeTensors
 
-class CheckpointTensors:
-    """The tensors of a safetensors checkpoint, sharded or not; files are open only while something is read."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = dict(files)
-
-    @classmethod
-    def find(cls, reference: str) -> CheckpointTensors | None:
-        """Return the tensors of a model by its path or hub id, ``None`` where it has no safetensors files."""
-        index = cached_file(reference, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        if index is not None:
-            names = json.loads(Path(index).read_bytes())["weight_map"]
-            paths, _ = get_checkpoint_shard_files(reference, index)
-            by_name = {Path(path).name: Path(path) for path in paths}
-            return cls({key: by_name[file] for key, file in names.items()})
-        single = cached_file(reference, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-        if single is None:
-            return None
-        with safe_open(single, framework="pt") as file:
-            names = file.keys()
-        return cls(dict.fromkeys(names, Path(single)))
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._files
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor; none is read."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path in sorted(set(self._files.values())):
-            with safe_open(path, framework="pt") as file:
-                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        return found
-
-    def read(self, keys: Iterable[str], dtype: torch.dtype, copy: bool = True) -> dict[str, Tensor]:
-        """Return tensors in a dtype.
-
-        Args:
-            keys: Their names.
-            dtype: Converted where the file has another one.
-            copy: False: views of the files where dtypes agree, of which only what is looked at is read.
-        """
-        found: dict[str, Tensor] = {}
-        wanted = sorted(set(keys), key=lambda key: (self._files[key], key))
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            for key in wanted:
-                path = self._files[key]
-                if path not in opened:
-                    opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-                found[key] = opened[path].get_tensor(key).to(dtype, copy=copy)
-        return found
+logger = logging.getLogger(__name__)
 
 
 class StreamedWeights:
     """Gives the parameters of a model without weights their tensors for a block of code, and takes them away again."""
 
-    def __init__(self, model: PreTrainedModel, tensors: CheckpointTensors) -> None:
+    def __init__(self, model: PreTrainedModel, tensors: NativeTensors) -> None:
         self._tensors, self._dtype = tensors, model.dtype
         shared: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -85,13 +31,17 @@ class StreamedWeights:
                 self._keys.setdefault(module, {})[name] = key
         self._held: set[nn.Module] = set()
 
-    def fit(self) -> bool:
-        """Return whether the checkpoint holds every parameter under its own name and in its own shape."""
+    def misfit(self) -> str | None:
+        """Return a parameter that the checkpoint does not hold in its shape, or ``None`` where all are there."""
         shapes = self._tensors.shapes()
-        return all(
-            shapes.get(key) == tuple(module._parameters[name].shape)  # type: ignore[union-attr]
-            for module, names in self._keys.items()
-            for name, key in names.items()
+        return next(
+            (
+                key
+                for module, names in self._keys.items()
+                for name, key in names.items()
+                if shapes.get(key) != tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+            ),
+            None,
         )
 
     @contextmanager
@@ -128,8 +78,8 @@ def streamed_model(reference: str, dtype: str) -> tuple[PreTrainedModel, Streame
         dtype: To compute in, for example "float32".
 
     Returns:
-        ``None`` where the checkpoint has no safetensors files, or files in another layout than the model's: such a
-        model must be loaded as a whole.
+        ``None`` where the checkpoint has no safetensors files, or lacks a parameter even after transformers' own
+        renaming and merging of tensors: such a model must be loaded as a whole, and the log says so.
 
     Raises:
         OSError: If there is no such model.
@@ -137,17 +87,29 @@ def streamed_model(reference: str, dtype: str) -> tuple[PreTrainedModel, Streame
     config = AutoConfig.from_pretrained(reference)
     tensors = CheckpointTensors.find(reference)
     if tensors is None:
+        _tell_whole(reference, "it has no safetensors files")
         return None
     with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are in no checkpoint
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
     _put_placeholders(model)
-    weights = StreamedWeights(model, tensors)
-    if not weights.fit():
+    weights = StreamedWeights(model, NativeTensors.of(model, tensors))
+    misfit = weights.misfit()
+    if misfit is not None:
+        _tell_whole(reference, f"its files hold no {misfit} of the model's shape")
         return None
     with suppress(OSError):  # without such a file the one made from the configuration stays
         model.generation_config = GenerationConfig.from_pretrained(reference)
     return model.eval(), weights
+
+
+def _tell_whole(reference: str, reason: str) -> None:
+    logger.warning(
+        "the base model %s is loaded as a whole, with memory for all of it, not layer by layer: %s; saving it with "
+        "transformers' save_pretrained once helps",
+        reference,
+        reason,
+    )
 
 
 def _put_placeholders(model: PreTrainedModel) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from elastic_models import random_strategy
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_per_layer import uneven_strategy
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -129,7 +131,28 @@ def test_the_files_dtype_may_differ_from_the_one_computed_in(tiny_model: TinyMod
         assert torch.equal(streamed.model.norm.weight, model.model.norm.weight.float())
 
 
-def test_a_base_in_another_layout_is_loaded_as_a_whole(tiny_model: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_that_a_checkpoint_keeps_apart_are_streamed_too(
+    tiny_model: TinyModel, tmp_path: Path, model_type: str
+) -> None:
+    sizes = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 16}  # 10 comes after 9, not after 1
+    fields = sizes if model_type == "qwen3_moe" else {"num_local_experts": 12, "intermediate_size": 16}
+    model = tiny_model(model_type, **fields)
+    directory = write_elastic(model, random_strategy(model), tmp_path)
+    with safe_open(sorted((tmp_path / "base").glob("*.safetensors"))[-1], framework="pt") as file:
+        assert not any("gate_up_proj" in key for key in file.keys())  # noqa: SIM118
+    streamed, _ = load_elastic(directory, stream=True)
+    assert all(map(is_placeholder, base_parameters(streamed)))
+    whole, _ = load_elastic(directory)
+    tokens = torch.arange(10)[None]
+    for shape in ("4x1", "3x1/2"):
+        with streamed.active(shape), whole.active(shape), torch.no_grad():
+            assert torch.equal(streamed.model(tokens).logits, whole.model(tokens).logits)
+
+
+def test_a_base_in_another_layout_is_loaded_as_a_whole_and_the_log_says_so(
+    tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model("llama")
     directory = write_elastic(model, random_strategy(model), tmp_path)
     for file in (tmp_path / "base").glob("*.safetensors*"):
@@ -137,6 +160,28 @@ def test_a_base_in_another_layout_is_loaded_as_a_whole(tiny_model: TinyModel, tm
     torch.save(tiny_model("llama").state_dict(), tmp_path / "base" / "pytorch_model.bin")
     elastic, _ = load_elastic(directory, stream=True)
     assert not any(map(is_placeholder, base_parameters(elastic)))
+    assert "loaded as a whole" in caplog.text
+    assert "no safetensors files" in caplog.text
+
+
+def test_a_checkpoint_without_a_tensor_is_not_streamed_and_the_log_names_it(
+    tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert streamed_model(str(tmp_path), "float32") is None
+    assert "hold no model.layers.2.mlp.up_proj.weight" in caplog.text
+
+
+def test_a_checkpoint_of_the_decoder_alone_is_streamed(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model("qwen3", tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path)  # its names begin with "layers.", not "model.layers."
+    streamed, weights = streamed_model(str(tmp_path), "float32") or pytest.fail("not streamed")
+    layer = streamed.model.layers[1]
+    with weights.loaded(layer):
+        assert torch.equal(layer.mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
 
 
 def test_an_extracted_checkpoint_brings_what_belongs_to_it(tiny_model: TinyModel, tmp_path: Path) -> None:
