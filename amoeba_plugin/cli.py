@@ -116,7 +116,7 @@ def extract(
         typer.Option(help="Into the weights, or cut without it and its LoRA written to OUT/adapter."),
     ] = "fold",
     portable: Annotated[
-        bool, typer.Option("--portable", help="Layers of different sizes: pad with zeros to a stock class; no speed.")
+        bool, typer.Option("--portable", help="Layers that differ: pad with zeros to a stock class; no speed.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
 ) -> None:
@@ -128,11 +128,9 @@ def extract(
     parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size)
     _done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")
     if (output_dir / PER_LAYER_FILE).is_file():
-        _done(
-            "its layers differ in size: load it with trust_remote_code=True, or repeat with --portable for any loader"
-        )
+        _done("its layers differ: load it with trust_remote_code=True, or repeat with --portable for any loader")
     elif portable:
-        _done("where its layers differed in size they are padded with zeros: it loads anywhere, but gains no speed")
+        _done("where its layers differed they are padded with zeros: it loads anywhere, but gains no speed there")
 
 
 @app.command()

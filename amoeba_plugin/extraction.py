@@ -3,14 +3,16 @@
 Channels are cut by torch-pruning, the adapter is folded in, and the result is built as the stock class that can hold
 it. Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
 
-Layers of different sizes (``allocation: global``) become a class of :mod:`amoeba_plugin.modeling_per_layer`, which
-travels with the checkpoint, or, ``portable``, a stock class of the largest layer's sizes with zeros in the others.
+Layers of different sizes (``allocation: global``), or without attention or MLP (``granularity: sublayer``), become a
+class of :mod:`amoeba_plugin.modeling_per_layer`, which travels with the checkpoint, or, ``portable``, a stock class of
+the largest layer's sizes with zeros in the others.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,9 +47,9 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
     Args:
         elastic: With or without an adapter on it; active adapters are folded in at this shape.
         shape: A shape of its space.
-        portable: Pad layers of different sizes with zeros to the largest of them, for a stock class: the same outputs,
-            loaded anywhere, but neither smaller nor faster than the padded size. Changes nothing where all layers are
-            of one size.
+        portable: Pad layers of different sizes with zeros to the largest of them, and give those that lack attention
+            or MLP one that ends in zeros, for a stock class: the same outputs, loaded anywhere, but neither smaller nor
+            faster than the padded size. Changes nothing where all layers are alike.
 
     Returns:
         A model in evaluation mode, on the elastic model's device, sharing no memory with it; of a stock class, or of a
@@ -58,20 +60,22 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
         ArchitectureError: If no class can hold it, or a tensor did not get the size that was asked for.
     """
     shape = elastic.space.require(shape)
-    if elastic.lost(shape):
-        raise ArchitectureError(f"shape {shape} keeps layers in part, which no class holds yet; extract whole layers")
-    sizes = layer_units(elastic, shape)
+    sizes, lost = layer_units(elastic, shape), lost_sublayers(elastic, shape)
     largest = largest_units(sizes)
     with elastic.active(shape), torch.no_grad():
         subnet = _empty_model(subnet_config(elastic, shape, portable), elastic.model)
-        if portable:
-            elastic.set_units(largest)
-        _fill_layers(subnet, elastic)
+        with elastic.whole_layers() if portable else nullcontext():
+            if portable:
+                elastic.set_units(largest)
+            _fill_layers(subnet, elastic)
         _fill_rest(subnet, elastic)
         if portable:
             _clear_padding(subnet, elastic, sizes)
+            _clear_lost(subnet, elastic, lost)
     groups = elastic.adapter.channel_groups(elastic.config)
-    require_sizes(elastic.adapter.layers(subnet), groups, [largest] * len(sizes) if portable else sizes)
+    sublayers = elastic.adapter.sublayers(elastic.config) if lost else {}
+    gone = {} if portable else {position: sublayers[part].stand_ins.keys() for position, part in lost.items()}
+    require_sizes(elastic.adapter.layers(subnet), groups, [largest] * len(sizes) if portable else sizes, gone)
     if type(subnet) is not type(elastic.model):
         logger.info("subnet %s is a %s, which computes the same and holds it", shape, type(subnet).__name__)
     subnet.tie_weights()
@@ -116,10 +120,11 @@ def subnet_config(elastic: ElasticModel | SubnetPlan, shape: SubnetShape, portab
     kept, largest = elastic.kept_layers(shape), largest_units(sizes)
     compensated = elastic.strategy.width.bias_compensation and shape.width != 1
     biased = frozenset(largest) if compensated else frozenset()
-    if portable or all(units == largest for units in sizes):
+    lost = lost_sublayers(elastic, shape)
+    if portable or not (lost or differ(sizes)):
         config = elastic.adapter.subnet_config(elastic.config, kept, largest, biased)
     else:
-        config = per_layer_config(elastic.adapter, elastic.config, kept, sizes, biased)
+        config = per_layer_config(elastic.adapter, elastic.config, kept, sizes, biased, lost)
     config.name_or_path = elastic.config.name_or_path
     vars(config).pop("quantization_config", None)  # what is cut from packed weights is dense
     return config
@@ -132,6 +137,17 @@ def layer_units(elastic: ElasticModel | SubnetPlan, shape: SubnetShape) -> list[
         {group.name: elastic.units(shape.width, group_key(index, group), group) for group in groups}
         for index in elastic.kept_layers(shape)
     ]
+
+
+def lost_sublayers(elastic: ElasticModel | SubnetPlan, shape: SubnetShape) -> dict[int, str]:
+    """Return what layers kept in part have lost at a shape, by position among the layers kept."""
+    lost = elastic.lost(shape)
+    return {position: lost[index] for position, index in enumerate(elastic.kept_layers(shape)) if index in lost}
+
+
+def differ(sizes: Sequence[Mapping[str, int]]) -> bool:
+    """Tell whether layers are not all of one size."""
+    return any(units != sizes[0] for units in sizes)
 
 
 def largest_units(sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -149,8 +165,9 @@ def per_layer_config(
     kept: Sequence[int],
     sizes: Sequence[Mapping[str, int]],
     biased: frozenset[str],
+    lost: Mapping[int, str],
 ) -> PretrainedConfig:
-    """Return the configuration of a subnet whose layers differ in size.
+    """Return the configuration of a subnet whose layers differ in size, or lack a sublayer.
 
     Args:
         adapter: Of the whole model.
@@ -158,26 +175,35 @@ def per_layer_config(
         kept: Indices of the layers kept.
         sizes: Of each the units per group.
         biased: See :meth:`ArchitectureAdapter.subnet_config`.
+        lost: By position the sublayer that a layer lacks, "attention" or "mlp".
 
     Raises:
         ArchitectureError: If no class can hold it.
     """
     # The whole model's sizes are valid for its class whatever its divisibility rules; layers only name what differs.
-    common = {group.name: group.units for group in adapter.channel_groups(whole)}
+    common = {group.name: group.units for group in adapter.channel_groups(whole)} if differ(sizes) else dict(sizes[0])
+    if lost and "mlp" in common:  # no layer's size: a stock class would fill what is missing at random, this it refuses
+        common["mlp"] = 1
     config = adapter.subnet_config(whole, kept, common, biased)
     per_layer_class(config)
     if not hasattr(PretrainedConfig, "per_layer_config"):
         raise ArchitectureError(
-            "layers differ in size (allocation: global), and this transformers has no config.per_layer_config; install "
-            "transformers>=5.15, or extract with --portable (padded with zeros to a stock class)"
+            "layers differ (allocation: global, granularity: sublayer), and this transformers has no "
+            "config.per_layer_config; install transformers>=5.15, or extract with --portable (padded with zeros to a "
+            "stock class)"
         )
+    stated, sublayers = config.to_dict(), adapter.sublayers(whole) if lost else {}
     overrides: dict[int | str, dict[str, Any]] = {}
     for position, units in enumerate(sizes):
-        own = adapter.subnet_config(whole, kept, units, biased).to_dict()
-        stated = config.to_dict()
+        present = {name: count for name, count in units.items() if name != lost.get(position)}
+        own = adapter.subnet_config(whole, kept, common | present, biased).to_dict()
         overrides[position] = {
             name: value for name, value in own.items() if type(value) is int and stated.get(name, value) != value
         }
+        if position in lost:
+            overrides[position]["skip"] = [lost[position]]
+    if lost:
+        config.stand_ins = {part: dict(sublayers[part].stand_ins) for part in sorted(set(lost.values()))}
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = overrides
     return config
@@ -198,8 +224,9 @@ def per_layer_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     found = next((each for each in PerLayerSizes.__subclasses__() if issubclass(each, stock)), None)
     if found is None:
         raise ArchitectureError(
-            f"layers differ in size (allocation: global), and there is no per-layer class for {stock.__name__}; "
-            "extract with --portable (padded with zeros to a stock class), or select with allocation: uniform"
+            f"layers differ (allocation: global, granularity: sublayer), and there is no per-layer class for "
+            f"{stock.__name__}; extract with --portable (padded with zeros to a stock class), or select with "
+            "allocation: uniform and granularity: layer"
         )
     return found
 
@@ -316,7 +343,9 @@ def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequen
     """Zero every channel beyond a layer's own units: it is then zero in all activations, quantized or not."""
     for layer, units in zip(elastic.adapter.layers(subnet), sizes, strict=True):
         for group in elastic.adapter.channel_groups(subnet.config):
-            if group.norms and units[group.name] != group.units:
+            if units[group.name] == group.units:
+                continue
+            if group.norms:
                 raise ArchitectureError(
                     f"{elastic.config.model_type}: padding with zeros would change the norms over {group.name}'s "
                     "channels; extract without portable, or select with allocation: uniform"
@@ -328,6 +357,15 @@ def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequen
                 if bias is not None:
                     bias[gone] = 0
             group.consumer.weight(layer)[:, group.consumer.prefix(units[group.name]).stop :] = 0
+
+
+def _clear_lost(subnet: PreTrainedModel, elastic: ElasticModel, lost: Mapping[int, str]) -> None:
+    """Let a sublayer that a stock class has and the subnet has not end in zeros."""
+    for position, part in lost.items():
+        parameters = dict(elastic.adapter.layers(subnet)[position].named_parameters())
+        for name in elastic.adapter.sublayers(elastic.config)[part].outputs:
+            if name in parameters:
+                parameters[name].zero_()
 
 
 def _parameterised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

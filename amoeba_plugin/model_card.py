@@ -38,7 +38,7 @@ def model_card(
     facts = {
         "base model": str(elastic.config.name_or_path),
         "shape": f"`{shape}`, of {elastic.space.largest}",
-        "layers kept": f"{len(kept)} of {len(elastic.layers)}: {', '.join(map(str, kept))}",
+        "layers kept": f"{len(kept)} of {len(elastic.layers)}: {', '.join(map(str, elastic.listed(shape)))}",
         "units per layer": _units(sizes[0]) if even else f"not the same, up to {_units(largest_units(sizes))}",
         "class": f"`{type(subnet).__name__}`",
         "parameters": f"{own:,} of {whole:,} ({own / whole:.1%})",
@@ -50,8 +50,14 @@ def model_card(
     metric = strategy.depth.metric.get(shape.depth, math.nan)
     if math.isfinite(metric):
         facts["depth"] += f"; {metric:.4g} at {shape.depth} layers of full width on the selection data, before training"
+    lost = elastic.lost(shape)
+    if lost:
+        gone = ", ".join(f"{layer}.{part}" for layer, part in lost.items())
+        facts["sublayers removed"] = gone
     if portable and not even:
         facts["padded"] = "with zeros to the largest layer, for loaders without per-layer sizes: **no speed is gained**"
+    if portable and lost:
+        facts["zeroed"] = "what the sublayers removed end in, for loaders that want all: **no speed is gained there**"
     return facts
 
 

@@ -90,7 +90,7 @@ class _OwnFields:
         return getattr(self.whole, name)
 
 
-class PerLayer(_Stock):
+class PerLayerSizes(_Stock):
     """Builds the stock model, then every layer anew from the configuration that is its own.
 
     Attributes:
@@ -118,22 +118,18 @@ class PerLayer(_Stock):
             if hasattr(module, "config"):
                 vars(module)["config"] = config
         for layer, own in zip(decoder.layers, config.per_layer_config, strict=True):
-            for path, names in self.own_fields.items():
-                module = layer.get_submodule(path)
-                if hasattr(module, "config"):  # what took the place of one that is gone has none
-                    fields = {name: getattr(own, name) for name in names}
-                    vars(module)["config"] = _OwnFields(config, fields)
+            modules: dict[str, Any] = dict(layer.named_modules())
+            for path in self.own_fields.keys() & modules.keys():
+                if hasattr(modules[path], "config"):  # what took the place of one that is gone has none
+                    fields = {name: getattr(own, name) for name in self.own_fields[path]}
+                    vars(modules[path])["config"] = _OwnFields(config, fields)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for words in the file of a class, which is this one; the stock class knows
-        stock: Any = cls.__mro__[cls.__mro__.index(PerLayer) + 1]
+        stock: Any = cls.__mro__[cls.__mro__.index(PerLayerSizes) + 1]
         return bool(stock._can_set_experts_implementation())
-
-
-class PerLayerSizes(PerLayer):
-    """Of stock classes whose every part reads its size from the configuration it was built with."""
 
 
 class PerLayerLlamaForCausalLM(PerLayerSizes, LlamaForCausalLM):
@@ -204,6 +200,5 @@ class PerLayerQwen3MoeForCausalLM(PerLayerSizes, Qwen3MoeForCausalLM):
     own_fields: ClassVar = {"mlp.experts": ("moe_intermediate_size",)}
 
 
-# Saving a model of these classes saves this file beside it.
-for _class in (*PerLayerSizes.__subclasses__(), *set(PerLayer.__subclasses__()) - {PerLayerSizes}):
+for _class in PerLayerSizes.__subclasses__():  # saving a model of these classes saves this file beside it
     _class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]

@@ -18,12 +18,17 @@ from amoeba_plugin.extraction import subnet_config as elastic_config
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.shape import SubnetShape, parse_width
-from amoeba_plugin.strategy import SubnetStrategy
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.subnet_plan import SubnetPlan
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from amoeba_plugin.modifiers import DepthShrinkingModifier
+
+
+ANY_LOST = {1: "attention"}  # of layers kept in part, whichever these will be: the first stays whole
 
 
 def require_new_directory(directory: Path, replaceable: str | None = None) -> None:
@@ -131,21 +136,30 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     if extraction is None:
         return config
     shape = SubnetShape.parse(extraction.shape)
-    possible = range(depth.min_depth, layers + 1) if depth is not None else range(layers, layers + 1)
-    if shape.depth not in possible:
+    least = layers if depth is None else depth.min_depth
+    if not least <= shape.depth <= layers:
         raise ShapeError(
             f"{recipe.source}: shape {shape} is outside the space: this model and recipe give depths "
-            f"{possible.start} to {layers}; extract one of these"
+            f"{least} to {layers}; extract one of these"
         )
-    whole, least = units[Fraction(1)], units[shape.width]
+    whole, smallest = units[Fraction(1)], units[shape.width]
     uneven = width is not None and shape.width != 1 and (width.allocation == "global" or width.anchor_count > 0)
     if width is not None and width.allocation == "global" and shape.width != 1:
-        least = rounding_steps(groups, width.round_to)
-    kept = range(math.ceil(shape.depth))
-    biased = frozenset(least) if width is not None and width.bias_compensation and shape.width != 1 else frozenset()
-    if uneven and not extraction.portable and len(kept) > 1:
-        return per_layer_config(adapter, config, kept, [least, *[whole] * (len(kept) - 1)], biased)
-    return adapter.subnet_config(config, kept, least, biased)
+        smallest = rounding_steps(groups, width.round_to)
+    in_part = depth is not None and not extraction.portable and _in_part(depth, shape, layers)
+    kept = range(min(math.floor(shape.depth) + 1, layers) if in_part else math.ceil(shape.depth))
+    biased = frozenset(smallest) if width is not None and width.bias_compensation and shape.width != 1 else frozenset()
+    if in_part or (uneven and not extraction.portable and len(kept) > 1):
+        sizes = [smallest, *[whole if uneven else smallest] * (len(kept) - 1)]
+        return per_layer_config(adapter, config, kept, sizes, biased, ANY_LOST if in_part else {})
+    return adapter.subnet_config(config, kept, smallest, biased)
+
+
+def _in_part(depth: DepthShrinkingModifier, shape: SubnetShape, layers: int) -> bool:
+    """Tell whether a shape keeps layers in part; where that is still to be searched, whether it may."""
+    if depth.kept_layers is not None:
+        return shape.depth in DepthStrategy.given(depth.kept_layers, layers).lost
+    return depth.granularity == "sublayer" and shape.depth < layers
 
 
 def planned_config(
@@ -172,6 +186,8 @@ def planned_config(
 def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1) -> PretrainedConfig:
     """Return the configuration of a shape of a model, allocated uniformly, whatever layers it will keep.
 
+    A whole number of layers is taken for whole layers, a half for layers of which some lack attention or MLP.
+
     Raises:
         ArchitectureError: If the architecture is not supported, or no stock class holds the shape.
         ShapeError: If the model has fewer layers.
@@ -181,7 +197,10 @@ def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1
     if shape.depth > config.num_hidden_layers:
         raise ShapeError(f"shape {shape} has more layers than the model, which has {config.num_hidden_layers}")
     units = kept_units(adapter.channel_groups(config), shape.width, round_to)
-    return adapter.subnet_config(config, range(math.ceil(shape.depth)), units)
+    if shape.depth != int(shape.depth):
+        kept = range(math.ceil(shape.depth))
+        return per_layer_config(adapter, config, kept, [units] * len(kept), frozenset(), ANY_LOST)
+    return adapter.subnet_config(config, range(int(shape.depth)), units)
 
 
 def kept_units(

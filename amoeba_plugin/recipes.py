@@ -391,6 +391,13 @@ def _check_shape(recipe: CheckedRecipe) -> None:
             f"{recipe.source}: shape {shape} is outside the space: its depth is below min_depth {depth.min_depth}; "
             f"extract {depth.min_depth} layers or more, or lower min_depth"
         )
+    if shape.depth != int(shape.depth) and (
+        depth is None or (depth.granularity == "layer" and depth.kept_layers is None)
+    ):
+        raise ShapeError(
+            f"{recipe.source}: shape {shape} keeps half a layer, an attention or an MLP alone; set granularity: "
+            "sublayer in DepthShrinkingModifier, or extract whole layers"
+        )
     if shape.width not in widths:
         known = ", ".join(str(each) for each in sorted(widths, reverse=True))
         raise ShapeError(

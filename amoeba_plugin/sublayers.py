@@ -30,13 +30,10 @@ class Sublayer:
         stand_ins: By path in the decoder layer what takes a module's place, a key of ``STAND_INS``. Norms that nothing
             but the sublayer uses go too; one over the residual stream stays.
         outputs: Names of the parameters whose zeros make it add nothing; those that a model lacks are passed over.
-        config: What the configuration of a layer without it says: sizes that are small and valid, so that a class
-            which builds it all the same is told apart.
     """
 
     stand_ins: Mapping[str, str]
     outputs: tuple[str, ...]
-    config: Mapping[str, int]
 
 
 def read_kept(kept: Iterable[Kept]) -> tuple[tuple[int, ...], dict[int, str]]:

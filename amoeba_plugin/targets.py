@@ -212,7 +212,9 @@ def _class_among(subject: Candidate, allowed: list[str]) -> str:
 
 
 def _layers_alike(subject: Candidate, _: None) -> str:
-    return "per-layer sizes" if is_per_layer(subject.config) else ""
+    if not is_per_layer(subject.config):
+        return ""
+    return "layers without attention or MLP" if hasattr(subject.config, "stand_ins") else "per-layer sizes"
 
 
 def _field_is_off(subject: Candidate, field: str) -> str:

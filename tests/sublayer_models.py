@@ -11,7 +11,10 @@ from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amoeba_plugin.conformance import random_strategy
+from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.sublayers import Kept, read_kept
 
 # Written down here, not asked of the adapters: the parameters that end attention and MLP.
@@ -58,3 +61,8 @@ def zeroed(model: PreTrainedModel, kept: Sequence[Kept]) -> PreTrainedModel:
             setattr(model.config, name, [getattr(model.config, name)[index] for index in layers])
     model.config.num_hidden_layers = len(layers)
     return model
+
+
+def elastic_of(model: PreTrainedModel, table: Mapping[str, list[Kept]] = TABLE, **options: Any) -> ElasticModel:
+    strategy = random_strategy(model, **options)
+    return ElasticModel(model, SubnetStrategy(DepthStrategy.given(table, 4), strategy.width, strategy.fingerprint))

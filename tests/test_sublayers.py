@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import pytest
 import torch
-from elastic_models import random_strategy
 from hypothesis import given
 from hypothesis import strategies as st
-from sublayer_models import CASES, ENDS, POSITIONS, TABLE, logits, tokens_of, zeroed
+from sublayer_models import CASES, ENDS, POSITIONS, TABLE, elastic_of, logits, tokens_of, zeroed
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from amoeba_plugin.conformance import random_model
-from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
+from amoeba_plugin.strategy import DepthStrategy
 from amoeba_plugin.sublayers import PARTS, Kept, kept_without, read_kept, write_kept
-
-
-def elastic_of(model: PreTrainedModel, table: Mapping[str, list[Kept]] = TABLE, **options: Any) -> ElasticModel:
-    strategy = random_strategy(model, **options)
-    return ElasticModel(model, SubnetStrategy(DepthStrategy.given(table, 4), strategy.width, strategy.fingerprint))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -35,12 +35,10 @@ class GPTNeoX(ArchitectureAdapter):
             "attention": Sublayer(
                 {"attention": "attention", "input_layernorm": "identity"},
                 ("attention.dense.weight", "attention.dense.bias"),
-                {"num_attention_heads": 1},
             ),
             "mlp": Sublayer(
                 {"mlp": "zero", "post_attention_layernorm": "identity"},
                 ("mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"),
-                {"intermediate_size": 1},
             ),
         }
 
@@ -78,10 +76,8 @@ class OPT(ArchitectureAdapter):
         if config.do_layer_norm_before:
             attention["self_attn_layer_norm"] = mlp["final_layer_norm"] = "identity"
         return {
-            "attention": Sublayer(
-                attention, ("self_attn.out_proj.weight", "self_attn.out_proj.bias"), {"num_attention_heads": 1}
-            ),
-            "mlp": Sublayer(mlp, ("fc2.weight", "fc2.bias"), {"ffn_dim": 1}),
+            "attention": Sublayer(attention, ("self_attn.out_proj.weight", "self_attn.out_proj.bias")),
+            "mlp": Sublayer(mlp, ("fc2.weight", "fc2.bias")),
         }
 
     def subnet_config(

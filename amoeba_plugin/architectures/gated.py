@@ -57,12 +57,10 @@ class GatedDecoder(ArchitectureAdapter):
             "attention": Sublayer(
                 {"self_attn": "attention", **dict.fromkeys(self.attention_norms, "identity")},
                 ("self_attn.o_proj.weight", "self_attn.o_proj.bias"),
-                {"num_attention_heads": 1, "num_key_value_heads": 1},
             ),
             "mlp": Sublayer(
                 {"mlp": "zero", **dict.fromkeys(self.mlp_norms, "identity")},
                 ("mlp.down_proj.weight", "mlp.down_proj.bias"),
-                {"intermediate_size": 1},
             ),
         }
 

@@ -38,7 +38,7 @@ class MixtureOfExperts(GatedDecoder):
     def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
         """Return attention, and the experts with their router as the MLP."""
         dense = super().sublayers(config)
-        experts = replace(dense["mlp"], outputs=(f"{EXPERTS}.down_proj",), config={self._size_field(config): 1})
+        experts = replace(dense["mlp"], outputs=(f"{EXPERTS}.down_proj",))
         return {**dense, "mlp": experts}
 
     def resized(

@@ -24,9 +24,9 @@ class SubnetExtractionModifier(Modifier):
 
     Attributes:
         shape: DEPTHxWIDTH, a point of the space that selection made. No default.
-        portable: Where layers differ in size (``allocation: global``): pad them with zeros to a stock class, which
-            loads anywhere and is neither smaller nor faster. Default false: a per-layer class that comes with the
-            checkpoint and loads with ``trust_remote_code=True``.
+        portable: Where layers differ in size (``allocation: global``) or lack attention or MLP (``granularity:
+            sublayer``): pad them with zeros to a stock class, which loads anywhere and is neither smaller nor faster.
+            Default false: a per-layer class that comes with the checkpoint and loads with ``trust_remote_code=True``.
     """
 
     shape: str
