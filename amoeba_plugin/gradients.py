@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from amoeba_plugin.errors import DataError
+from amoeba_plugin.errors import ArchitectureError, DataError
+from amoeba_plugin.hosted import is_offloaded
 from amoeba_plugin.objectives import evaluating, target_counts, target_losses
 from amoeba_plugin.ranks import sum_over_ranks
 
@@ -38,8 +39,16 @@ def loss_gradients(
         By the names given: fp32 on the CPU, nats per token and unit of weight.
 
     Raises:
+        ArchitectureError: If accelerate offloads weights of the model: what it fetches for a call is another tensor,
+            whose gradient is lost.
         DataError: If there is no target token, or a gradient is NaN or infinite; weight and batch are named.
     """
+    if is_offloaded(model):
+        raise ArchitectureError(
+            "gradients of a model whose weights accelerate offloads: they are on no device while gradients are taken. "
+            "Load the model without device_map and offloading where memory holds it whole, or take an importance or "
+            "selector that needs no gradients (flap, wanda, magnitude; dynamic_program, block_influence)"
+        )
     sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
     number = -1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch.nn import functional
 
 from amoeba_plugin.architecture import group_key
 from amoeba_plugin.calibration import collect_statistics
-from amoeba_plugin.conformance import random_model, random_strategy
+from amoeba_plugin.conformance import KEPT, random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.extraction import extract
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, model_fingerprint
 from amoeba_plugin.width import coupled_parameters, rank_group, rank_widths
 
 TYPES = ["mixtral", "qwen3_moe"]
@@ -69,7 +72,7 @@ def test_every_expert_keeps_its_own_best_neurons(model_type: str) -> None:
     assert len(orders) == 4 * model.config.num_experts
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "phi3"])
+@pytest.mark.parametrize("model_type", [*TYPES, "phi3"])
 def test_taylor_sums_over_all_weights_of_a_neuron(model_type: str) -> None:
     """Independent of views: gradient x weight of the whole parameters, added up by hand."""
     model = random_model(CONFIGS[model_type])
@@ -87,8 +90,41 @@ def test_taylor_sums_over_all_weights_of_a_neuron(model_type: str) -> None:
         up_gradient = gradients["1.mlp.experts.gate_up_proj"][2]
         down_gradient = gradients["1.mlp.experts.down_proj"][2]
     rows = (up * up_gradient).abs().sum(dim=1)
-    scores = rows[:64] + rows[64:] + (down * down_gradient).abs().sum(dim=0)
+    scores = rows[: len(rows) // 2] + rows[len(rows) // 2 :] + (down * down_gradient).abs().sum(dim=0)
+    assert len(scores) == len(strategy.order[key]) == (32 if model_type == "qwen3_moe" else 64)
     assert strategy.order[key].tolist() == scores.argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_anchors_keep_all_neurons_of_all_experts_and_the_others_make_up_for_them(
+    model_type: str, allocation: Literal["uniform", "global"]
+) -> None:
+    model = random_model(CONFIGS[model_type])
+    adapter, half = architecture_for(model_type), Fraction(1, 2)
+    strategy = rank_widths(
+        model, adapter, {}, widths=[Fraction(1), half], importance=importance_named("magnitude"),
+        allocation=allocation, anchors=[2],
+    )  # fmt: skip
+    whole, units = strategy.units[Fraction(1)], strategy.units[half]
+    experts = range(model.config.num_experts)
+    neurons = whole["2.mlp.0"]
+    assert [units[f"2.mlp.{expert}"] for expert in experts] == [neurons] * len(experts)
+    assert units["2.attention"] == whole["2.attention"]
+    for layer in (0, 1, 3):
+        assert len({units[f"{layer}.mlp.{expert}"] for expert in experts}) == 1
+    # a third of what the three others have, within half a step of 8 neurons in each
+    kept = sum(units[f"{layer}.mlp.0"] for layer in (0, 1, 3))
+    if allocation == "uniform":
+        assert abs(kept - neurons) <= 3 * 4
+    assert kept < 3 * neurons // 2
+    elastic = ElasticModel(model, SubnetStrategy(DepthStrategy(KEPT), strategy, model_fingerprint(model, adapter)))
+    with elastic.active("4x1/2"), torch.no_grad():
+        expected = model(torch.arange(3, 13)[None], use_cache=False).logits
+    subnet = extract(elastic, "4x1/2")
+    with torch.no_grad():
+        found = subnet(torch.arange(3, 13)[None], use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_an_expert_that_no_token_reached_is_named(caplog: pytest.LogCaptureFixture) -> None:

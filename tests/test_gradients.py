@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.errors import DataError
+from amoeba_plugin.errors import ArchitectureError, DataError
 from amoeba_plugin.gradients import loss_gradients
+from amoeba_plugin.layer_scores import taylor
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.width import coupled_parameters
 
@@ -70,3 +72,15 @@ def test_nothing_to_predict_is_refused(tiny_model: TinyModel, random_batches: Ba
     weights = coupled_parameters(model, architecture_for("llama"))
     with pytest.raises(DataError, match="no token to compute gradients on"):
         loss_gradients(model, weights, random_batches(1, positions=1), progress=False)
+
+
+def test_gradients_of_offloaded_weights_are_refused_with_what_needs_none(
+    tiny_model: TinyModel, random_batches: Batches
+) -> None:
+    model, adapter = tiny_model("llama", layers=2), architecture_for("llama")
+    weights = coupled_parameters(model, adapter)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ArchitectureError, match="accelerate offloads.*flap"):
+        loss_gradients(model, weights, random_batches(1), progress=False)
+    with pytest.raises(ArchitectureError, match="accelerate offloads.*block_influence"):
+        taylor(model, adapter, random_batches(1), progress=False)

@@ -138,6 +138,8 @@ def test_what_cannot_be_separate_is_refused(
     trained(modules_to_save=["lm_head"], target_modules=["q_proj"])
     with pytest.raises(AdapterError, match="also holds whole modules"):
         extract_checkpoint(tmp_path / "elastic", "2x1", tmp_path / "out", adapter="separate")
+    with pytest.raises(AdapterError, match="no place in layers padded with zeros; leave out --portable or --adapter"):
+        extract_checkpoint(tmp_path / "elastic", "2x1", tmp_path / "out", adapter="separate", portable=True)
     save_elastic(random_elastic(tiny_model("llama")), None, tmp_path / "bare", str(tmp_path / "base"))
     with pytest.raises(ArtifactError, match="has no adapter, nothing was trained; leave out --adapter separate"):
         extract_checkpoint(tmp_path / "bare", "2x1", tmp_path / "out", adapter="separate")
