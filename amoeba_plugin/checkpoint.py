@@ -3,7 +3,7 @@
 ::
 
     DIRECTORY/
-      elastic.json                                   format, version, where the base model is
+      elastic.json                                   format, version, where the base model is, also as seen from here
       strategy.json, strategy.safetensors            which layers and channels every shape keeps
       adapter/                                       an ordinary PEFT directory, SMOL or LoRA (absent without one)
       base/                                          only where the base itself was trained: the whole model, reordered
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -129,7 +130,7 @@ def save_elastic(
                     copy_tokenizer(base, partial / BASE_DIRECTORY)
                 if peft_model is not None:
                     peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY), state_dict=state)
-                _write_elastic_json(partial / ELASTIC_NAME, elastic, base, trained_base)
+                _write_elastic_json(partial / ELASTIC_NAME, elastic, base, trained_base, directory)
     agreed(True)  # no process goes on before it is there
 
 
@@ -145,7 +146,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_elastic_json(path: Path, elastic: ElasticModel, base: str, trained_base: bool) -> None:
+def _write_elastic_json(path: Path, elastic: ElasticModel, base: str, trained_base: bool, directory: Path) -> None:
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -154,6 +155,11 @@ def _write_elastic_json(path: Path, elastic: ElasticModel, base: str, trained_ba
         "space": str(elastic.space),
         "trained_base": trained_base,
     }
+    if Path(base).exists():  # a hub id has no place of its own
+        with suppress(ValueError):  # on another drive
+            document["base_model_from_here"] = Path(
+                os.path.relpath(Path(base).resolve(), directory.resolve())
+            ).as_posix()
     write_atomically(path, json.dumps(document, indent=1).encode())
 
 
@@ -188,7 +194,7 @@ def load_elastic(
     """
     document = _read_elastic_json(directory / ELASTIC_NAME)
     strategy = SubnetStrategy.load(directory)
-    reference = base or document["base_model"]
+    reference = base or _base_of(document, directory)
     adapter = directory / ADAPTER_DIRECTORY
     weights: StreamedWeights | None = None
     if document.get("trained_base"):
@@ -224,6 +230,14 @@ def load_elastic(
         )
     _follow(elastic, peft_model)
     return elastic, peft_model
+
+
+def _base_of(document: Mapping[str, str], directory: Path) -> str:
+    """Return where the base model is: as it was given, or, where that is gone, where it was as seen from here."""
+    given, beside = document["base_model"], document.get("base_model_from_here")
+    if beside is None or Path(given).exists() or not (directory / beside).exists():
+        return given
+    return str((directory / beside).resolve())
 
 
 def extract_checkpoint(

@@ -68,6 +68,27 @@ def test_a_base_that_moved_is_named(elastic: ElasticModel, tmp_path: Path) -> No
     assert loaded.space == elastic.space
 
 
+def test_a_tree_that_moved_as_a_whole_finds_its_base(
+    elastic: ElasticModel, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "out")
+    moved = tmp_path_factory.mktemp("elsewhere") / "tree"
+    moved.mkdir()
+    for name in ("base", "elastic"):
+        (tmp_path / name).rename(moved / name)
+    monkeypatch.chdir(moved.parent)  # the elastic checkpoint named as a user would, relative to where they are
+    parity = extract_checkpoint(Path("tree/elastic"), "3x1/2", tmp_path / "again")
+    assert parity == before
+    (moved / "base").rename(moved / "other")
+    with pytest.raises(ArtifactError, match="say where it is with --base"):
+        load_elastic(moved / "elastic")
+
+
+def test_a_base_from_a_hub_has_no_place_beside_the_checkpoint(elastic: ElasticModel, tmp_path: Path) -> None:
+    save_elastic(elastic, None, tmp_path / "hub", "somebody/a-model")
+    assert "base_model_from_here" not in json.loads((tmp_path / "hub/elastic.json").read_text())
+
+
 def test_another_base_is_refused(elastic: ElasticModel, tiny_model: TinyModel, tmp_path: Path) -> None:
     tiny_model("llama", seed=7).save_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
