@@ -1,7 +1,8 @@
-"""The README of an extracted checkpoint: what it was cut from, how, and what was measured."""
+"""The README of a checkpoint: what it was made from, how, and what was measured."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.extraction import largest_units, layer_units
+from amoeba_plugin.extraction import PER_LAYER_FILE, largest_units, layer_units
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.strategy import write_atomically
 
-CARD_NAME = "README.md"
+CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
 
 
 def model_card(
@@ -50,6 +52,10 @@ def model_card(
     metric = strategy.depth.metric.get(shape.depth, math.nan)
     if math.isfinite(metric):
         facts["depth"] += f"; {metric:.4g} at {shape.depth} layers of full width on the selection data, before training"
+    accuracy = strategy.provenance.get("accuracy", {})
+    held_out = accuracy.get("by depth", {}).get(str(shape.depth))
+    if held_out is not None:
+        facts["held out"] = f"accuracy {held_out:.1%} on the split '{accuracy['split']}', full width, before training"
     lost = elastic.lost(shape)
     if lost:
         gone = ", ".join(f"{layer}.{part}" for layer, part in lost.items())
@@ -61,28 +67,43 @@ def model_card(
     return facts
 
 
-def write_model_card(directory: Path, facts: Mapping[str, str], parity: str, remote_code: bool) -> None:
-    """Write the card beside a checkpoint.
+def write_model_card(directory: Path, facts: Mapping[str, str], parity: str | None = None) -> None:
+    """Write the card beside a checkpoint; its recipe goes in where there is one, and how it is quantized.
 
     Args:
-        directory: Of the checkpoint.
-        facts: From :func:`model_card`.
-        parity: What :func:`amoeba_plugin.checkpoint.measure_parity` found, in words.
-        remote_code: Whether it loads with ``trust_remote_code=True`` only.
+        directory: Of the checkpoint, complete but for the card.
+        facts: From :func:`model_card`; "base model" at least.
+        parity: What :func:`amoeba_plugin.checkpoint.measure_parity` found, in words, where it was measured.
     """
     base = facts["base model"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, library_name="transformers", pipeline_tag="text-generation",
         tags=["amoeba_plugin"],
     )  # fmt: skip
-    trust = ", trust_remote_code=True" if remote_code else ""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in {**facts, "parity": parity}.items())
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name or 'subnet'} at {facts['shape'].partition('`, ')[0]}`\n\n"
-        f"A subnet of an elastic model, cut by amoeba_plugin {__version__}.\n\n| | |\n|---|---|\n{rows}\n\n"
-        f'```python\nAutoModelForCausalLM.from_pretrained("."{trust})\n```\n'
+    measured = {} if parity is None else {"parity": parity}
+    rows = "\n".join(
+        f"| {name} | {value} |" for name, value in {**facts, **_quantization(directory), **measured}.items()
     )
-    ModelCard(text).save(directory / CARD_NAME)
+    shape = f" at {facts['shape'].partition('`, ')[0]}`" if "shape" in facts else ""
+    what = "A subnet of an elastic model, cut" if shape else "Written"
+    trust = ", trust_remote_code=True" if (directory / PER_LAYER_FILE).is_file() else ""
+    recipe = directory / RECIPE_NAME
+    used = f"\n## Recipe\n\n```yaml\n{recipe.read_text(encoding='utf-8').strip()}\n```\n" if recipe.is_file() else ""
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name or 'subnet'}{shape}\n\n"
+        f"{what} by amoeba_plugin {__version__}.\n\n| | |\n|---|---|\n{rows}\n\n"
+        f'```python\nAutoModelForCausalLM.from_pretrained("."{trust})\n```\n{used}'
+    )
+    write_atomically(directory / CARD_NAME, str(ModelCard(text)).encode())
+
+
+def _quantization(directory: Path) -> dict[str, str]:
+    method = json.loads((directory / "config.json").read_bytes()).get("quantization_config")
+    if method is None:
+        return {}
+    groups = [each.get("weights") or {} for each in method.get("config_groups", {}).values()]
+    bits = ", ".join(f"weights of {weights['num_bits']} bits" for weights in groups if "num_bits" in weights)
+    return {"quantized": ", ".join(filter(None, (method.get("quant_method"), method.get("format"), bits)))}
 
 
 def _parameters(config: PretrainedConfig) -> int:

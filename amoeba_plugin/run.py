@@ -79,6 +79,7 @@ def run_recipe(
     batches = calibration_batches(checked, model, dataset, options)
     with whole_or_nothing(output_dir) as partial:
         _oneshot(checked, model, batches, partial, options)
+        _require_card(checked, model, partial)
     return output_dir
 
 
@@ -140,6 +141,18 @@ def _oneshot(
     with TemporaryDirectory(dir=output_dir.parent, prefix=f"{output_dir.name}.") as subnet:
         _own_stage(recipe, model, batches, Path(subnet), options)
         _host(subnet, rest, batches, output_dir, options, own_code=(Path(subnet) / PER_LAYER_FILE).is_file())
+
+
+def _require_card(recipe: CheckedRecipe, model: str, directory: Path) -> None:
+    """Write the model card where the save did not: after a stage of its own, or where there is no subnet."""
+    from amoeba_plugin.model_card import CARD_NAME, write_model_card
+    from amoeba_plugin.modifiers import SubnetExtractionModifier
+
+    extraction = recipe.find(SubnetExtractionModifier)
+    if extraction is not None and extraction.card:  # these modifiers ran themselves; oneshot parses the recipe anew
+        write_model_card(directory, extraction.card)
+    elif not (directory / CARD_NAME).exists():
+        write_model_card(directory, {"base model": model})
 
 
 def _host(

@@ -182,6 +182,11 @@ def test_a_stage_of_its_own_is_followed_by_quantization(model_type: str, data: D
     reloaded = require_subnet(quantized, model_type)
     for name in ("DepthShrinkingModifier", "SubnetExtractionModifier", "QuantizationModifier"):
         assert name in (quantized / "recipe.yaml").read_text()
+        assert name in (quantized / "README.md").read_text()
+    for words in ("`3x3/4`", "layers kept | 3 of 4", "weights of 8 bits", str(base)):
+        assert words in (quantized / "README.md").read_text(), words
+    assert "quantized" not in (dense / "README.md").read_text()
+    assert "SubnetExtractionModifier" in (dense / "README.md").read_text()
     expected = logits(AutoModelForCausalLM.from_pretrained(dense))
     # eight bits are near full precision: a norm that was converted once too often would not be
     assert (logits(reloaded) - expected).abs().max() < 0.05 * expected.abs().max()
@@ -297,6 +302,9 @@ def test_a_recipe_that_only_quantizes_experts_is_read_back_too(data: Dataset, tm
     base = save_base("mixtral", tmp_path / "base")
     given = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
     quantized = run_apart(base, data, tmp_path / "out", quantizing={"QuantizationModifier": given})
+    card = (quantized / "README.md").read_text()
+    assert card.count("QuantizationModifier") == 1
+    assert str(base) in card
     reloaded, report = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
     assert not report["missing_keys"]
     expected = logits(AutoModelForCausalLM.from_pretrained(base))

@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate import disk_offload
 from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
 from llmcompressor import oneshot
 from llmcompressor.core import State, active_session, reset_session
 from llmcompressor.modifiers import ModifierFactory
@@ -164,6 +165,19 @@ def test_layers_of_different_sizes_are_quantized_in_the_same_recipe(
         own = reloaded.config.per_layer_config[position] if not portable else reloaded.config
         assert layer.mlp.gate_proj.out_features == own.intermediate_size
         assert layer.self_attn.k_proj.out_features == own.num_key_value_heads * 16
+
+
+def test_the_model_card_says_what_was_done(base: Path, data: Dataset, tmp_path: Path) -> None:
+    text = recipe(DEPTH | WIDTH, TRAIN, {"SubnetExtractionModifier": {"shape": "2x3/4"}}, QUANTIZATION["w8a8"])
+    run(base, text, data, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    for words in ("`2x3/4`", "MistralForCausalLM", "folded in", "layers kept | 2 of 4", "weights of 8 bits", str(base)):
+        assert words in card, words
+    given = (tmp_path / "out/recipe.yaml").read_text().strip()
+    assert f"```yaml\n{given}\n```" in card
+    assert "trust_remote_code" not in card
+    assert ModelCard(card).data.tags == ["amoeba_plugin"]
+    assert not list((tmp_path / "out").glob("*.partial"))
 
 
 def test_without_quantization_the_subnet_is_a_plain_checkpoint_of_its_own_class(

@@ -6,9 +6,10 @@ from typing import Any
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from pydantic import field_validator
+from pydantic import PrivateAttr, field_validator
 
 from amoeba_plugin.extraction import become, extract
+from amoeba_plugin.model_card import model_card
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.saving import save_as_it_is
 from amoeba_plugin.modifiers.selection import forget_selection, selection_for
@@ -31,6 +32,12 @@ class SubnetExtractionModifier(Modifier):
 
     shape: str
     portable: bool = False
+    _card: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def card(self) -> dict[str, str]:
+        """What the model card says of the subnet; empty before the extraction."""
+        return self._card
 
     @field_validator("shape", mode="before")
     @classmethod
@@ -43,11 +50,13 @@ class SubnetExtractionModifier(Modifier):
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
         subnet = extract(elastic, self.shape, self.portable)
+        adapter = "none" if selection.peft_model is None else "fold"
+        self._card = model_card(elastic, subnet, elastic.space.require(self.shape), adapter, self.portable)
         forget_selection(state.model)
         become(state.model, subnet)
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """See to it that the subnet's own configuration is saved."""
-        save_as_it_is(state.model)
+        save_as_it_is(state.model, self._card)
         return True

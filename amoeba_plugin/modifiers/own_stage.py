@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.modifiers.saving import RECIPE_NAME, plain_recipe
+from amoeba_plugin.model_card import RECIPE_NAME
+from amoeba_plugin.modifiers.saving import plain_recipe
 
 
 def needs_own_stage(model: nn.Module) -> bool:

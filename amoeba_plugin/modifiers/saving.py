@@ -1,4 +1,4 @@
-"""What llm-compressor's save gets wrong for a model that changed its structure, put right in one place.
+"""What llm-compressor's save gets wrong for a model that changed its structure, put right in one place; and its card.
 
 1. From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded: layers and
 sizes of
@@ -10,21 +10,26 @@ sizes of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.model_card import RECIPE_NAME, write_model_card
+from amoeba_plugin.ranks import rank
 from amoeba_plugin.strategy import write_atomically
 
-RECIPE_NAME = "recipe.yaml"
 
+def save_as_it_is(model: PreTrainedModel, facts: Mapping[str, str]) -> None:
+    """Make ``model.save_pretrained``, which the host has wrapped, write the model's own configuration, a plain recipe,
+    and a model card.
 
-def save_as_it_is(model: PreTrainedModel) -> None:
-    """Make ``model.save_pretrained``, which the host has wrapped, write the model's own configuration and a plain
-    recipe."""
+    Args:
+        model: A subnet.
+        facts: For the card, from :func:`amoeba_plugin.model_card.model_card`.
+    """
     save: Callable[..., Any] = model.save_pretrained
 
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -35,6 +40,8 @@ def save_as_it_is(model: PreTrainedModel) -> None:
         finally:
             config._name_or_path = name
         plain_recipe(Path(save_directory) / RECIPE_NAME)
+        if rank() == 0:
+            write_model_card(Path(save_directory), facts)
         return result
 
     save_pretrained._overridden = True  # type: ignore[attr-defined]  # the host's mark: do not wrap again
