@@ -25,7 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from amoeba_plugin.batching import require_targets
 from amoeba_plugin.elastic import ElasticModel
@@ -97,6 +97,11 @@ class OneForAllTrainer(Trainer):
     def sampler(self) -> SandwichSampler:
         """Draws the shapes of each micro-batch."""
         return self.subnets.sampler
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does, with the largest shape active, so that hosts see every layer and parameter."""
+        self.elastic.set_shape(self.elastic.space.largest)
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's; refuses a data set without a target token."""

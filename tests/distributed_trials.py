@@ -5,6 +5,7 @@ test_distributed.py in one process, which forks: importing torch takes longer th
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -25,8 +26,9 @@ from safetensors.torch import save_file
 from test_modifiers import save_base
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
@@ -36,6 +38,7 @@ from amoeba_plugin.checkpoint import attach_smol, save_elastic
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.sharded import all_finite
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 
@@ -240,6 +243,9 @@ def refuse(directory: Path) -> None:
 
     messages = {what: message_of(with_config, config) for what, config in REFUSED.items()}
     messages["recipe"] = message_of(recipe)
+    mesh = init_device_mesh("cpu", (2,))
+    for last in (1.0, math.inf):  # the other process' half of the gradient
+        messages[f"gradient {last}"] = all_finite([distribute_tensor(torch.tensor([1.0, last]), mesh)])
     if os.environ["RANK"] == "0":
         (directory / "refused.json").write_text(json.dumps(messages))
 

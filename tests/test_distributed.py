@@ -100,3 +100,8 @@ def test_a_sharded_training_goes_on_where_it_was(results: Path, kind: str) -> No
 )
 def test_what_fsdp_cannot_do_is_refused(results: Path, what: str, advice: str) -> None:
     assert advice in json.loads((results / "refused.json").read_text())[what]
+
+
+def test_every_process_sees_a_gradient_that_is_not_finite_in_another(results: Path) -> None:
+    found = json.loads((results / "refused.json").read_text())
+    assert (found["gradient 1.0"], found["gradient inf"]) == (True, False)

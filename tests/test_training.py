@@ -408,6 +408,17 @@ def test_options_out_of_range_are_refused(fields: dict[str, Any], message: str):
         OneForAllOptions(**fields)
 
 
+def test_all_layers_are_trained_whatever_shape_is_active_before(tmp_path: Path):
+    found = []
+    for shape in ("4x1", "2x1/2"):
+        elastic = make_elastic()
+        trainer = make_trainer(elastic, tmp_path)
+        elastic.set_shape(shape)
+        trainer.train()
+        found.append(parameters_of(elastic.model))
+    assert all(torch.equal(found[1][name], expected) for name, expected in found[0].items())
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_compiled_training_gives_the_same_parameters(tmp_path: Path, adapter: bool):
     """With logits as a whole: the head that takes the loss would be exchanged under the compiled graph."""
