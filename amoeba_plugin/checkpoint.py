@@ -35,7 +35,7 @@ from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
-from amoeba_plugin.ranks import agreed, rank
+from amoeba_plugin.ranks import rank
 from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
 from amoeba_plugin.sharded import whole_state_dict
 from amoeba_plugin.smol import SmolConfig, SmolModel
@@ -105,7 +105,8 @@ def save_elastic(
 ) -> None:
     """Write an elastic checkpoint: all of it or nothing.
 
-    Every process of a distributed training has to come here; the first one writes, with what FSDP2 shards gathered.
+    Of several processes the first one writes. Where FSDP2 has sharded the model, all have to come here, and it is
+    gathered on the first one's CPU.
 
     Args:
         elastic: Gives the strategy.
@@ -131,7 +132,6 @@ def save_elastic(
                 if peft_model is not None:
                     peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY), state_dict=state)
                 _write_elastic_json(partial / ELASTIC_NAME, elastic, base, trained_base, directory)
-    agreed(True)  # no process goes on before it is there
 
 
 @contextmanager
