@@ -125,9 +125,18 @@ def distilled_loss(
 
 
 def distilled_rows(
-    positions: Positions, teacher: Tensor, divergence: Divergence, temperature: float = 1.0, kd_weight: float = 1.0
+    positions: Positions,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    target_weight: Tensor | float = 1.0,
 ) -> RowLoss:
-    """Return the loss of :func:`distilled_loss` by rows; arguments as there."""
+    """Return the loss of :func:`distilled_loss` by rows; arguments as there.
+
+    ``target_weight`` multiplies the cross-entropy, where positions that are distilled weigh by another share of a step
+    than its targets.
+    """
 
     def row_loss(student: Tensor, place: slice) -> Tensor:
         # L_i = w KD_i + (1 - w) CE_i (AmoebaLLM, arXiv:2411.10606, section on distillation; the paper has w = 1)
@@ -135,7 +144,7 @@ def distilled_rows(
         if kd_weight == 1.0:
             return distillation
         cross_entropy = _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
-        return kd_weight * distillation + (1 - kd_weight) * cross_entropy
+        return kd_weight * distillation + (1 - kd_weight) * target_weight * cross_entropy
 
     return row_loss
 

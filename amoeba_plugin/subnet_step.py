@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -46,14 +46,31 @@ class StepHost:
         backward: Differentiates a loss; accelerate's scales it where training is in fp16.
         synchronized: Context of a subnet's forward and backward, given whether it is the micro-batch's last: gradients
             are exchanged between processes with the last one only.
-        mean_over_processes: Mean of a loss over the targets of all processes, given this one's and its targets.
+        mean_over_processes: Mean of a loss over the positions of all processes, given this one's and their number.
         dtype: The half precision that autocast computes in; None: the model's own dtype.
     """
 
     backward: Callable[[Tensor], Any] = torch.Tensor.backward
     synchronized: Callable[[bool], AbstractContextManager[Any]] = field(default=lambda last: nullcontext())
-    mean_over_processes: Callable[[Tensor, int], Tensor] = field(default=lambda loss, num_targets: loss)
+    mean_over_processes: Callable[[Tensor, int], Tensor] = field(default=lambda loss, count: loss)
     dtype: torch.dtype | None = None
+
+
+class Share(NamedTuple):
+    """A micro-batch's part of an optimizer step, by which its mean losses weigh."""
+
+    targets: Tensor | float  # of the step's target tokens
+    distilled: Tensor | float  # of the positions that the step distils
+
+    @classmethod
+    def even(cls, share: Tensor | float) -> Share:
+        """The same part of both, as where the positions that are distilled are those before a target."""
+        return cls(share, share)
+
+    @property
+    def targets_per_distilled(self) -> Tensor | float:
+        """What the labels' part of a distilled loss is multiplied with, which then weighs by ``distilled``."""
+        return 1.0 if self.targets is self.distilled else self.targets / self.distilled
 
 
 class SubnetStep:
@@ -131,7 +148,7 @@ class SubnetStep:
         inputs: Mapping[str, Any],
         positions: Positions,
         place: tuple[int, int],
-        share: Tensor | float,
+        share: Share,
         largest_logits: Tensor | None = None,
     ) -> Tensor:
         """Run forward and backward of every subnet; the largest shape is active at the end.
@@ -147,7 +164,7 @@ class SubnetStep:
                 after :meth:`begin`.
 
         Returns:
-            The largest subnet's next-token cross-entropy times ``share``: () fp32.
+            The largest subnet's next-token cross-entropy times its share of the targets: () fp32.
 
         Raises:
             TrainingError: If a loss or a balancing ratio is not finite; the gradients are cleared, the parameters
@@ -168,7 +185,7 @@ class SubnetStep:
         self._require_finite(model, losses, scales, shapes, place[0], positions.num_targets)
         for name, cosine in (conflict.cosines() if conflict is not None else {}).items():
             self.means.add(f"conflict/{name}", cosine)
-        return losses[0] * share
+        return losses[0] * share.targets
 
     def _run_subnets(
         self,
@@ -177,7 +194,7 @@ class SubnetStep:
         positions: Positions,
         shapes: list[SubnetShape],
         step: int,
-        share: Tensor | float,
+        share: Share,
         conflict: GradientConflict | None,
         largest_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -191,12 +208,17 @@ class SubnetStep:
             with self.host.synchronized(index == len(shapes) - 1), torch.set_grad_enabled(learns):
                 if index > 0:
                     self.elastic.set_shape(shape)
-                row_loss = self._row_loss(positions, teacher, step, is_largest=index == 0)
+                if index == 0:
+                    row_loss, weight = next_token_rows(positions, teacher.write), share.targets
+                    count = positions.num_targets
+                else:
+                    row_loss, weight = self._distilled_rows(positions, teacher, step, share), share.distilled
+                    count = len(positions.rows)
                 if index == 0 and largest_logits is not None:
                     loss = sum_over_rows(row_loss, _at(largest_logits, positions), positions.rows)
                 else:
                     loss = self._loss(model, inputs, positions, row_loss)
-                overall = self.host.mean_over_processes(loss.detach(), positions.num_targets)
+                overall = self.host.mean_over_processes(loss.detach(), count)
                 if index == 0:
                     largest = overall
                 scale = torch.ones_like(overall)
@@ -211,7 +233,7 @@ class SubnetStep:
                     objective = objective + self._load_balancing()
                 # total = L_1 + sum_i stopgrad(L_1 / L_i) L_i: gradients add up, one subnet's activations are alive
                 if learns:
-                    self.host.backward(objective * share)
+                    self.host.backward(objective * weight)
                 del loss, objective
             if conflict is not None and learns:
                 conflict.after(str(shape))
@@ -227,12 +249,12 @@ class SubnetStep:
             self.means.add("load_balancing", value.detach())
         return value
 
-    def _row_loss(self, positions: Positions, teacher: KeptLogits, step: int, is_largest: bool) -> RowLoss:
-        if is_largest:
-            return next_token_rows(positions, teacher.write)
-        weight = self.options.kd_weight_at(step)
-        divergence = DIVERGENCES[self.options.loss]
-        return distilled_rows(positions, teacher.values, divergence, self.options.temperature, weight)
+    def _distilled_rows(self, positions: Positions, teacher: KeptLogits, step: int, share: Share) -> RowLoss:
+        weight, options = self.options.kd_weight_at(step), self.options
+        targets = share.targets_per_distilled if len(positions.rows) else 1.0
+        return distilled_rows(
+            positions, teacher.values, DIVERGENCES[options.loss], options.temperature, weight, targets
+        )
 
     def _loss(self, model: nn.Module, inputs: Mapping[str, Any], positions: Positions, row_loss: RowLoss) -> Tensor:
         if self.chunked:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.sharded import all_finite, exchange_gradients, gathered
 from amoeba_plugin.subnet_log import routing_log
-from amoeba_plugin.subnet_step import StepHost, SubnetStep
+from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint
 from amoeba_plugin.training_options import OneForAllOptions
 
@@ -90,6 +91,7 @@ class OneForAllTrainer(Trainer):
         # FSDP casts what the model returns: a loss would lose its digits, logits lose none
         self.subnets.chunked &= not (self.is_fsdp_enabled and self.accelerator.mixed_precision != "no")
         self._micro_step = (-1, 0)  # optimizer step, micro-batches of it seen so far
+        self._num_distilled: Tensor | None = None  # positions that the optimizer step distils, where they are counted
         self.add_callback(_WholeLayers(self))
         self.add_callback(_FiniteGradients(self))
 
@@ -130,10 +132,12 @@ class OneForAllTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         positions = self.subnets.positions(inputs)
-        if positions.num_targets == 0 and self.accelerator.num_processes == 1:
+        if len(positions.rows) == 0 and self.accelerator.num_processes == 1:
             return torch.zeros((), device=positions.rows.device)  # of several processes, others wait for our gradients
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        share = self._share(positions.num_targets, num_items_in_batch)
+        share = Share.even(self._share(positions.num_targets, num_items_in_batch))
+        if self._num_distilled is not None and num_items_in_batch is not None:
+            share = share._replace(distilled=self._share(len(positions.rows), self._num_distilled))
         self._wrapped = model
         return self.subnets.run(model, inputs, positions, place, share)
 
@@ -149,20 +153,31 @@ class OneForAllTrainer(Trainer):
         context: AbstractContextManager[Any] = self.accelerator.no_sync(self._wrapped)
         return context
 
-    def _mean_over_processes(self, loss: Tensor, num_targets: int) -> Tensor:
+    def _mean_over_processes(self, loss: Tensor, count: int) -> Tensor:
         """A balancing ratio of each process's own would make the update depend on how rows are dealt out."""
         if self.accelerator.num_processes == 1:
             return loss
-        sums: Tensor = self.accelerator.reduce(torch.stack([loss * num_targets, loss.new_tensor(num_targets)]), "sum")
+        sums: Tensor = self.accelerator.reduce(torch.stack([loss * count, loss.new_tensor(count)]), "sum")
         return sums[0] / sums[1].clamp(min=1)
 
-    def _share(self, num_targets: int, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """Return which part of the optimizer step's targets a micro-batch has: the weight of its mean losses."""
-        if num_items_in_batch is None:
+    def _share(self, count: int, count_in_step: Tensor | int | None) -> Tensor | float:
+        """Return which part of the optimizer step's positions a micro-batch has: the weight of its mean losses."""
+        if count_in_step is None:
             return 1 / self.current_gradient_accumulation_steps
-        # The step's loss is a mean over all its targets; where these are counted over processes, DDP's mean is undone.
+        # The step's loss is a mean over all its positions; where all processes count, DDP's mean is undone.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return num_targets * processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return count * processes / torch.as_tensor(count_in_step).clamp(min=1)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return Trainer's micro-batches of a step and their number of targets; count what they distil."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.options.distill_all_tokens:
+            count = torch.tensor(sum(len(self.subnets.positions(batch).rows) for batch in batches), device=device)
+            across = self.args.average_tokens_across_devices
+            self._num_distilled = self.accelerator.gather(count).sum() if across else count
+        return batches, num_items
 
     def _next_micro_step(self) -> tuple[int, int]:
         step, seen = self._micro_step

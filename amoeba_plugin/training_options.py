@@ -21,9 +21,7 @@ class OneForAllOptions:
         kd_weight: Share of distillation in a subnet's loss, in [0, 1]; the rest is next-token cross-entropy.
         loss_balancing: Scale each subnet's loss to the size of the largest subnet's.
         max_balance_ratio: The largest scale; reached where a divergence goes to 0.
-        distill_all_tokens: Distil every position, not just those before a target token. A micro-batch, of whatever
-            process, weighs by its targets all the same: the step's distillation is a mean of means over positions, not
-            one mean over all positions, unless all micro-batches have as many of both.
+        distill_all_tokens: Distil every position, not just those before a target token.
         distill_steps: Optimizer steps with distillation; after them all subnets learn from the labels alone. None: all.
         num_random: Random shapes per micro-batch, beside largest and smallest.
         sampled_shapes: Shapes that the random ones are drawn from, depth and width together: ``("24x7/8", ...)``.

@@ -65,11 +65,16 @@ CASES = {
         options={"train_largest": False},
         arguments={"gradient_accumulation_steps": 2},
     ),
+    "all tokens": Case(
+        "none",
+        options={"distill_all_tokens": True, "kd_weight": 0.7},
+        arguments={"gradient_accumulation_steps": 2},
+    ),
     "none": Case("none"),
     "lora": Case("lora", arguments={"gradient_checkpointing": True}),
     "each": Case("none", arguments={"accelerator_config": EACH_SUBNET}),
 }
-MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "none"], "fsdp": list(CASES)}
+MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "all tokens", "none"], "fsdp": list(CASES)}
 UNEVEN = Case(rows=7)  # 3 and 4 for each process
 RECIPE = {
     "adapter": {"r": 2, "num_experts": 3}, "max_steps": STEPS, "gradient_accumulation_steps": 2, "save_steps": 2,

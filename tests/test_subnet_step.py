@@ -22,7 +22,7 @@ from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingErr
 from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.subnet_step import StepHost, SubnetStep
+from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 
 IGNORED = -100
@@ -38,7 +38,7 @@ def run(step: SubnetStep, batch: dict[str, Tensor], place: tuple[int, int] = (0,
     model = step.elastic.model
     model.zero_grad()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    step.run(model, inputs, step.positions(batch), place, 1.0)
+    step.run(model, inputs, step.positions(batch), place, Share.even(1.0))
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 

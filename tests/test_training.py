@@ -218,17 +218,18 @@ def test_every_way_to_the_logits_gives_the_same_gradients(tmp_path: Path):
     torch.testing.assert_close(gradients[2], gradients[0])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_accumulation_equals_one_large_batch(tmp_path: Path, checkpointing: bool):
+@pytest.mark.parametrize(("checkpointing", "all_tokens"), [(False, False), (True, False), (False, True)])
+def test_accumulation_equals_one_large_batch(tmp_path: Path, checkpointing: bool, all_tokens: bool):
     results = []
+    rows = [*make_rows(1, targets=2), *make_rows(2, targets=9, seed=1), *make_rows(1, targets=4, seed=2)]
     for batch, accumulation in ((4, 1), (2, 2)):
         elastic = make_elastic()
         options = OneForAllOptions(
-            num_random=0, loss_balancing=False
+            num_random=0, loss_balancing=False, distill_all_tokens=all_tokens, kd_weight=0.7
         )  # else every micro-batch has its own shapes, ratios
         trainer = make_trainer(
-            elastic, tmp_path, options, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-            max_steps=1, optim="sgd", gradient_checkpointing=checkpointing,
+            elastic, tmp_path, options, rows=rows, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation, max_steps=1, optim="sgd", gradient_checkpointing=checkpointing,
         )  # fmt: skip
         loss = trainer.train().training_loss
         results.append(parameters_of(elastic.model) | {"loss": torch.tensor(loss)})

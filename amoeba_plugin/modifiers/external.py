@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.ranks import world_size
-from amoeba_plugin.subnet_step import SubnetStep
+from amoeba_plugin.subnet_step import Share, SubnetStep
 
 
 class ExternalSteps:
@@ -76,5 +76,5 @@ class ExternalSteps:
         self.subnets.host.backward = backward
         inputs = {name: value for name, value in self.batch_data.items() if name != "labels"}
         logits = getattr(outputs, "logits", None)
-        found = self.subnets.run(model or self.trained, inputs, positions, self._place, share, logits)
+        found = self.subnets.run(model or self.trained, inputs, positions, self._place, Share.even(share), logits)
         return found.detach().requires_grad_()

@@ -129,8 +129,7 @@ class OneForAllDistillationModifier(Modifier):
         temperature: T softens teacher and student. Losses are not multiplied by T^2 (nor are the reference code's), so
             that their gradients shrink by about T^2; balancing would undo such a factor. Default 1.
         kd_weight: Weight of distillation against the labels for all but the largest subnet. Default 1.
-        distill_all_tokens: Distil every position, not just those before a target token; a micro-batch weighs by its
-            targets all the same. Default false.
+        distill_all_tokens: Distil every position, not just those before a target token. Default false.
         distill_steps: Optimizer steps with distillation; after them all learn from the labels alone. Default: all.
         loss_balancing: Scale each subnet's gradient by loss of the largest / its loss. Default true.
         max_balance_ratio: The largest such ratio. Default 10.
