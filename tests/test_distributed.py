@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("distributed")
     script = Path(__file__).with_name("distributed_trials.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), str(directory)], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, str(script), str(directory)], check=True, env=environment, timeout=900)
     return directory
 
 
