@@ -33,7 +33,7 @@ from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
-from amoeba_plugin.extraction import PER_LAYER_FILE, cut_factors, extract
+from amoeba_plugin.extraction import cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
 from amoeba_plugin.ranks import rank
 from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
@@ -42,6 +42,7 @@ from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
 from amoeba_plugin.streaming import StreamedWeights, streamed_model
+from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
 FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
 ELASTIC_NAME, ADAPTER_DIRECTORY, PARITY_NAME = "elastic.json", "adapter", "parity.json"

@@ -17,7 +17,7 @@ from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
 from amoeba_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from amoeba_plugin.calibration import ActivationStats
+    from amoeba_plugin.activation_stats import ActivationStats
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 
 from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError, ShapeError
-from amoeba_plugin.extraction import build, per_layer_config
-from amoeba_plugin.extraction import subnet_config as elastic_config
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.shape import SubnetShape, parse_width
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
+from amoeba_plugin.subnet_classes import build, per_layer_config
+from amoeba_plugin.subnet_classes import subnet_config as elastic_config
 from amoeba_plugin.subnet_plan import SubnetPlan
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     Where layers will differ in size (``allocation: global``, ``anchor_layers``), how is known after selection only;
     this one has a layer of the least that any may keep, and whole ones.
     """
+    from amoeba_plugin.allocation import rounding_steps
     from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
-    from amoeba_plugin.width import rounding_steps
 
     adapter = architecture_for(config.model_type)
     layers = config.num_hidden_layers
@@ -213,7 +213,7 @@ def kept_units(
     Raises:
         RecipeError: If ``round_to`` names a group that does not exist, does not fit its units, or leaves nothing.
     """
-    from amoeba_plugin.width import RankedGroup, other_share, rounding_steps, uniform_units
+    from amoeba_plugin.allocation import RankedGroup, other_share, rounding_steps, uniform_units
 
     unscored = [RankedGroup(group.name, group, torch.empty(0), 0) for group in groups]
     return uniform_units(unscored, other_share(width, anchored), rounding_steps(groups, round_to))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.extraction import PER_LAYER_FILE
 from amoeba_plugin.preflight import (
     check_against_model,
     has_experts,
@@ -19,6 +18,7 @@ from amoeba_plugin.preflight import (
     weightless,
 )
 from amoeba_plugin.recipes import CheckedRecipe, check_recipe, find_recipe
+from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,9 +99,9 @@ def calibration_batches(
         return None
     from transformers import AutoTokenizer
 
-    from amoeba_plugin.calibration import load_batches
     from amoeba_plugin.modifiers import DepthShrinkingModifier
     from amoeba_plugin.plugins import objective_named
+    from amoeba_plugin.text_data import load_batches
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.architectures.gated import head_size
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.extraction import is_per_layer, per_layer_class
 from amoeba_plugin.preflight import weightless
+from amoeba_plugin.subnet_classes import is_per_layer, per_layer_class
 
 RULES = Path(__file__).with_name("targets.yaml")
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.calibration import collect_statistics
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError

@@ -18,10 +18,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from amoeba_plugin.calibration import ActivationStats, collect_statistics, load_batches, materialise
+from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
+from amoeba_plugin.calibration import materialise
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.objectives import MultipleChoiceAccuracy
 from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.text_data import load_batches
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -10,8 +10,8 @@ import torch
 from tiny_architectures import CONFIGS
 from torch.nn import functional
 
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.architecture import group_key
-from amoeba_plugin.calibration import collect_statistics
 from amoeba_plugin.conformance import KEPT, random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError

@@ -16,8 +16,9 @@ from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.architecture import linear_names
-from amoeba_plugin.calibration import collect_statistics, materialise
+from amoeba_plugin.calibration import materialise
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.conformance import WIDTHS, random_model
 from amoeba_plugin.depth import search_depths

@@ -12,9 +12,9 @@ import pytest
 from torch import Tensor
 
 from amoeba_plugin import hookspecs
+from amoeba_plugin.activation_stats import ActivationStats
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.architectures.llama import LlamaFamily
-from amoeba_plugin.calibration import ActivationStats
 from amoeba_plugin.depth_selectors import DepthSelector
 from amoeba_plugin.errors import ArchitectureError, PluginError
 from amoeba_plugin.hookspecs import hookimpl

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import distributed
 sys.path.insert(0, sys.argv[1])
 from conftest import make_random_batches, make_tiny_model
-from amoeba_plugin.calibration import collect_statistics
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_scores import angular_distances, block_influence, most_sensitive_layers, scores_without
 from amoeba_plugin.objectives import Objective, PerTokenLoss

@@ -16,22 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
+from amoeba_plugin.allocation import global_prefix, nearest_size, other_share
 from amoeba_plugin.architecture import ChannelAxis, ChannelGroup, group_key
-from amoeba_plugin.calibration import ActivationStats, collect_statistics
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import Importance
 from amoeba_plugin.plugins import architecture_for, importance_named
 from amoeba_plugin.strategy import WidthStrategy
-from amoeba_plugin.width import (
-    coupled_parameters,
-    global_prefix,
-    nearest_size,
-    other_share,
-    rank_widths,
-    standardised,
-    unit_cost,
-)
+from amoeba_plugin.width import coupled_parameters, rank_widths, standardised, unit_cost
 
 TinyModel = Callable[..., PreTrainedModel]
 Batches = Callable[..., list[dict[str, Tensor]]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from amoeba_plugin.architecture import linear_names
-from amoeba_plugin.calibration import Batch, load_batches
+from amoeba_plugin.calibration import Batch
 from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
@@ -29,6 +29,7 @@ from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_ma
 from amoeba_plugin.ranks import rank
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.subnet_step import StepHost, SubnetStep
+from amoeba_plugin.text_data import load_batches
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
 

@@ -8,7 +8,7 @@ from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, field_validator
 
-from amoeba_plugin.calibration import collect_statistics
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance, Importance

@@ -10,7 +10,7 @@ from results import Results, above, header, row
 from subjects import Subject
 from training import Space, Variant, trained, untrained
 
-from amoeba_plugin.calibration import collect_statistics
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.demo.depth_comparison import PUBLISHED
 from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.errors import RecipeError

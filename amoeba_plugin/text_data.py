@@ -1,0 +1,193 @@
+"""Calibration batches from a data set: raw text in blocks, or rows that are tokenised already."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from amoeba_plugin.batching import PaddingCollator
+from amoeba_plugin.calibration import SEQUENCE_COLUMNS, Batch, materialise
+from amoeba_plugin.errors import DataError
+from amoeba_plugin.objectives import IGNORED
+
+logger = logging.getLogger(__name__)
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+ROWS_AT_ONCE = 64  # texts tokenised in one call
+POOL = (
+    4  # blocks are drawn from so many times as many as asked for, so that a sample is not one passage of one document
+)
+
+
+def load_batches(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str,
+    num_samples: int,
+    max_seq_length: int,
+    batch_size: int,
+    text_column: str | None = None,
+    seed: int,
+) -> list[Batch]:
+    """Load a data set and make batches of it.
+
+    Raw text is tokenised, joined, and cut into blocks of ``max_seq_length`` tokens, each starting with BOS where the
+    tokenizer has one. Rows that have ``input_ids`` already are used as they are, those too long cut at the end;
+    multiple-choice rows (column ``question``) are never cut, and drawn by whole questions.
+
+    Args:
+        dataset: Directory written by ``save_to_disk``, a .json, .jsonl, .txt, .csv or .parquet file, or a hub id.
+        tokenizer: Of the model.
+        split: Split of the data set, such as "train" or "train[:10%]".
+        num_samples: Rows or blocks drawn at random; fewer where there are no more.
+        max_seq_length: Tokens.
+        batch_size: Rows per batch; shorter ones are padded on the right.
+        text_column: Where the text is; default: ``text``, or the only column of strings.
+        seed: Same seed, same rows.
+
+    Returns:
+        What :func:`materialise` returns.
+
+    Raises:
+        DataError: If the data set cannot be read, is empty or too short, or lacks the column.
+    """
+    rows = read_rows(dataset, split)
+    if len(rows) == 0:
+        raise DataError(f"data set {dataset}, split {split}, is empty; name a split with rows")
+    if min(num_samples, batch_size) < 1 or max_seq_length < 2:
+        raise DataError(
+            f"{num_samples} samples of {max_seq_length} tokens in batches of {batch_size} are impossible; "
+            "take 1 or more samples, batches of 1 or more, and 2 tokens or more"
+        )
+    rng = random.Random(seed)
+    if "input_ids" in rows.column_names:
+        chosen = _tokenised_rows(rows, num_samples, max_seq_length, rng)
+    else:
+        column = _text_column(rows, dataset, text_column)
+        chosen = _text_blocks(rows, column, dataset, tokenizer, num_samples, max_seq_length, rng)
+    if len(chosen) < num_samples:
+        logger.warning("data set %s gives %d samples where %d were asked for", dataset, len(chosen), num_samples)
+    collate = PaddingCollator(tokenizer.pad_token_id or 0)
+    return materialise(
+        collated(chosen[start : start + batch_size], collate) for start in range(0, len(chosen), batch_size)
+    )
+
+
+def read_rows(dataset: str, split: str) -> Any:
+    """Open one split of a data set, from disk, from a file or from the hub.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    # Imported here: selection on batches that a host hands over needs no data sets library.
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(dataset)
+    try:
+        if path.is_file():
+            if path.suffix not in FILE_FORMATS:
+                raise DataError(
+                    f"file {dataset} has none of the endings {', '.join(FILE_FORMATS)}; convert it to one of them"
+                )
+            options = {"sample_by": "document"} if path.suffix == ".txt" else {}
+            files = {split.partition("[")[0]: str(path)}
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=files, split=split, **options)
+        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved = load_from_disk(dataset)
+            if not isinstance(saved, DatasetDict):
+                return saved
+            if split not in saved:
+                raise DataError(f"data set {dataset} has no split '{split}'; it has {', '.join(saved)}")
+            return saved[split]
+        return load_dataset(dataset, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # builders of the data sets library raise anything, from any parser
+        raise DataError(
+            f"data set {dataset}, split {split}, cannot be read: {_reason(error)}. Give a directory written by "
+            f"save_to_disk, a file ({', '.join(FILE_FORMATS)}), or the id of a data set on the hub"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    # What the library says of a file without rows is for its authors: "list index out of range", "StopIteration".
+    if isinstance(error, IndexError | StopIteration) or "corresponds to no data" in str(error):
+        return "it is empty"
+    return str(error).strip() or type(error).__name__
+
+
+def _text_column(rows: Any, dataset: str, wanted: str | None) -> str:
+    names: list[str] = rows.column_names
+    strings = [name for name in names if getattr(rows.features[name], "dtype", None) in ("string", "large_string")]
+    found = wanted or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
+    if found not in strings:
+        asked = (
+            f"column '{wanted}' of strings" if wanted else "input_ids, and no column of strings that must be the text"
+        )
+        raise DataError(
+            f"data set {dataset} has no {asked}; its columns are {', '.join(names)}: name the one with the text "
+            "in text_column"
+        )
+    return found
+
+
+def _tokenised_rows(rows: Any, num_samples: int, length: int, rng: random.Random) -> list[dict[str, Any]]:
+    if "question" in rows.column_names:
+        groups: dict[int, list[int]] = {}
+        for index, question in enumerate(rows["question"]):
+            groups.setdefault(int(question), []).append(index)
+        shuffled = rng.sample(list(groups.values()), len(groups))
+        indices: list[int] = []
+        for group in shuffled:
+            if indices and len(indices) + len(group) > num_samples:
+                break
+            indices.extend(group)
+    else:
+        indices = rng.sample(range(len(rows)), min(num_samples, len(rows)))
+        length_of = {name: length for name in SEQUENCE_COLUMNS}
+        return [{name: _cut(value, length_of.get(name)) for name, value in rows[index].items()} for index in indices]
+    return [rows[index] for index in indices]
+
+
+def _cut(value: Any, length: int | None) -> Any:
+    return value if length is None else value[:length]
+
+
+def _text_blocks(
+    rows: Any, column: str, dataset: str, tokenizer: Any, num_samples: int, length: int, rng: random.Random
+) -> list[dict[str, Any]]:
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    size = length - len(bos)
+    tokens: list[int] = []
+    # Texts follow one another from a random one on, so that lines of one document stay together.
+    first = rng.randrange(len(rows))
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        indices = [(first + index) % len(rows) for index in range(start, min(start + ROWS_AT_ONCE, len(rows)))]
+        texts = [text for text in rows[indices][column] if text]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
+            tokens += [*ids, *eos]
+        if len(tokens) >= POOL * num_samples * size:
+            break
+    blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+    if not blocks:
+        raise DataError(
+            f"data set {dataset} is too short: {len(tokens)} tokens, and one sample takes {size}; "
+            f"give more text, or a max_seq_length of {max(len(tokens), 2)} or less"
+        )
+    chosen = rng.sample(blocks, min(num_samples, len(blocks)))
+    return [{"input_ids": bos + block, "labels": [IGNORED] * len(bos) + block} for block in chosen]
+
+
+def collated(rows: Sequence[Mapping[str, Any]], collate: PaddingCollator) -> Batch:
+    """Return rows of tokens as one batch, with their numeric columns."""
+    sequences = [name for name in SEQUENCE_COLUMNS if name in rows[0]]
+    batch = collate([{name: row[name] for name in sequences} for row in rows])
+    scalars = [name for name, value in rows[0].items() if isinstance(value, int | float)]
+    return batch | {name: torch.tensor([row[name] for row in rows]) for name in scalars}
