@@ -157,7 +157,8 @@ def check(
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
     from amoeba_plugin.preflight import check_against_model, load_config, planned_config, shape_config, subnet_config
-    from amoeba_plugin.recipes import check_recipe, find_recipe
+    from amoeba_plugin.recipe_files import find_recipe
+    from amoeba_plugin.recipes import check_recipe
     from amoeba_plugin.shape import SubnetShape
 
     is_shape = recipe[:1].isdigit() and not Path(recipe).exists()
@@ -226,7 +227,7 @@ def demo(
 @recipes_app.command("list")
 def list_recipes() -> None:
     """Name the shipped recipes."""
-    from amoeba_plugin.recipes import shipped_recipes
+    from amoeba_plugin.recipe_files import shipped_recipes
 
     table = Table("name", "what it is for", box=None)
     for name, path in shipped_recipes().items():
@@ -255,7 +256,7 @@ def copy_recipe(
 
 
 def _shipped(name: str) -> Path:
-    from amoeba_plugin.recipes import require_shipped
+    from amoeba_plugin.recipe_files import require_shipped
 
     return require_shipped(name)
 

@@ -1,28 +1,20 @@
-"""Recipes: the ones that come with the package, and the check of a recipe file before anything loads.
-
-llm-compressor ignores what it does not recognise: a stage that does not end in ``_stage``, a list where a mapping
-belongs, a key given twice. Everything of that kind is refused here, with the line it stands on.
-"""
+"""The check of a recipe before anything loads: its modifiers, their fields, and what shows when they are together."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
-
 from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
+from amoeba_plugin.recipe_files import did_you_mean, read_recipe
+from amoeba_plugin.recipe_text import GROUP_SUFFIX, SKELETON, Entry, entries_of
 from amoeba_plugin.shape import SubnetShape, parse_width
 
-SUFFIXES = (".yaml", ".yml", ".json")
-STAGE_SUFFIX, GROUP_SUFFIX = "_stage", "_modifiers"
 # Fields every llm-compressor modifier has and none acts on: a modifier with `start: 1` never starts.
 DEAD_FIELDS = ("start", "end", "update", "index")
-SKELETON = "some_stage: {some_modifiers: {SomeModifier: {field: value}}}"
 
 ModifierT = TypeVar("ModifierT")
 
@@ -61,52 +53,6 @@ class CheckedRecipe:
         return self.is_structural or any(modifier.requires_calibration_data for modifier in self.modifiers)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One modifier of a recipe as it was written."""
-
-    stage: str
-    group: str
-    name: str
-    fields: dict[str, Any]
-    line: int
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that come with the package, by name; in an installed wheel and in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "_recipes"
-    directory = installed if installed.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
-
-
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe file, or of a shipped recipe by its name.
-
-    Raises:
-        RecipeError: If there is neither.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    return require_shipped(name)
-
-
-def require_shipped(name: str) -> Path:
-    """Return the path of a shipped recipe.
-
-    Raises:
-        RecipeError: If there is none of that name.
-    """
-    shipped = shipped_recipes()
-    if name not in shipped:
-        raise RecipeError(
-            f"no recipe '{name}': there is no such file, and the shipped recipes are {', '.join(shipped)}."
-            f"{_hint(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit"
-        )
-    return shipped[name]
-
-
 def check_recipe(recipe: str | Path) -> CheckedRecipe:
     """Read a recipe and check everything that can be checked without a model.
 
@@ -119,8 +65,8 @@ def check_recipe(recipe: str | Path) -> CheckedRecipe:
     Raises:
         RecipeError: On the first thing that cannot run, or that llm-compressor would silently ignore.
     """
-    source, text = _read(recipe)
-    entries = tuple(_entries(_parse(text, source), source))
+    source, text = read_recipe(recipe)
+    entries = tuple(entries_of(text, source))
     if not entries:
         raise RecipeError(f"{source} holds no modifier; a recipe reads {SKELETON}")
     _require_distinct_groups(entries, source)
@@ -130,110 +76,7 @@ def check_recipe(recipe: str | Path) -> CheckedRecipe:
     return checked
 
 
-def _read(recipe: str | Path) -> tuple[str, str]:
-    if isinstance(recipe, str) and ("\n" in recipe or ": " in recipe):
-        return "<text>", recipe
-    path = Path(recipe)
-    if path.suffix.lower() not in SUFFIXES:
-        raise RecipeError(f"{path}: a recipe is a YAML or JSON file ({', '.join(SUFFIXES)})")
-    try:
-        return str(path), path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _parse(text: str, source: str) -> yaml.MappingNode:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source} is no YAML: {error}") from error
-    if node is None:
-        raise RecipeError(f"{source} is empty; a recipe reads {SKELETON}")
-    _require_distinct_keys(node, source, set())
-    return _mapping(node, f"{source} as a whole", "a stage")
-
-
-def _require_distinct_keys(node: yaml.Node, source: str, visited: set[int]) -> None:
-    if id(node) in visited:  # an anchor used twice, or one that holds itself
-        return
-    visited.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _require_distinct_keys(child, source, visited)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise RecipeError(f"{source}, line {line}: a key must be a plain word")
-        if key.value in seen:
-            raise RecipeError(
-                f"{source}, line {line}: '{key.value}' was given in line {seen[key.value]} already, and only the last "
-                "one would count; remove one, or put the second modifier of a kind into another group"
-            )
-        seen[key.value] = line
-        _require_distinct_keys(value, source, visited)
-
-
-def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:
-    if isinstance(node, yaml.MappingNode):
-        return node
-    kind = "a list" if isinstance(node, yaml.SequenceNode) else f"'{node.value}'" if node.value else "nothing"
-    advice = "; write {} for no fields" if of == "a field" else ""
-    raise RecipeError(
-        f"{what} (line {node.start_mark.line + 1}) holds {kind} where a mapping belongs, from the name of "
-        f"{of} to its content{advice}. llm-compressor would ignore it or stop; a recipe reads {SKELETON}"
-    )
-
-
-def _entries(root: yaml.MappingNode, source: str) -> Iterator[_Entry]:
-    for stage, stage_node in _children(root):
-        _require_suffix(stage, STAGE_SUFFIX, "stage", source)
-        groups = _children(_mapping(stage_node, f"{source}: {stage.value}", "a modifier group"))
-        _require_content(groups, stage, "modifier group", source)
-        for group, group_node in groups:
-            _require_suffix(group, GROUP_SUFFIX, "modifier group", source)
-            modifiers = _children(_mapping(group_node, f"{source}: {stage.value}.{group.value}", "a modifier"))
-            _require_content(modifiers, group, "modifier", source)
-            for name, fields_node in modifiers:
-                fields = _value(_mapping(fields_node, f"{source}: {name.value}", "a field"))
-                yield _Entry(stage.value, group.value, name.value, fields, name.start_mark.line + 1)
-
-
-def _children(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-    return list(node.value)
-
-
-def _value(node: yaml.MappingNode) -> dict[str, Any]:
-    loader = yaml.SafeLoader("")
-    try:
-        value: dict[str, Any] = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"line {node.start_mark.line + 1} holds what is not plain data: {error}") from error
-    finally:
-        loader.dispose()
-    return value
-
-
-def _require_suffix(key: yaml.ScalarNode, suffix: str, kind: str, source: str) -> None:
-    if not key.value.endswith(suffix) or key.value == suffix:
-        raise RecipeError(
-            f"{source}, line {key.start_mark.line + 1}: the {kind} '{key.value}' would be ignored by llm-compressor, "
-            f"because its name does not end in '{suffix}'; name it '{key.value.strip('_') or 'some'}{suffix}'"
-        )
-
-
-def _require_content(children: list[Any], key: yaml.ScalarNode, kind: str, source: str) -> None:
-    if not children:
-        raise RecipeError(
-            f"{source}, line {key.start_mark.line + 1}: '{key.value}' holds no {kind}; fill it or remove it"
-        )
-
-
-def _require_distinct_groups(entries: tuple[_Entry, ...], source: str) -> None:
+def _require_distinct_groups(entries: tuple[Entry, ...], source: str) -> None:
     stages: dict[str, str] = {}
     for entry in entries:
         if stages.setdefault(entry.group, entry.stage) != entry.stage:
@@ -243,13 +86,13 @@ def _require_distinct_groups(entries: tuple[_Entry, ...], source: str) -> None:
             )
 
 
-def _create(entry: _Entry, source: str) -> Any:
+def _create(entry: Entry, source: str) -> Any:
     where = f"{source}, line {entry.line}: {entry.name}"
     kind = _known_modifiers().get(entry.name)
     if kind is None:
         names = _known_modifiers()
         raise RecipeError(
-            f"{source}, line {entry.line}: there is no modifier '{entry.name}'.{_hint(entry.name, names)} "
+            f"{source}, line {entry.line}: there is no modifier '{entry.name}'.{did_you_mean(entry.name, names)} "
             f"Known: {', '.join(sorted(names))}"
         )
     if "group" in entry.fields:
@@ -265,7 +108,7 @@ def _create(entry: _Entry, source: str) -> Any:
     return _instantiate(kind, entry, where)
 
 
-def _instantiate(kind: type[Any], entry: _Entry, where: str) -> Any:
+def _instantiate(kind: type[Any], entry: Entry, where: str) -> Any:
     from pydantic import ValidationError
 
     try:
@@ -296,7 +139,8 @@ def _require_known_fields(kind: type[Any], fields: Mapping[str, Any], where: str
     for name, value in fields.items():
         if name not in known:
             raise RecipeError(
-                f"{where}: '{name}' is no field.{_hint(name, known)} Fields: {', '.join(_own_first(kind, known))}"
+                f"{where}: '{name}' is no field.{did_you_mean(name, known)} "
+                f"Fields: {', '.join(_own_first(kind, known))}"
             )
         choices = get_args(known[name].annotation) or (known[name].annotation,)  # the parts of a union
         models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
@@ -329,11 +173,6 @@ def _is_ours(modifier: Any) -> bool:
     return type(modifier).__module__.startswith("amoeba_plugin.")
 
 
-def _hint(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1) or [each for each in known if each.lower() == name.lower()]
-    return f" Did you mean '{close[0]}'?" if close else ""
-
-
 def _check_together(recipe: CheckedRecipe) -> None:
     """Check what only shows when modifiers are seen together: their order, and a shape that selection does not make."""
     from llmcompressor.recipe import Recipe
@@ -364,7 +203,7 @@ def _check_training(recipe: CheckedRecipe) -> None:
     if training.lr_scheduler_type not in schedules:
         raise RecipeError(
             f"{where}: lr_scheduler_type '{training.lr_scheduler_type}' does not exist."
-            f"{_hint(training.lr_scheduler_type, schedules)} Possible: {', '.join(schedules)}"
+            f"{did_you_mean(training.lr_scheduler_type, schedules)} Possible: {', '.join(schedules)}"
         )
     try:
         training.options()

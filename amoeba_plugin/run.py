@@ -17,7 +17,8 @@ from amoeba_plugin.preflight import (
     require_new_directory,
     weightless,
 )
-from amoeba_plugin.recipes import CheckedRecipe, check_recipe, find_recipe
+from amoeba_plugin.recipe_files import find_recipe
+from amoeba_plugin.recipes import CheckedRecipe, check_recipe
 from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
 if TYPE_CHECKING:

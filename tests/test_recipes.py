@@ -13,7 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier
 from amoeba_plugin.preflight import check_against_model
-from amoeba_plugin.recipes import check_recipe, find_recipe, shipped_recipes
+from amoeba_plugin.recipe_files import find_recipe, shipped_recipes
+from amoeba_plugin.recipes import check_recipe
 
 SHIPPED = shipped_recipes()
 

@@ -33,7 +33,7 @@ from amoeba_plugin.extraction import extract
 from amoeba_plugin.memory import peak_memory
 from amoeba_plugin.plugins import objective_named
 from amoeba_plugin.profiling import Latency, measure_latency
-from amoeba_plugin.recipes import find_recipe
+from amoeba_plugin.recipe_files import find_recipe
 from amoeba_plugin.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
 from amoeba_plugin.report_page import write_report
 from amoeba_plugin.report_tables import print_report

@@ -1,0 +1,79 @@
+"""Where recipes are: files of one's own, and those that come with the package."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from amoeba_plugin.errors import RecipeError
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name; in an installed wheel and in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_recipes"
+    directory = installed if installed.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe file, or of a shipped recipe by its name.
+
+    Raises:
+        RecipeError: If there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    return require_shipped(name)
+
+
+def require_shipped(name: str) -> Path:
+    """Return the path of a shipped recipe.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(
+            f"no recipe '{name}': there is no such file, and the shipped recipes are {', '.join(shipped)}."
+            f"{did_you_mean(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit"
+        )
+    return shipped[name]
+
+
+def read_recipe(recipe: str | Path) -> tuple[str, str]:
+    """Return where a recipe is from, for messages, and its text.
+
+    Args:
+        recipe: Path of a YAML or JSON file, or the text itself (a string with a line break or a colon and a space).
+
+    Raises:
+        RecipeError: If the file cannot be read.
+    """
+    if isinstance(recipe, str) and ("\n" in recipe or ": " in recipe):
+        return "<text>", recipe
+    path = Path(recipe)
+    if path.suffix.lower() not in SUFFIXES:
+        raise RecipeError(f"{path}: a recipe is a YAML or JSON file ({', '.join(SUFFIXES)})")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def did_you_mean(name: str, known: Mapping[str, Any]) -> str:
+    """Return a sentence that names the known name next to a wrong one, or nothing where none is near.
+
+    >>> did_you_mean("demos", {"demo": 1, "qwen3": 2})
+    " Did you mean 'demo'?"
+    """
+    close = difflib.get_close_matches(name, known, n=1) or [each for each in known if each.lower() == name.lower()]
+    return f" Did you mean '{close[0]}'?" if close else ""
