@@ -36,6 +36,7 @@ from amoeba_plugin.extraction import extract
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.sublayers import PARTS, StandIns
 
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
 # Neither nested nor a prefix, and the first layer goes: an index that is not renumbered shows.
@@ -228,6 +229,28 @@ class ArchitectureConformance:
         elastic = self.elastic()
         with elastic.active(f"4x{width}") as model:
             _close(self.logits(model), self.logits(masked), f"4x{width}")
+
+    def test_a_sublayer_that_goes_is_one_that_ends_in_zeros(self) -> None:
+        """Attention or MLP of a layer taken out, against a model in which its output projection is zero; or refused."""
+        model, adapter = self.model(), architecture_for(self.config["model_type"])
+        try:
+            sublayers = adapter.sublayers(model.config)
+        except ArchitectureError as refusal:
+            if "granularity: layer" in str(refusal):
+                return
+            raise
+        before, stand_ins = self.logits(model), StandIns(sublayers, tuple(adapter.layers(model)))
+        for index, part in enumerate(PARTS):
+            zeroed = self.model()
+            parameters = dict(adapter.layers(zeroed)[index].named_parameters())
+            ends = [parameters[name] for name in sublayers[part].outputs if name in parameters]
+            assert ends, f"{part}: none of {sublayers[part].outputs} is there"
+            with torch.no_grad():
+                for parameter in ends:
+                    parameter.zero_()
+            with stand_ins.without({index: part}):
+                _close(self.logits(model), self.logits(zeroed), f"without {index}.{part}")
+        assert torch.equal(self.logits(model), before)
 
     def test_cached_decoding_agrees_step_by_step(self) -> None:
         """At every shape, logits of one token after the other with a cache are those of all at once."""

@@ -23,6 +23,7 @@ from elastic_models import random_elastic, tiny_llama
 from llmcompressor import oneshot
 from peft import LoraConfig
 from safetensors.torch import save_file
+from sublayer_models import TABLE, elastic_of
 from test_modifiers import save_base
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -43,6 +44,7 @@ from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 
 STEPS, GLOBAL_BATCH = 5, 4
+SUBLAYERS = {depth: kept for depth, kept in TABLE.items() if depth != "1"}
 SHAPE = "2x1/2"  # the smallest
 
 
@@ -55,6 +57,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 48
+    sublayers: bool = False
 
 
 EACH_SUBNET = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
@@ -73,8 +76,10 @@ CASES = {
     "none": Case("none"),
     "lora": Case("lora", arguments={"gradient_checkpointing": True}),
     "each": Case("none", arguments={"accelerator_config": EACH_SUBNET}),
+    "sublayers": Case(sublayers=True),
+    "sublayers, all": Case("none", sublayers=True),
 }
-MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "all tokens", "none"], "fsdp": list(CASES)}
+MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "all tokens", "none", "sublayers"], "fsdp": list(CASES)}
 UNEVEN = Case(rows=7)  # 3 and 4 for each process
 RECIPE = {
     "adapter": {"r": 2, "num_experts": 3}, "max_steps": STEPS, "gradient_accumulation_steps": 2, "save_steps": 2,
@@ -151,7 +156,7 @@ def make_arguments(directory: Path, mode: str, **fields: Any) -> TrainingArgumen
 
 def make_trainer(directory: Path, case: Case, mode: str, **fields: Any) -> OneForAllTrainer:
     """Return a trainer of a fresh model."""
-    elastic = random_elastic(tiny_llama())
+    elastic = elastic_of(tiny_llama(), SUBLAYERS) if case.sublayers else random_elastic(tiny_llama())
     arguments = make_arguments(directory, mode, **case.arguments | fields)
     return OneForAllTrainer(
         make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments,

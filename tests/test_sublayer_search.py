@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
 from sublayer_models import CASES, zeroed
 from test_depth import plain_loss, recurrence
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin import depth
@@ -158,6 +160,32 @@ def test_a_search_over_sublayers_is_resumed_beside_one_over_layers(
     assert search(model, batches, resume_dir=tmp_path).search["measured"] == 0
     with pytest.raises(ArtifactError, match="data is"):
         search(model, random_batches(2, seed=9), resume_dir=tmp_path)
+
+
+def search_on_rank(rank: int, model: PreTrainedModel, batches: list[Batch], directory: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    found = search(model, batches)
+    (directory / f"{rank}.json").write_text(json.dumps([found.table, list(found.metric.values())]))
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_process_finds(
+    tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path
+) -> None:
+    model, batches = tiny_model("llama"), random_batches(3, lengths=(12, 7))
+    wanted = search(model, batches)
+    forked = multiprocessing.get_context("fork")
+    ranks = [forked.Process(target=search_on_rank, args=(rank, model, batches, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first[0] == wanted.table
+    assert first[1] == pytest.approx(list(wanted.metric.values()), rel=1e-9)
 
 
 def test_an_offloaded_model_fetches_each_sublayer_once_a_step(

@@ -1,11 +1,15 @@
 """What the search over depths costs and finds: in lockstep against one subnet after another, and against all subsets.
 
 Usage: python tests/benchmarks/depth_search.py [cost|regret|count] [--layers 12] [--min-depth 8] [--samples 20]
-       [--length 256] [--exchanges 1] [--model demo|random]
+       [--length 256] [--exchanges 1] [--model demo|random] [--sublayers]
 
 ``cost`` prints layer-forwards and CPU seconds side by side; a layer-forward is one decoder layer run on one subnet's
 states of one batch. ``regret`` measures every subset of layers that could go, and prints how far from the best one the
 dynamic program, beams and exchanges end. ``count`` prints the layer-forwards of the paper's setting, without a model.
+
+With ``--sublayers``, ``cost`` searches attention and MLP as units, and ``regret`` adds how far from the best set of
+whole layers removing them apart ends (below 0: better than any), once with two sublayers removed for every layer, and
+once with at least as many parameters removed as the layers have, as attention is smaller than an MLP.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from amoeba_plugin import demo, depth
@@ -32,8 +37,11 @@ from amoeba_plugin.objectives import PerTokenLoss, Score, evaluating
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.recurrence import Search, Table
 from amoeba_plugin.strategy import DepthStrategy
+from amoeba_plugin.sublayers import StandIns
 
 BATCH_SIZE = 8
+MOST_SETS, SETS_AT_ONCE = 20_000, 500
+Result = tuple[str, dict[int, float], int]  # name, loss above the best subset's by layers removed, subnets scored
 
 
 def random_model(layers: int, seed: int) -> PreTrainedModel:
@@ -79,7 +87,9 @@ def cost(options: argparse.Namespace) -> None:
         f"{torch.get_num_threads()} thread(s)\n"
     )
     print(f"{'':16}{'subnets':>9}{'layer-forwards':>16}{'calls':>8}{'CPU seconds':>13}")
-    contract = check_contract(model, adapter, batches)
+    layers = tuple(adapter.layers(model))
+    stand_ins = StandIns(adapter.sublayers(model.config), layers) if options.sublayers else None
+    contract = check_contract(model, adapter, batches, stand_ins)
     found: list[DepthStrategy] = []
     for name, how in (("one by one", Contract("for comparison")), ("in lockstep", contract)):
         with mock.patch.object(depth, "check_contract", return_value=how):
@@ -87,13 +97,14 @@ def cost(options: argparse.Namespace) -> None:
             strategy = search_depths(
                 model, adapter, PerTokenLoss(), batches,
                 min_depth=options.min_depth, exchanges=options.exchanges, progress=False,
+                granularity="sublayer" if options.sublayers else "layer",
             )  # fmt: skip
         took, seconds = strategy.search, time.process_time() - start
-        forwards = took["layer_forwards"] // len(batches)
-        calls = took.get("layer_calls", took["layer_forwards"]) // len(batches)
+        forwards = round(took["layer_forwards"] / len(batches))
+        calls = round(took.get("layer_calls", took["layer_forwards"]) / len(batches))
         print(f"{name:16}{took['measured']:9d}{forwards:16d}{calls:8d}{seconds:13.2f}")
         found.append(strategy)
-    if found[0].kept != found[1].kept:
+    if (found[0].kept, found[0].lost) != (found[1].kept, found[1].lost):
         raise SystemExit("the two strategies differ")
     worst = max(abs(found[0].metric[d] / found[1].metric[d] - 1) for d in found[0].metric)
     print(f"\nthe same layers kept at every depth; losses differ by {worst:.1e} at most, relative")
@@ -106,21 +117,24 @@ def regret(options: argparse.Namespace) -> None:
     subnets: dict[str, list[int]] = {}
     for seed in seeds:
         model, batches = model_and_batches(options, seed)
-        for name, found, asked in searches(model, batches, options.min_depth):
+        results, best = searches(model, batches, options.min_depth)
+        if options.sublayers:
+            results += sublayer_searches(model, batches, options.min_depth, best)
+        for name, found, asked in results:
             rows.setdefault(name, []).append(found)
             subnets.setdefault(name, []).append(asked)
+    layer = model.model.layers[0]
+    print(f"parameters of an attention: {parameters(layer.self_attn):,}, of an MLP: {parameters(layer.mlp):,}\n")
     removed = list(rows["all subsets"][0])
-    print(f"{'':34}{'subnets':>8}" + "".join(f"{f'-{count}':>10}" for count in removed))
+    print(f"{'':44}{'subnets':>8}" + "".join(f"{f'-{count}':>10}" for count in removed))
     for name, each in rows.items():
         mean = {count: math.fsum(found[count] for found in each) / len(each) for count in removed}
         shown = "".join(f"{mean[count]:10.4f}" for count in removed)
-        print(f"{name:34}{math.fsum(subnets[name]) / len(each):8.0f}{shown}")
+        print(f"{name:44}{math.fsum(subnets[name]) / len(each):8.0f}{shown}")
 
 
-def searches(
-    model: PreTrainedModel, batches: Sequence[Batch], min_depth: int
-) -> list[tuple[str, dict[int, float], int]]:
-    """Return for every way to search its name, loss above the best subset's by layers removed, and subnets scored."""
+def searches(model: PreTrainedModel, batches: Sequence[Batch], min_depth: int) -> tuple[list[Result], dict[int, float]]:
+    """Return the ways to search, and the best subset's loss by layers removed."""
     adapter, objective = architecture_for("llama"), PerTokenLoss()
     layers = len(model.model.layers)
     candidates, most = layers - 1, layers - min_depth
@@ -156,7 +170,57 @@ def searches(
             count: math.fsum(everything.scores[each[count - 1]].value for each in drawn) / len(drawn) - best[count]
             for count in best
         }
-    return [*results, ("one random subset (mean of 20)", mean, 1)]
+    return [*results, ("one random subset (mean of 20)", mean, 1)], best
+
+
+def sublayer_searches(
+    model: PreTrainedModel, batches: Sequence[Batch], min_depth: int, best: dict[int, float]
+) -> list[Result]:
+    """Return ways to search sublayers; ``best`` is the loss of the best subset of whole layers by their number."""
+    adapter, objective = architecture_for("llama"), PerTokenLoss()
+    layers = tuple(adapter.layers(model))
+    candidates, most = 2 * (len(layers) - 1), 2 * (len(layers) - min_depth)
+    deepest = min(candidates, most + 4)  # attentions are small: as many parameters are more of them
+    sizes = [parameters(layers[0].self_attn), parameters(layers[0].mlp)]
+    stand_ins = StandIns(adapter.sublayers(model.config), layers)
+    with (
+        depth._Measurement.of(
+            model, adapter, objective, batches, batches, candidates, 2**32, lambda n: None, stand_ins
+        ) as measure,
+        evaluating(model),
+    ):
+        everything = MeasuredTable(measure, {})
+        everything([WHOLE])
+        results: list[Result] = []
+        for beam, rounds in ((1, 0), (4, 0), (1, 1)):
+            asked = MeasuredTable(everything, {})
+            search = Search(asked, objective)
+            table = search.exchange(search.shrink(candidates, deepest, beam), candidates, rounds)
+            name = f"sublayers, beam {beam}" + ", 1 exchange" * rounds
+            alike = {count: table[2 * count][1].value - best[count] for count in best}
+            results.append((f"{name}: as many units", alike, len(asked.scores)))
+            lean = {count: smallest_loss(table, sizes, count * sum(sizes)) - best[count] for count in best}
+            results.append((f"{name}: as many parameters", lean, len(asked.scores)))
+        sets = [Removed(s) for count in best for s in itertools.combinations(range(candidates), 2 * count)]
+        if len(sets) <= MOST_SETS:
+            for start in range(0, len(sets), SETS_AT_ONCE):
+                everything(sets[start : start + SETS_AT_ONCE])
+            found = {
+                count: min(everything.scores[each].value for each in sets if len(each) == 2 * count) - best[count]
+                for count in best
+            }
+            results.append(("all sets of sublayers: as many units", found, len(sets)))
+    return results
+
+
+def parameters(module: nn.Module) -> int:
+    """Return how many there are in a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def smallest_loss(table: Table, sizes: Sequence[int], least: int) -> float:
+    """Return the best loss in a table among removals of at least so many parameters."""
+    return min(score.value for removed, score in table.values() if sum(sizes[unit % 2] for unit in removed) >= least)
 
 
 def count(options: argparse.Namespace) -> None:
@@ -198,6 +262,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--exchanges", type=int, default=1)
+    parser.add_argument("--sublayers", action="store_true", help="attention and MLP apart")
     options = parser.parse_args()
     {"cost": cost, "regret": regret, "count": count}[options.what](options)
 
