@@ -19,14 +19,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amoeba_plugin.directories import whole_or_nothing
@@ -35,6 +31,7 @@ from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
+from amoeba_plugin.parity import ADAPTER_DIRECTORY, PARITY_NAME, AdapterMode, Parity, measure_parity
 from amoeba_plugin.ranks import rank
 from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
 from amoeba_plugin.sharded import whole_state_dict
@@ -42,31 +39,10 @@ from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
 from amoeba_plugin.strategy import SubnetStrategy, write_atomically
 from amoeba_plugin.streaming import StreamedWeights, streamed_model
-from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
 FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
-ELASTIC_NAME, ADAPTER_DIRECTORY, PARITY_NAME = "elastic.json", "adapter", "parity.json"
+ELASTIC_NAME = "elastic.json"
 BASE_DIRECTORY = "base"
-PARITY_TOKENS = 64
-
-AdapterMode = Literal["fold", "separate"]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a reloaded checkpoint is from the elastic model at its shape, on one batch of random tokens."""
-
-    shape: str
-    adapter: AdapterMode  # "separate": the checkpoint was loaded with the LoRA beside it, by stock PEFT
-    tokens: int
-    max_logit_difference: float
-    mean_kl_divergence: float  # nats per token
-
-    @property
-    def in_words(self) -> str:
-        """For people."""
-        difference = f"{self.max_logit_difference:.1e} over {self.tokens} tokens"
-        return f"logits differ from the elastic model's by at most {difference}"
 
 
 def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
@@ -310,39 +286,6 @@ def _write_lora(
     config.base_model_name_or_path = str(subnet.resolve())
     with elastic.active(shape) as model:
         write_lora(directory, cut_factors(elastic, smol, shape), config, model)
-
-
-@torch.no_grad()
-def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:
-    """Reload a checkpoint, with the adapter beside it if there is one, and compare its logits with the elastic model's
-    at the shape it was cut from.
-    """
-    # A per-layer subnet is loaded by the file that was written beside it, which is this package's own.
-    reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        checkpoint, trust_remote_code=(checkpoint / PER_LAYER_FILE).is_file()
-    ).eval()
-    separate = (checkpoint / ADAPTER_DIRECTORY).is_dir()
-    served: nn.Module = (
-        PeftModel.from_pretrained(reloaded, str(checkpoint / ADAPTER_DIRECTORY)) if separate else reloaded
-    )
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(elastic.config.vocab_size, (1, PARITY_TOKENS), generator=generator).to(elastic.model.device)
-    with elastic.active(shape) as model:
-        expected = model(tokens, use_cache=False).logits.float()
-    found = nn.Module.to(served, tokens.device)(tokens, use_cache=False).logits.float()
-    divergence = torch.nn.functional.kl_div(
-        found.log_softmax(-1).flatten(0, 1),
-        expected.log_softmax(-1).flatten(0, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return Parity(
-        str(shape),
-        "separate" if separate else "fold",
-        PARITY_TOKENS,
-        (found - expected).abs().max().item(),
-        divergence.item(),
-    )
 
 
 def _holds_base_weights(adapter: Path) -> bool:

@@ -73,7 +73,7 @@ def write_model_card(directory: Path, facts: Mapping[str, str], parity: str | No
     Args:
         directory: Of the checkpoint, complete but for the card.
         facts: From :func:`model_card`; "base model" at least.
-        parity: What :func:`amoeba_plugin.checkpoint.measure_parity` found, in words, where it was measured.
+        parity: What :func:`amoeba_plugin.parity.measure_parity` found, in words, where it was measured.
     """
     base = facts["base model"]
     data = ModelCardData(

@@ -108,9 +108,7 @@ def load_questions(
     rng = random.Random(seed)
     rows = []
     for number, question in enumerate(chosen):
-        same = [each for each in examples if each.subject == question.subject]
-        pool = same if len(same) >= shots else examples
-        shown = rng.sample(pool, min(shots, len(pool)))
+        shown = _examples_for(question, examples, shots, rng)
         for choice in range(len(question.choices)):
             ids, target = _tokenised(question, choice, shown, tokenizer, letters, max_seq_length)
             labels = [IGNORED] * (len(ids) - target) + ids[len(ids) - target :]
@@ -118,6 +116,13 @@ def load_questions(
             rows.append({"input_ids": ids, "labels": labels, "question": number, "is_answer": answer})
     collate = PaddingCollator(tokenizer.pad_token_id or 0)
     return materialise(collated(rows[start : start + batch_size], collate) for start in range(0, len(rows), batch_size))
+
+
+def _examples_for(question: Question, examples: Sequence[Question], shots: int, rng: random.Random) -> list[Question]:
+    """Draw answered questions, of the question's subject where there are enough."""
+    same = [each for each in examples if each.subject == question.subject]
+    pool = same if len(same) >= shots else examples
+    return rng.sample(pool, min(shots, len(pool)))
 
 
 def stratified(questions: Sequence[Question], count: int, seed: int) -> list[Question]:

@@ -1,0 +1,70 @@
+"""How far a reloaded subnet checkpoint is from the elastic model that it was cut from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.subnet_classes import PER_LAYER_FILE
+
+ADAPTER_DIRECTORY, PARITY_NAME = "adapter", "parity.json"  # in the checkpoint
+PARITY_TOKENS = 64
+AdapterMode = Literal["fold", "separate"]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a reloaded checkpoint is from the elastic model at its shape, on one batch of random tokens."""
+
+    shape: str
+    adapter: AdapterMode  # "separate": the checkpoint was loaded with the LoRA beside it, by stock PEFT
+    tokens: int
+    max_logit_difference: float
+    mean_kl_divergence: float  # nats per token
+
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        difference = f"{self.max_logit_difference:.1e} over {self.tokens} tokens"
+        return f"logits differ from the elastic model's by at most {difference}"
+
+
+@torch.no_grad()
+def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:
+    """Reload a checkpoint, with the adapter beside it if there is one, and compare its logits with the elastic model's
+    at the shape it was cut from.
+    """
+    # A per-layer subnet is loaded by the file that was written beside it, which is this package's own.
+    reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=(checkpoint / PER_LAYER_FILE).is_file()
+    ).eval()
+    separate = (checkpoint / ADAPTER_DIRECTORY).is_dir()
+    served: nn.Module = (
+        PeftModel.from_pretrained(reloaded, str(checkpoint / ADAPTER_DIRECTORY)) if separate else reloaded
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(elastic.config.vocab_size, (1, PARITY_TOKENS), generator=generator).to(elastic.model.device)
+    with elastic.active(shape) as model:
+        expected = model(tokens, use_cache=False).logits.float()
+    found = nn.Module.to(served, tokens.device)(tokens, use_cache=False).logits.float()
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1).flatten(0, 1),
+        expected.log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    return Parity(
+        str(shape),
+        "separate" if separate else "fold",
+        PARITY_TOKENS,
+        (found - expected).abs().max().item(),
+        divergence.item(),
+    )
