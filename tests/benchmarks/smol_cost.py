@@ -7,6 +7,8 @@ compared take turns, each round gives one ratio, and the median of the ratios is
   by a constant tensor), for ``factors`` against a LoRA of rank r and ``outputs`` against one of rank k*r;
 * step: forward, loss, backward and AdamW of a Llama with 8 layers of 512 channels, all linears adapted, against the
   LoRA of the same rank;
+* router: the same step with the router asked once per forward, against once per layer as it is; gradient checkpointing
+  and calls of a part of the model would then find its graph freed;
 * memory: bytes saved for the backward pass of the same model beyond what the LoRA of the same rank saves, parameters
   not counted, at both numbers of tokens;
 * shape: microseconds that ``set_shape`` takes on a model with 32 layers.
@@ -30,6 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from amoeba_plugin.hosted import answering
 from amoeba_plugin.smol import SmolConfig
 
 RANK, EXPERTS, TOP_K = 64, 5, 2
@@ -69,12 +72,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="of the adapter alone")
     parser.add_argument("--step-rounds", type=int, default=5, help="of the whole model's step")
-    parser.add_argument("--only", choices=("adapter", "step", "memory", "shape"), help="one part of it")
+    parser.add_argument("--only", choices=("adapter", "step", "router", "memory", "shape"), help="one part of it")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], Iterator[Finding]]] = {
         "adapter": lambda: adapter_findings(settings.rounds),
         "step": lambda: step_findings(settings.step_rounds),
+        "router": lambda: router_findings(settings.step_rounds),
         "memory": memory_findings,
         "shape": shape_findings,
     }
@@ -111,6 +115,28 @@ def step_findings(rounds: int) -> Iterator[Finding]:
             runs = [step_run(llama(config), ids) for config in (smol(combination), lora(rank))]
             what = f"training step, {combination} / LoRA {rank}: {tokens} tokens"
             yield ratio_finding(what, *interleave(runs[0], runs[1], rounds), STEP_TARGET)
+
+
+def router_findings(rounds: int) -> Iterator[Finding]:
+    """Compare training steps that route once per forward with those that route in every layer."""
+    for tokens in (64, SEQUENCE):
+        ids = torch.randint(1000, (1, tokens))
+        once, always = (llama(smol("factors")) for _ in range(2))
+        what = f"training step, routed once / in every layer: {tokens} tokens"
+        yield ratio_finding(what, *interleave(routed_once(once, ids), step_run(always, ids), rounds), None)
+
+
+def routed_once(model: PeftModel, ids: Tensor) -> Callable[[], None]:
+    """Return a training step in which the first layer's routing answers all others."""
+    router, step = model.base_model.router, step_run(model, ids)
+    route = router.forward
+
+    def run() -> None:
+        found: dict[str, Any] = {}
+        with answering(router, lambda name: found[name] if name in found else found.setdefault(name, route(name))):
+            step()
+
+    return run
 
 
 def memory_findings() -> Iterator[Finding]:
