@@ -19,9 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.slicing import Rows, count, take
 
 UNITS_AT_ONCE = 1024
+NOT_MERGED = (
+    "so that no adapter of an elastic model can be merged into it; take extract(elastic, shape), or save_elastic and "
+    "`amoeba extract`"
+)
 DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -115,6 +120,11 @@ class PackedElasticLinear(PartialLinear):
 
     row_order: Tensor
     column_order: Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # a host merging an adapter, whose channels are in another order than the weight's
+            raise AdapterError(f"a {type(self).__name__} keeps its weight packed, {NOT_MERGED}")
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., active_in) to (..., active_out)."""

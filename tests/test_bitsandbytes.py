@@ -24,7 +24,7 @@ from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import extract_checkpoint, load_elastic, save_elastic
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import PackedElasticLinear, dense_weight
-from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
+from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.modifiers import OneForAllDistillationModifier, TrainingEventsCallback, begin_session
 from amoeba_plugin.plugins import architecture_for
@@ -168,6 +168,20 @@ def test_the_base_itself_cannot_be_trained(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
         elastic.model.lm_head.requires_grad_(True)
         train(elastic, elastic.model, tmp_path)
+
+
+@pytest.mark.parametrize("config", [FOUR, EIGHT])
+@pytest.mark.parametrize("kind", ["smol", "lora"])
+@pytest.mark.filterwarnings("ignore:Merge lora module to")
+def test_merging_into_weights_of_another_order_is_refused(base: Path, kind: str, config: BitsAndBytesConfig) -> None:
+    elastic = ElasticModel(model := load(base, config), random_strategy(model))
+    adapter = adapted(elastic, kind)
+    stored = {name: parameter.clone() for name, parameter in adapter.named_parameters()}
+    for merge in (adapter.merge_adapter, adapter.merge_and_unload):
+        with pytest.raises(AdapterError, match="keeps its weight packed, so that no adapter .* can be merged into it"):
+            merge()
+    assert stored.keys() == dict(adapter.named_parameters()).keys()
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in adapter.named_parameters())
 
 
 def test_a_recipe_that_extracts_runs_on_it(base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from amoeba_plugin.compressed_linear import keep_packed
+from amoeba_plugin.elastic_linear import NOT_MERGED, PackedElasticLinear, PartialLinear
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig
@@ -142,9 +143,16 @@ class SmolModel(BaseTuner):
 
         Raises:
             ShapeError: If the adapter was not made for the shape.
-            AdapterError: If the adapter also holds whole modules or biases, which a LoRA written here would lose.
+            AdapterError: If the adapter also holds whole modules or biases, which a LoRA written here would lose, or
+                learned on an elastic model, whose order of channels no checkpoint of the base has.
         """
         name = self._adapter(adapter)
+        if any(isinstance(module, PartialLinear) for module in self.model.modules()):
+            raise AdapterError(
+                "the base model is elastic, its channels are in order of their importance: this LoRA would fit no "
+                "checkpoint; write one with save_elastic, then `amoeba extract ELASTIC --shape SHAPE --adapter "
+                "separate`"
+            )
         write_lora(directory, self.lora_factors(shape, name), self._config(name), self.model)
 
     def _adapter(self, name: str | None) -> str:
@@ -202,6 +210,8 @@ class SmolModel(BaseTuner):
         for name, module in self.model.named_modules():
             if not isinstance(module, SmolLinear):
                 continue
+            if isinstance(module.get_base_layer(), PackedElasticLinear):
+                raise AdapterError(f"'{name}' keeps its weight packed, {NOT_MERGED}")
             backend = module.quantization_backend
             if backend is not None and not getattr(backend, "supports_merge", True):
                 raise AdapterError(

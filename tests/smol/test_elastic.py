@@ -111,6 +111,14 @@ def test_an_adapter_of_another_space_than_the_strategy(base_model: Callable[...,
         load_elastic(tmp_path / "elastic")
 
 
+def test_a_lora_of_reordered_channels_is_not_written(base_model: Callable[..., Any], tmp_path: Path) -> None:
+    elastic = random_elastic(base_model(num_attention_heads=8, num_key_value_heads=4, hidden_size=32))
+    peft_model = attach_smol(elastic, SmolConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"would fit no checkpoint; .* --adapter separate`"):
+        peft_model.to_lora(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_without_adapt_largest_the_whole_model_stays_the_base(
     smol_model: Callable[..., Any], tokens: Tensor, combination: str
