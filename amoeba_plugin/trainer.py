@@ -51,8 +51,10 @@ class OneForAllTrainer(Trainer):
     ``conflict/SHAPE~SHAPE`` (the cosine of two subnets' gradients); for SMOL also ``router/SHAPE/expert_I`` and
     ``router/SHAPE/entropy`` (nats), of the mixture without noise as it is now.
 
-    With several processes all draw the same shapes, a balancing ratio is that of all their losses together,
-    and gradients are exchanged once per optimizer step.
+    With several processes (DDP or FSDP2) all draw the same shapes, a balancing ratio is that of all their losses
+    together, and gradients are exchanged once per optimizer step. FSDP2 adds them up unsharded until then, as large as
+    what is trained; with ``sync_each_batch`` of accelerate's ``gradient_accumulation_kwargs`` they are exchanged, and
+    sharded, after every subnet.
 
     Args:
         model: What is trained: the elastic model's own, or the ``PeftModel`` around it.
