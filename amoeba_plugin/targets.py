@@ -60,6 +60,7 @@ class Candidate:
         group_size: Inputs that share a scale, or ``None``.
         scheme: Name of the quantization, or ``None``.
         devices: Over which the model is split (tensor parallel).
+        experts: Whether it is a mixture of experts.
     """
 
     config: PretrainedConfig
@@ -68,6 +69,7 @@ class Candidate:
     group_size: int | None = None
     scheme: str | None = None
     devices: int = 1
+    experts: bool = False
 
     @property
     def class_name(self) -> str:
@@ -143,6 +145,12 @@ def candidate(
     model = weightless(config) if uneven else _one_layer(config)
     groups = adapter.channel_groups(config.per_layer_config[0] if uneven else config)
     consumers = {group.consumer.path for group in groups}
+    experts = any(group.consumer.expert is not None for group in groups)
+    if experts:  # quantized, and split over devices, one linear at a time
+        from amoeba_plugin.modifiers.quantized_experts import take_apart
+
+        model = take_apart(model)
+        consumers |= {path for path, _ in adapter.layers(model)[0].named_modules() if path.endswith(".down_proj")}
     linears, split = {}, set()
     for index, layer in enumerate(adapter.layers(model)):
         for path, module in layer.named_modules():
@@ -150,7 +158,7 @@ def candidate(
                 name = path.rpartition(".")[2] + (f" of layer {index}" if uneven else "")
                 linears[name] = (module.in_features, module.out_features)
                 split |= {name} if path in consumers else set()
-    return Candidate(config, linears, frozenset(split), group_size, scheme, devices)
+    return Candidate(config, linears, frozenset(split), group_size, scheme, devices, experts)
 
 
 def findings(subject: Candidate, target: str) -> list[Finding]:
@@ -266,6 +274,15 @@ def _outputs_multiple(subject: Candidate, step: int) -> str:
     return _listed({name: outputs for name, outputs in subject.outputs().items() if outputs % step}, "outputs")
 
 
+def _experts_readable(subject: Candidate, _: None) -> str:
+    if subject.scheme is None or not subject.experts:
+        return ""
+    from amoeba_plugin.modifiers.quantized_experts import unreadable
+
+    wrong = unreadable(preset_name_to_scheme(subject.scheme, ["Linear"]))
+    return f"experts with {wrong}" if wrong else ""
+
+
 def _listed(sizes: Mapping[str, int], unit: str) -> str:
     return ", ".join(f"{name} ({size} {unit})" for name, size in sizes.items())
 
@@ -274,6 +291,6 @@ CHECKS: dict[str, Callable[[Candidate, Any], str]] = {
     check.__name__.removeprefix("_"): check
     for check in (
         _class_among, _layers_alike, _field_is_off, _heads_split, _neurons_split, _head_size_among, _heads_fill_hidden,
-        _group_size_among, _groups_divide_inputs, _inputs_multiple, _outputs_multiple,
+        _group_size_among, _groups_divide_inputs, _inputs_multiple, _outputs_multiple, _experts_readable,
     )
 }  # fmt: skip

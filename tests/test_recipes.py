@@ -12,9 +12,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier
-from amoeba_plugin.preflight import check_against_model
+from amoeba_plugin.preflight import check_against_model, subnet_config
 from amoeba_plugin.recipe_files import find_recipe, shipped_recipes
 from amoeba_plugin.recipes import check_recipe
+from amoeba_plugin.subnet_classes import is_per_layer
 
 SHIPPED = shipped_recipes()
 
@@ -242,6 +243,19 @@ def grouped(size: int) -> str:
     weights = f"{{num_bits: 4, strategy: group, group_size: {size}}}"
     groups = f"{{config_groups: {{g: {{targets: [Linear], weights: {weights}}}}}, ignore: [lm_head]}}"
     return GOOD.replace("{targets: [Linear], scheme: W8A8, ignore: [lm_head]}", groups)
+
+
+@pytest.mark.parametrize("uneven", ["allocation: global", "anchor_layers: 1"])
+def test_layers_of_different_sizes_are_checked_at_the_least_they_may_keep(uneven: str):
+    def text(round_to: str, size: int) -> str:
+        return grouped(size).replace('["1", "3/4"]', f'["1", "3/4"], {uneven}, round_to: {round_to}')
+
+    check_against_model(check_recipe(text("32", 32)), config_of())
+    with pytest.raises(RecipeError, match=r"groups of 32 .*down_proj"):
+        check_against_model(check_recipe(text("{attention: 32, mlp: 40}", 32)), config_of())
+    assert is_per_layer(subnet_config(check_recipe(text("32", 32)), config_of()))
+    portable = text("32", 32).replace("{shape: 3x3/4}", "{shape: 3x3/4, portable: true}")
+    assert not is_per_layer(subnet_config(check_recipe(portable), config_of()))
 
 
 def test_a_group_size_must_divide_the_subnets_inputs():

@@ -98,6 +98,23 @@ def test_layers_of_different_sizes_need_transformers(target: str):
     assert ("layers_alike", "warn" if target == "transformers" else "refuse") in found
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_asked_about_one_by_one(model_type: str):
+    neurons = {"intermediate_size": 1024, "moe_intermediate_size": 1024} if model_type == "qwen3_moe" else {}
+    whole = seven_b(model_type, **{"intermediate_size": 1024, "num_experts": 4, "num_local_experts": 4, **neurons})
+    assert not broken(subject(whole, "24x3/4", "transformers", "W4A16"), "transformers")
+    narrow = subject(whole, "24x7/8", "transformers", "W4A16", round_to=8)
+    assert broken(narrow, "transformers") == set()  # 896 neurons
+    assert narrow.linears["down_proj"] == (896, 4096)
+    odd = subject(whole, "24x13/16", "transformers", "W4A16", round_to=8)  # 832 neurons
+    assert broken(odd, "transformers") == {("groups_divide_inputs", "refuse")}
+    for scheme in ("W8A8", "FP8_DYNAMIC", "W4A16_ASYM", "NVFP4A16"):
+        assert ("experts_readable", "refuse") in broken(
+            subject(whole, "24x3/4", "transformers", scheme), "transformers"
+        )
+    assert ("experts_readable", "refuse") not in broken(subject(whole, "24x3/4", "vllm", "W8A8"), "vllm")
+
+
 def test_what_is_unknown_is_refused_with_what_there_is():
     with pytest.raises(RecipeError, match="take one of transformers, vllm"):
         subject(seven_b(), "24x1", "tgi")

@@ -91,7 +91,7 @@ def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedMod
     whole = sorted(
         path for path, module in model.named_modules() if _in_experts(path, module) and path not in quantized
     )
-    wrong = next((reason for scheme, _ in schemes if (reason := _unreadable(scheme))), None)
+    wrong = next((reason for scheme, _ in schemes if (reason := unreadable(scheme))), None)
     if not hasattr(compressed_tensors, "DecompressExperts"):
         wrong = f"with transformers {transformers.__version__}, which is too old; 5.17 does"
     if wrong is None and len(schemes) > 1:
@@ -111,7 +111,8 @@ def _in_experts(path: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and ".experts." in path
 
 
-def _unreadable(scheme: QuantizationScheme) -> str | None:
+def unreadable(scheme: QuantizationScheme) -> str | None:
+    """Return what of a scheme transformers does not read back in experts, or ``None``."""
     weights = scheme.weights
     if scheme.input_activations is not None or scheme.output_activations is not None:
         return "quantized activations"
