@@ -12,9 +12,10 @@ from accelerate import dispatch_model
 from elastic_models import random_strategy
 from packed_linears import IntegerLinear, PackedLinear, pack, unpack
 from peft import LoraConfig, PeftModel
+from sublayer_models import elastic_of
 from tiny_architectures import CONFIGS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
 
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.architecture import linear_names
@@ -96,6 +97,38 @@ def test_every_shape_of_every_architecture(model_type: str, cls: Any) -> None:
     packed.release()
     assert [type(module) for module in model.modules()] == classes
     close(logits(model), before)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "qwen3"])
+def test_shapes_without_some_attentions_and_mlps(model_type: str) -> None:
+    reference = unpack(pack(random_model(CONFIGS[model_type])))
+    dense, packed = elastic_of(reference), elastic_of(pack(random_model(CONFIGS[model_type])))
+    for shape in ("3.5x1", "2.5x3/4", "1x1/2"):
+        with packed.active(shape) as one, dense.active(shape) as other:
+            served = logits(one)
+            close(served, logits(other))
+        close(logits(extract(packed, shape)), served)
+
+
+@pytest.mark.filterwarnings("ignore")  # what the library says of itself when it is imported
+def test_weights_of_torchao(tmp_path: Path) -> None:
+    """Its linears are of torch's own class, and their weights are not."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    full = random_model(CONFIGS["llama"])
+    full.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32).eval()
+    reference = random_model(CONFIGS["llama"])
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            reference.model.layers.get_submodule(name).weight.data.copy_(module.weight.dequantize())
+    dense, packed = ElasticModel(reference, random_strategy(reference)), ElasticModel(model, random_strategy(full))
+    assert packed.packed
+    for shape in packed.space:
+        with packed.active(shape) as one, dense.active(shape) as other:
+            close(logits(one), logits(other), 1e-4)
+    with packed.active("2x1/2") as one:
+        close(logits(extract(packed, "2x1/2")), logits(one), 1e-4)
 
 
 def test_a_group_of_which_some_linears_are_packed_and_some_are_not() -> None:
