@@ -16,15 +16,10 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -32,10 +27,11 @@ from amoeba_plugin.batching import require_targets
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.sampling import SandwichSampler
-from amoeba_plugin.sharded import all_finite, exchange_gradients, gathered
+from amoeba_plugin.sharded import exchange_gradients, gathered
 from amoeba_plugin.subnet_log import routing_log
 from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint
+from amoeba_plugin.training_checks import FiniteGradients, WholeLayers, require_follows, require_supported
 from amoeba_plugin.training_options import OneForAllOptions
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,12 +70,12 @@ class OneForAllTrainer(Trainer):
         options: OneForAllOptions,
         **trainer_kwargs: Any,
     ) -> None:
-        _require_follows(model, elastic)
+        require_follows(model, elastic)
         super().__init__(model=model, **trainer_kwargs)
         if self.args.ddp_find_unused_parameters is None:
             self.args = copy.copy(self.args)
             self.args.ddp_find_unused_parameters = True  # layers a subnet drops get no gradient from it
-        _require_supported(self, options)
+        require_supported(self, options)
         self.elastic = elastic
         self.options = options
         host = StepHost(
@@ -94,8 +90,8 @@ class OneForAllTrainer(Trainer):
         self.subnets.chunked &= not (self.is_fsdp_enabled and self.accelerator.mixed_precision != "no")
         self._micro_step = (-1, 0)  # optimizer step, micro-batches of it seen so far
         self._num_distilled: Tensor | None = None  # positions that the optimizer step distils, where they are counted
-        self.add_callback(_WholeLayers(self))
-        self.add_callback(_FiniteGradients(self))
+        self.add_callback(WholeLayers(self, elastic))
+        self.add_callback(FiniteGradients(self))
 
     @property
     def sampler(self) -> SandwichSampler:
@@ -224,90 +220,3 @@ class OneForAllTrainer(Trainer):
                 f"the checkpoint {partial} cannot be written ({error}); make room on the disk, or name another "
                 f"output directory, then {advice}"
             ) from error
-
-
-class _WholeLayers(TrainerCallback):
-    """Stops where FSDP does not shard the decoder layers one by one: what a subnet drops could not be told apart."""
-
-    def __init__(self, trainer: OneForAllTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look at the layers as accelerate has wrapped them."""
-        layers = self._trainer.elastic.layers
-        if self._trainer.is_fsdp_enabled and not all(isinstance(layer, FSDPModule) for layer in layers):
-            raise TrainingError(
-                f"FSDP does not shard every {type(layers[0]).__name__} by itself; leave auto_wrap_policy and "
-                "transformer_layer_cls_to_wrap out of fsdp_config"
-            )
-
-
-class _FiniteGradients(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the parameters: a loss can be finite all the same."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look at the gradients as they are after clipping."""
-        model = self._trainer.model
-        if self._trainer.accelerator.scaler is not None or model is None:  # fp16: the scaler skips such steps
-            return
-        gradients = [value.grad for value in model.parameters() if value.grad is not None]
-        if gradients and not all_finite(gradients):
-            model.zero_grad()
-            raise TrainingError(
-                f"the gradient at step {state.global_step} is not finite; no parameter was changed by this step, and "
-                "the checkpoints written before are good. Lower the learning rate"
-            )
-
-
-def _require_follows(model: nn.Module, elastic: ElasticModel) -> None:
-    """Refuse a SMOL adapter whose router is not told the active shape: it would train at the largest only."""
-    if not hasattr(model, "set_shape"):
-        return
-    with elastic.active(elastic.space.smallest):
-        told = str(model.shape) == str(elastic.space.smallest)
-    if not told:
-        raise TrainingError(
-            "the adapter does not follow the elastic model's shape; connect it with "
-            "elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.listed(shape)))"
-        )
-
-
-def _require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
-    if trainer.args.n_gpu > 1:
-        raise TrainingError(
-            "one process with several GPUs (DataParallel) is not supported; start one per GPU with torchrun"
-        )
-    if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed is not supported; use DDP or FSDP2 through accelerate or torchrun")
-    if trainer.is_fsdp_enabled:
-        _require_supported_fsdp(trainer)
-    if trainer.args.label_smoothing_factor:
-        raise TrainingError(
-            "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
-        )
-    if options.conflict_every and trainer.accelerator.num_processes > 1:
-        raise TrainingError(
-            "conflict_every compares the gradients of one process; measure in a run with one, or set it to 0"
-        )
-
-
-def _require_supported_fsdp(trainer: Trainer) -> None:
-    plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise TrainingError(
-            "FSDP version 1 is not supported: it exchanges a layer's gradients only in a backward that runs the layer, "
-            "and the last subnet of a step lacks layers; set fsdp_config={'version': 2} (accelerate: fsdp_version: 2), "
-            "or use DDP"
-        )
-    if plugin.activation_checkpointing:
-        raise TrainingError(
-            "fsdp_config's activation_checkpointing wraps the layers in others, which no subnet exchanges; use "
-            "gradient_checkpointing=True instead"
-        )
