@@ -89,6 +89,11 @@ def per_layer_config(
     """
     # The whole model's sizes are valid for its class whatever its divisibility rules; layers only name what differs.
     common = {group.name: group.units for group in adapter.channel_groups(whole)} if differ(sizes) else dict(sizes[0])
+    if set(lost.values()) == {"mlp"} and len(lost) == len(kept):
+        raise ArchitectureError(
+            "no layer of this shape keeps its MLP, so that nothing would tell its checkpoint from a stock one; extract "
+            "with --portable, or a deeper shape"
+        )
     if lost and "mlp" in common:  # no layer's size: a stock class would fill what is missing at random, this it refuses
         common["mlp"] = 1
     config = adapter.subnet_config(whole, kept, common, biased)

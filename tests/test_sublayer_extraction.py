@@ -85,6 +85,16 @@ def test_without_its_own_class_such_a_checkpoint_does_not_load(case: str, shape:
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
 
 
+def test_attentions_alone_are_no_checkpoint_of_their_own() -> None:
+    elastic = elastic_of(random_model(CASES["llama"]), {"1": ["1.attention", "3.attention"]})
+    with pytest.raises(ArchitectureError, match="no layer of this shape keeps its MLP.*--portable"):
+        extract(elastic, "1x1")
+    tokens = tokens_of(CASES["llama"])
+    torch.testing.assert_close(
+        logits(extract(elastic, "1x1", portable=True), tokens), reference(elastic, "1x1", tokens), atol=1e-4, rtol=0
+    )
+
+
 def test_a_sublayer_that_is_still_there_is_named() -> None:
     elastic = elastic_of(random_model(CASES["llama"]))
     subnet = extract(elastic, "3x1")
