@@ -79,12 +79,15 @@ def streamed_model(reference: str, dtype: str) -> tuple[PreTrainedModel, Streame
 
     Returns:
         ``None`` where the checkpoint has no safetensors files, or lacks a parameter even after transformers' own
-        renaming and merging of tensors: such a model must be loaded as a whole, and the log says so.
+        renaming and merging of tensors: such a model must be loaded as a whole, and the log says so. Quantized ones
+        must, too.
 
     Raises:
         OSError: If there is no such model.
     """
     config = AutoConfig.from_pretrained(reference)
+    if getattr(config, "quantization_config", None) is not None:  # 8-bit tensors can have the names and sizes of others
+        return None
     tensors = CheckpointTensors.find(reference)
     if tensors is None:
         _tell_whole(reference, "it has no safetensors files")

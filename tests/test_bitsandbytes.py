@@ -170,6 +170,23 @@ def test_the_base_itself_cannot_be_trained(base: Path, tmp_path: Path) -> None:
         train(elastic, elastic.model, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize(("config", "tolerance"), [(FOUR, 1e-4), (EIGHT, 0.1)])
+def test_an_elastic_checkpoint_of_a_base_saved_quantized(
+    base: Path, tmp_path: Path, config: BitsAndBytesConfig, tolerance: float
+) -> None:
+    """Its files hold integers, in eight bits under the names and in the shapes of dense weights."""
+    save_base(load(base, config), tmp_path / "packed")
+    elastic = ElasticModel(model := load(base, config), random_strategy(model))
+    save_elastic(elastic, adapted(elastic, "smol"), tmp_path / "elastic", str(tmp_path / "packed"))
+    extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "subnet")
+    subnet = AutoModelForCausalLM.from_pretrained(tmp_path / "subnet")
+    assert type(subnet.model.layers[0].mlp.up_proj) is nn.Linear
+    with elastic.active("3x1/2") as active:
+        served = logits(active)
+    assert (logits(subnet) - served).abs().mean() < tolerance * served.std()
+
+
 @pytest.mark.parametrize("config", [FOUR, EIGHT])
 @pytest.mark.parametrize("kind", ["smol", "lora"])
 @pytest.mark.filterwarnings("ignore:Merge lora module to")
