@@ -98,8 +98,10 @@ class SubnetStep:
         host: StepHost,
     ) -> None:
         self.elastic, self.options, self.seed, self.host = elastic, options, seed, host
-        shapes = tuple(elastic.space.require(shape) for shape in options.sampled_shapes)
-        self.sampler = SandwichSampler(elastic.space, options.num_random, seed, shapes)
+        space, listed = elastic.space, options.sampled_shapes
+        # the largest and the smallest are in every step anyway
+        shapes = [*space][1:-1] if listed == "all" else [space.require(shape) for shape in listed]
+        self.sampler = SandwichSampler(space, options.num_random, seed, tuple(shapes))
         self.means = SubnetMeans()
         inner = text_model(model)
         assert isinstance(inner, PreTrainedModel)

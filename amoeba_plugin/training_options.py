@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from amoeba_plugin.distillation import DIVERGENCES
 from amoeba_plugin.errors import RecipeError
@@ -24,8 +25,9 @@ class OneForAllOptions:
         distill_all_tokens: Distil every position, not just those before a target token.
         distill_steps: Optimizer steps with distillation; after them all subnets learn from the labels alone. None: all.
         num_random: Random shapes per micro-batch, beside largest and smallest.
-        sampled_shapes: Shapes that the random ones are drawn from, depth and width together: ``("24x7/8", ...)``.
-            Empty: depth and width are drawn apart, from the whole space (the paper).
+        sampled_shapes: Shapes that the random ones are drawn from, depth and width together: ``("24x7/8", ...)``, or
+            "all": every shape between largest and smallest. Empty: depth and width are drawn apart (the reference
+            code), the depth from all but the largest: narrow subnets of all layers are never trained.
         train_largest: False: the largest subnet only teaches; it gets no backward pass. For an adapter that leaves the
             whole model alone (``SmolConfig.adapt_largest=False``).
         conflict_every: Optimizer steps between two measurements of gradient conflict, the cosines between the subnets'
@@ -43,7 +45,7 @@ class OneForAllOptions:
     distill_all_tokens: bool = False
     distill_steps: int | None = None
     num_random: int = 2
-    sampled_shapes: tuple[str, ...] = ()
+    sampled_shapes: tuple[str, ...] | Literal["all"] = ()
     train_largest: bool = True
     conflict_every: int = 0
 
@@ -58,6 +60,8 @@ class OneForAllOptions:
             raise RecipeError(f"kd_weight {self.kd_weight}: give a share in [0, 1] (the paper: 1)")
         if not self.max_balance_ratio > 0:
             raise RecipeError(f"max_balance_ratio {self.max_balance_ratio}: give a number above 0")
+        if isinstance(self.sampled_shapes, str) and self.sampled_shapes != "all":
+            raise RecipeError(f"sampled_shapes '{self.sampled_shapes}': give a list of shapes, or all")
         if self.num_random < 0:
             raise RecipeError(f"num_random {self.num_random}: give 0 or more (the paper: 2)")
         if self.distill_steps is not None and self.distill_steps < 0:

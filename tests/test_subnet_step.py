@@ -98,6 +98,25 @@ def test_a_listed_shape_outside_the_space_is_refused() -> None:
         make_step(random_elastic(tiny_llama()), sampled_shapes=("3x1/2", "5x1"))
 
 
+def test_all_draws_every_shape_but_the_ends_which_are_there_anyway() -> None:
+    elastic = random_elastic(tiny_llama())
+    sampler = make_step(elastic, sampled_shapes="all").sampler
+    drawn = {shape for step in range(200) for shape in sampler.shapes(step)[1:-1]}
+    assert drawn == set(elastic.space) - {elastic.space.largest, elastic.space.smallest}
+
+
+def test_the_reference_draws_no_narrow_subnet_of_all_layers() -> None:
+    elastic = random_elastic(tiny_llama())
+    sampler = make_step(elastic).sampler
+    drawn = {shape for step in range(200) for shape in sampler.shapes(step)[1:]}
+    assert max(shape.depth for shape in drawn) < elastic.space.largest.depth
+
+
+def test_sampled_shapes_that_are_neither_a_list_nor_all_are_refused() -> None:
+    with pytest.raises(RecipeError, match="sampled_shapes 'every'"):
+        OneForAllOptions(sampled_shapes="every")  # type: ignore[arg-type]
+
+
 # Objective
 
 

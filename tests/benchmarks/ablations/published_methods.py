@@ -83,14 +83,17 @@ def _print_method(subject: Subject, results: Results, method: Method, seeds: Seq
     cells = [above([losses[shape]], dense) for losses, shape in zip(before, method.shapes.values(), strict=True)]
     print(row(f"{method.name} ({kept} kept)", cells))
     for variant in TUNED:
-        cells = []
-        for shape in method.shapes.values():
+        key = f"1/{method.name}/{variant.name}"
+
+        def tune(shape: str, seeds: Sequence[int], key: str = key, variant: Variant = variant) -> list[float]:
             losses = trained(
-                subject, results, variant, method.space.of_one(shape), [shape],
-                key=f"1/{method.name}/{variant.name}/{shape}", seeds=seeds, steps=subject.steps,
+                subject, results, variant, method.space.of_one(shape), [shape], key=f"{key}/{shape}", seeds=seeds,
+                steps=subject.steps, rates=key,
             )  # fmt: skip
-            cells.append(above([each[shape] for each in losses], dense))
-        print(row(f"{method.name}, {variant.name}", cells), flush=True)
+            return [each[shape] for each in losses]
+
+        tune([*method.shapes.values()][1], seeds=())  # the learning rate of all three sizes
+        print(row(f"{method.name}, {variant.name}", [above(tune(s, seeds), dense) for s in method.shapes.values()]))
 
 
 def _fitting(subject: Subject, space: Space, share: Fraction) -> Iterator[str]:

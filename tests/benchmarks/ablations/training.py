@@ -26,6 +26,7 @@ ONE_FOR_ALL = {"num_experts": 3, "top_k": 3, "router_noise": False, "router_init
 ONE_LORA = {"num_experts": 1, "top_k": 1, "router_noise": False}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STUDENTS = 3  # subnets that learn in one step of one-for-all training: two random ones and the smallest
+ON_VALIDATION = " on validation"
 TRIAL_SEED = 1000  # of the trainings that learning rates are chosen by; none of them is reported
 
 
@@ -45,6 +46,11 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     rank_factor: int = 1
     students: int = STUDENTS
+
+    @property
+    def capacity(self) -> tuple[Mapping[str, Any], int]:
+        """What is trained, whatever the objective."""
+        return self.adapter, self.rank_factor
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def trained(
         key: Names the training in the results.
         seeds: Of the adapter's initialisation, the data's order, and the shapes drawn.
         steps: Optimizer steps.
-        rates: The key of another training, whose learning rate is taken.
+        rates: The key of another training, whose learning rate is taken; of this one where none has been tried.
     """
 
     def run(seed: int, rate: float) -> Losses:
@@ -107,7 +113,7 @@ def trained(
 
     def trial(rate: float) -> float:
         losses = results.of(f"{rates or key}/rate {rate}", lambda: run(TRIAL_SEED, rate))
-        return sum(losses[on_validation(shape)] for shape in shapes)
+        return sum(loss for name, loss in losses.items() if name.endswith(ON_VALIDATION))
 
     best = min(subject.learning_rates, key=trial)
     return [results.of(f"{key}/{best}/{seed}", lambda seed=seed: run(seed, best)) for seed in seeds]
@@ -115,7 +121,7 @@ def trained(
 
 def on_validation(shape: str) -> str:
     """Return the name of a shape's loss on the text that choices are made on."""
-    return f"{shape} on validation"
+    return shape + ON_VALIDATION
 
 
 def measure(elastic: ElasticModel, shapes: Sequence[str], batches: Sequence[Batch]) -> Losses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from results import Losses, Results, above, header, row
 from selection import OURS, choose_channels, search
@@ -23,16 +23,20 @@ ONE_TRAINING = (
     Variant("one-for-all, no distillation", options={"kd_weight": 0.0}),
     Variant("one-for-all, largest trained too", options={"train_largest": True}),
 )
-EVERY_SHAPE = "every shape drawn alike"
+OUTPUTS = RANDOM_START | {"combination": "outputs"}
+ALL = {"sampled_shapes": "all"}
 BEYOND = (
-    Variant(EVERY_SHAPE),
-    Variant("one random shape in a step", students=2),
+    Variant("every shape drawn", options=ALL),
     Variant("four random shapes in a step", students=5),
+    Variant("SMOL (outputs), random start", adapter=OUTPUTS),
+    Variant("SMOL (outputs), random start, every shape drawn", adapter=OUTPUTS, options=ALL),
+    Variant("LoRA of rank 3r, every shape drawn", adapter=ONE_LORA, rank_factor=EXPERTS, options=ALL),
+    Variant("SMOL (factors) of rank 3r", rank_factor=EXPERTS),
+    Variant("Kullback-Leibler", options={"loss": "kl"}),
+    Variant("half distillation, half labels", options={"kd_weight": 0.5}),
+    Variant("one random shape in a step", students=2),
     Variant("random start, balanced load", adapter=RANDOM_START | {"router_load_balancing": 0.01}),
     Variant("six experts at the widths", adapter=ONE_FOR_ALL | {"num_experts": 6}),
-    Variant("Kullback-Leibler", options={"loss": "kl"}),
-    Variant("Jensen-Shannon", options={"loss": "jensen_shannon"}),
-    Variant("half distillation, half labels", options={"kd_weight": 0.5}),
 )
 ALONE = Variant("alone", adapter=ONE_LORA, students=1)
 
@@ -60,10 +64,11 @@ class Prepared:
         print(row(name, [*cells, above(means, dense)]), flush=True)
 
     def one_training(self, variant: Variant, key: str) -> list[Losses]:
-        """Train all shapes together."""
+        """Train all shapes together; one adapter has one learning rate, whatever else varies."""
+        same = next(each for each in (*ONE_TRAINING, *BEYOND) if each.capacity == variant.capacity)
         return trained(
             self.subject, self.results, variant, self.space, [*self.before], key=key, seeds=self.seeds,
-            steps=self.subject.steps,
+            steps=self.subject.steps, rates=f"{'4' if same in ONE_TRAINING else 'beyond'}/{same.name}",
         )  # fmt: skip
 
     def alone(self, key: str, rates: str, steps: int) -> list[Losses]:
@@ -99,8 +104,6 @@ def table_beyond(subject: Subject, results: Results, seeds: Sequence[int], wante
     table.print_row(OURS.name, table.one_training(OURS, f"4/{OURS.name}"))
     for variant in BEYOND:
         if _wanted(variant.name, wanted):
-            if variant.name == EVERY_SHAPE:
-                variant = replace(variant, options={"sampled_shapes": tuple(table.shapes)})
             table.print_row(variant.name, table.one_training(variant, f"beyond/{variant.name}"))
 
 
