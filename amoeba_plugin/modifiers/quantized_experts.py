@@ -25,6 +25,7 @@ from compressed_tensors.utils import match_named_modules
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations import compressed_tensors
 
@@ -58,8 +59,9 @@ def save_experts_by_original_names(model: PreTrainedModel) -> None:
     Args:
         model: As transformers loaded it; its experts are whole.
     """
-    # What transformers did to names while loading, which it undoes while saving.
-    known: list[Any] = vars(model)["_weight_conversions"]
+    # What transformers undoes while saving; by itself it takes what loading did, nothing where a file's experts were
+    # whole (save_original_format=False).
+    known = get_model_conversion_mapping(model, add_legacy=False)
     vars(model)["_weight_conversions"] = [each for conversion in known for each in _without_merging(conversion)]
 
 
