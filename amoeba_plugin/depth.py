@@ -29,7 +29,7 @@ from amoeba_plugin.ranks import agreed, gather, rank
 from amoeba_plugin.recurrence import NEAR, Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.shape import half_steps
 from amoeba_plugin.sharding import shard
-from amoeba_plugin.strategy import DepthStrategy, model_fingerprint
+from amoeba_plugin.strategy import PACKED, DepthStrategy, model_fingerprint
 from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, removed_names
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def search_depths(
         evaluating(model),
     ):
         identity = {
-            "model": model_fingerprint(model, adapter),
+            "model": _model_identity(model, adapter),
             "dtype": str(model.dtype),
             "data": data,
             "objective": _identity(objective),
@@ -140,6 +140,16 @@ def _strategy(
         if gone:
             lost[depth] = gone
     return DepthStrategy(kept, objective, metric, report, lost)
+
+
+def _model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
+    """Return what tells a model from others of other scores: its weights; if they are packed, also how."""
+    weights, _, frame = model_fingerprint(model, adapter).partition(".")
+    if weights != PACKED:
+        return weights
+    method = getattr(model.config, "quantization_config", None)
+    stated = method if isinstance(method, dict) or method is None else method.to_dict()
+    return f"{json.dumps(stated, default=repr, sort_keys=True)} {frame}"
 
 
 def _identity(objective: Objective) -> str:

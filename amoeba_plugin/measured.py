@@ -103,7 +103,7 @@ def _scores(path: Path, data: bytes, identity: Mapping[str, str]) -> dict[Remove
         ) from error
     other = [name for name in identity if found[name] != identity[name]]
     if other:
-        differences = "; ".join(f"{name} is {identity[name][:40]}, there it is {found[name][:40]}" for name in other)
+        differences = "; ".join(f"{name} is {identity[name]}, there it is {found[name]}" for name in other)
         raise ArtifactError(
             f"{path} holds the scores of another search: {differences}. Resume with the same model, calibration data "
             "and objective, or name another resume_dir"

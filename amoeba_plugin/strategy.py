@@ -257,7 +257,7 @@ def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter, load
                 for name, parameter in module._parameters.items():
                     if parameter is None or is_packed(module):
                         continue
-                    told = _told(f"{index}.{path}.{name}", parameter)
+                    told = _told(".".join(filter(None, (str(index), path, name))), parameter)
                     weights.update(told)
                     if parameter.dim() == 1 and not isinstance(module, nn.Linear):
                         frame.update(told)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_linears import pack
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from amoeba_plugin.measured import NAMES, MeasuredTable
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.ranks import from_first_rank
-from amoeba_plugin.strategy import DepthStrategy
+from amoeba_plugin.strategy import DepthStrategy, model_fingerprint
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
@@ -154,6 +155,30 @@ def test_another_search_s_table_is_refused(
     with pytest.raises(ArtifactError, match=message):
         search(model, batches, tmp_path, objective)
     assert path.read_bytes() == before
+
+
+def test_a_table_of_an_older_version_is_resumed(
+    tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path
+) -> None:
+    model, batches = tiny_model("llama"), random_batches()
+    found = search(model, batches, tmp_path)
+    document = json.loads((tmp_path / NAMES["layer"]).read_bytes())
+    assert len(document["model"]) == 64  # one digest, as it always was
+    assert document["model"] == model_fingerprint(model, architecture_for("llama")).partition(".")[0]
+    again = search(model, batches, tmp_path)
+    assert again == found
+    assert again.search["measured"] == 0
+
+
+def test_a_table_of_the_same_model_quantized_otherwise_is_refused(
+    tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path
+) -> None:
+    batches, model = random_batches(), pack(tiny_model("llama"))
+    found = search(model, batches, tmp_path)
+    assert search(pack(tiny_model("llama")), batches, tmp_path) == found
+    model.config.quantization_config = {"quant_method": "packed", "bits": 4}
+    with pytest.raises(ArtifactError, match='model is {"bits": 4, .*there it is {"quant_method'):
+        search(model, batches, tmp_path)
 
 
 def test_a_table_serves_other_depths_and_beams_too(
