@@ -84,7 +84,7 @@ def _common(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    model: Annotated[str, typer.Option(help="Path or hub id of a causal LM (llama, mistral, qwen2, qwen3).")],
+    model: Annotated[str, typer.Option(help="Path or hub id of a causal LM of a supported architecture.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")],
     dataset: Annotated[str | None, typer.Option(help="Path or hub id of calibration text.")] = None,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration data.")] = 512,
@@ -162,13 +162,18 @@ def check(
     from amoeba_plugin.shape import SubnetShape
 
     is_shape = recipe[:1].isdigit() and not Path(recipe).exists()
-    if (is_shape or target or scheme) and (model is None or target is None):
+    if (is_shape or target or scheme or tensor_parallel > 1) and (model is None or target is None):
         raise RecipeError(
             "whether a subnet can be loaded depends on the model and on what loads it; give --model, --target"
         )
     if (strategy is not None and not is_shape) or (portable and strategy is None):
         raise RecipeError(
             "--strategy goes with a SHAPE, and --portable with --strategy; leave them out, or name a shape"
+        )
+    if round_to > 1 and (not is_shape or strategy is not None):
+        raise RecipeError(
+            "--round-to goes with a SHAPE alone: a recipe has WidthShrinkingModifier.round_to, a strategy its own "
+            "sizes; leave it out"
         )
     if not is_shape:
         checked = check_recipe(find_recipe(recipe))

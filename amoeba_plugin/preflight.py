@@ -127,6 +127,7 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
             f"{recipe.source}: min_depth {depth.min_depth} of a model with {layers} layers leaves nothing to remove; "
             f"set min_depth between 1 and {layers - 1}"
         )
+    given = None if depth is None or depth.kept_layers is None else DepthStrategy.given(depth.kept_layers, layers)
     groups = adapter.channel_groups(config)
     units = {Fraction(1): {group.name: group.units for group in groups}}
     if width is not None:
@@ -142,11 +143,16 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
             f"{recipe.source}: shape {shape} is outside the space: this model and recipe give depths "
             f"{least} to {layers}; extract one of these"
         )
+    if given is not None and shape.depth not in given.kept:
+        raise ShapeError(
+            f"{recipe.source}: shape {shape} is outside the space: kept_layers has depths "
+            f'{", ".join(map(str, sorted(given.kept)))}; extract one of these, or add "{shape.depth}" to kept_layers'
+        )
     whole, smallest = units[Fraction(1)], units[shape.width]
     uneven = width is not None and shape.width != 1 and (width.allocation == "global" or width.anchor_count > 0)
     if width is not None and width.allocation == "global" and shape.width != 1:
         smallest = rounding_steps(groups, width.round_to)
-    in_part = depth is not None and not extraction.portable and _in_part(depth, shape, layers)
+    in_part = not extraction.portable and _in_part(depth, given, shape, layers)
     kept = range(min(math.floor(shape.depth) + 1, layers) if in_part else math.ceil(shape.depth))
     biased = frozenset(smallest) if width is not None and width.bias_compensation and shape.width != 1 else frozenset()
     if in_part or (uneven and not extraction.portable and len(kept) > 1):
@@ -155,11 +161,13 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     return adapter.subnet_config(config, kept, smallest, biased)
 
 
-def _in_part(depth: DepthShrinkingModifier, shape: SubnetShape, layers: int) -> bool:
+def _in_part(
+    depth: DepthShrinkingModifier | None, given: DepthStrategy | None, shape: SubnetShape, layers: int
+) -> bool:
     """Tell whether a shape keeps layers in part; where that is still to be searched, whether it may."""
-    if depth.kept_layers is not None:
-        return shape.depth in DepthStrategy.given(depth.kept_layers, layers).lost
-    return depth.granularity == "sublayer" and shape.depth < layers
+    if given is not None:
+        return shape.depth in given.lost
+    return depth is not None and depth.granularity == "sublayer" and shape.depth < layers
 
 
 def planned_config(

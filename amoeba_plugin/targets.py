@@ -150,7 +150,8 @@ def candidate(
         from amoeba_plugin.modifiers.quantized_experts import take_apart
 
         model = take_apart(model)
-        consumers |= {path for path, _ in adapter.layers(model)[0].named_modules() if path.endswith(".down_proj")}
+        layers = adapter.layers(model)  # the first one may have lost its experts
+        consumers |= {path for layer in layers for path, _ in layer.named_modules() if path.endswith(".down_proj")}
     linears, split = {}, set()
     for index, layer in enumerate(adapter.layers(model)):
         for path, module in layer.named_modules():

@@ -181,6 +181,15 @@ def test_check_refuses_a_strategy_of_a_model_of_other_sizes(files: Files, tiny_m
     assert "does not exist" in refused(*asked, "--strategy", tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("no_model_loads")
+def test_check_refuses_options_that_would_do_nothing(files: Files, tiny_model: TinyModel, tmp_path: Path):
+    random_strategy(tiny_model("llama")).save(tmp_path / "strategy")
+    on = ["--model", files["model"], "--target", "transformers"]
+    assert "--round-to goes with a SHAPE" in refused("check", files["recipe"], *on, "--round-to", 8)
+    assert "--round-to goes" in refused("check", "4x1/2", *on, "--strategy", tmp_path / "strategy", "--round-to", 8)
+    assert "give --model, --target" in refused("check", files["recipe"], "--tensor-parallel", 2)
+
+
 def test_debug_shows_where_an_error_came_from():
     result = CliRunner().invoke(app, ["--debug", "recipes", "show", "demos"])
     assert result.exit_code == 1

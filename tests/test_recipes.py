@@ -212,6 +212,23 @@ def test_a_quantized_model_is_refused():
         check_against_model(check_recipe(GOOD), config)
 
 
+@pytest.mark.parametrize(
+    ("kept", "shape", "message"),
+    [
+        ('{"2": [0, 3]}', "3x3/4", r"shape 3x3/4 is outside the space: kept_layers has depths 2, 4; .*add \"3\""),
+        ("{2: [0, 3]}", "2.5x3/4", "shape 2.5x3/4 is outside the space: kept_layers has depths 2, 4"),
+        ("{3: [0, 1, 7]}", "3x3/4", r"kept_layers: depth 3 keeps \[0, 1, 7\]"),
+        ("{2.5: [0, 1, 2.mlp], 2: [0, 7]}", "2.5x3/4", r"kept_layers: depth 2 keeps \[0, 7\]"),
+    ],
+)
+def test_layers_given_must_be_the_models_and_hold_the_shape(kept: str, shape: str, message: str):
+    text = GOOD.replace("min_depth: 2", f"min_depth: 2, kept_layers: {kept}").replace("3x3/4", shape)
+    with pytest.raises(AmoebaError, match=message):
+        check_against_model(check_recipe(text), config_of())
+    fits = GOOD.replace("min_depth: 2", "min_depth: 2, kept_layers: {2.5: [0, 2.mlp, 3]}").replace("3x3/4", "2.5x3/4")
+    assert is_per_layer(subnet_config(check_recipe(fits), config_of()))
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_min_depth_must_be_below_the_number_of_layers(layers: int):
     with pytest.raises(RecipeError, match=f"min_depth 2 of a model with {layers} layers"):

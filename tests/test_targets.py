@@ -20,6 +20,7 @@ from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.preflight import shape_config
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.subnet_classes import per_layer_config
 from amoeba_plugin.targets import CHECKS, Candidate, candidate, findings, require_loadable, targets
 
 
@@ -113,6 +114,13 @@ def test_experts_are_asked_about_one_by_one(model_type: str):
             subject(whole, "24x3/4", "transformers", scheme), "transformers"
         )
     assert ("experts_readable", "refuse") not in broken(subject(whole, "24x3/4", "vllm", "W8A8"), "vllm")
+
+
+def test_a_first_layer_without_experts_does_not_hide_those_of_the_others():
+    whole, adapter = seven_b("mixtral", num_local_experts=4, num_hidden_layers=3), architecture_for("mixtral")
+    sizes = [{"attention": 8, "mlp": 11008}] * 3
+    config = per_layer_config(adapter, whole, range(3), sizes, frozenset(), {0: "mlp"})
+    assert {"down_proj of layer 1", "down_proj of layer 2"} <= candidate(config, adapter, "vllm").split_inputs
 
 
 def test_what_is_unknown_is_refused_with_what_there_is():

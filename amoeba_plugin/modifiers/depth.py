@@ -141,6 +141,12 @@ class DepthShrinkingModifier(Modifier):
     max_batches: int | None = Field(default=None, ge=1)
     kept_layers: dict[str, list[int | str]] | None = None
 
+    @field_validator("kept_layers", mode="before")
+    @classmethod
+    def _depths_are_text(cls, kept: Any) -> Any:
+        """Take depths that YAML reads as numbers: ``{2: [0, 3]}`` is what it looks like."""
+        return {str(depth): layers for depth, layers in kept.items()} if isinstance(kept, dict) else kept
+
     @field_validator("objective")
     @classmethod
     def _objective_exists(cls, name: str) -> str:
