@@ -38,6 +38,8 @@ class PaddingCollator:
             have = ", ".join(bare) or "columns that no model takes"
             raise DataError(f"a row has no input_ids, only {have}; tokenise the data set")
         lengths = {len(row["input_ids"]) for row in rows}
+        if 0 in lengths:
+            raise DataError("a row has no token in its input_ids; leave empty rows out of the data set")
         if len(lengths) > 1 or any("attention_mask" in row for row in rows):
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         for row in rows:
@@ -75,11 +77,19 @@ def _require_aligned(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if row.keys() != first.keys():
         raise DataError(f"a row has {', '.join(row)}, another {', '.join(first)}; give all rows the same columns")
     for name, values in row.items():
-        if len(values) != len(row["input_ids"]):
+        found = _length(values)
+        if found != len(row["input_ids"]):
             raise DataError(
-                f"a row has {len(row['input_ids'])} input_ids and {len(values)} {name}; give one of each per token, "
-                "label -100 where nothing is to be predicted"
+                f"a row has {len(row['input_ids'])} input_ids and {'no list of' if found is None else found} {name}; "
+                "give one of each per token, label -100 where nothing is to be predicted"
             )
+
+
+def _length(values: Any) -> int | None:
+    try:
+        return len(values)
+    except TypeError:  # a number, or a tensor that is one
+        return None
 
 
 def _pad(values: Any, length: int, fill: int) -> Tensor:

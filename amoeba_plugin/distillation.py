@@ -179,7 +179,7 @@ def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> Tens
     """Return what a subnet's loss is multiplied with, to be as large as the largest subnet's: () constant.
 
     Args:
-        loss: () of the subnet, not negative.
+        loss: () of the subnet. A divergence, never negative, may be rounded to a little below 0: that counts as 0.
         loss_largest: () of the largest subnet.
         max_ratio: The largest ratio. A divergence goes to 0 where student and teacher agree, and the ratio to infinity.
 
@@ -190,7 +190,7 @@ def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> Tens
     0.5
     """
     # stopgrad(L_1 / L_i) (arXiv:2411.10606, loss-magnitude balancing)
-    numerator, denominator = loss_largest.detach(), loss.detach()
+    numerator, denominator = loss_largest.detach(), loss.detach().clamp(min=0)  # keeps NaN
     ratio = torch.where((numerator == 0) & (denominator == 0), torch.ones_like(denominator), numerator / denominator)
     return ratio.clamp(max=max_ratio)
 

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from amoeba_plugin.compressed_linear import CompressedLinear
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import ElasticLinear, PartialLinear
 from amoeba_plugin.errors import AdapterError
@@ -20,8 +21,14 @@ def attach_lora(elastic: ElasticModel, config: LoraConfig) -> PeftModel:
         config: Of an ordinary LoRA on linear layers.
 
     Raises:
-        AdapterError: If a variant of LoRA is asked for that looks at the whole weight.
+        AdapterError: If a variant of LoRA is asked for that looks at the whole weight, or compressed-tensors keeps the
+            model's weights packed.
     """
+    if any(isinstance(module, CompressedLinear) for module in elastic.model.modules()):
+        raise AdapterError(
+            "PEFT has no LoRA beside weights that compressed-tensors keeps packed; take SMOL, with num_experts=1 and "
+            "top_k=1 for one LoRA: attach_smol(elastic, SmolConfig(...))"
+        )
     peft_model = get_peft_model(elastic.model, config)
     assert isinstance(peft_model, PeftModel)
     follow_lora(elastic, peft_model)

@@ -128,6 +128,8 @@ class OneForAllTrainer(Trainer):
         """
         place = self._next_micro_step()
         model.train()
+        if callable(train := getattr(self.optimizer, "train", None)):  # as Trainer does, for schedule-free ones
+            train()
         inputs = self._prepare_inputs(inputs)
         positions = self.subnets.positions(inputs)
         if len(positions.rows) == 0 and self.accelerator.num_processes == 1:

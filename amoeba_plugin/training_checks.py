@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_linear import ElasticLinear, PartialLinear
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.sharded import all_finite
+from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training_options import OneForAllOptions
 
 
@@ -55,11 +58,23 @@ class FiniteGradients(TrainerCallback):
 
 
 def require_follows(model: nn.Module, elastic: ElasticModel) -> None:
-    """Refuse a SMOL adapter whose router is not told the active shape: it would train at the largest only.
+    """Refuse a model that is another one than the elastic model switches, or whose adapter does not follow its shape.
+
+    A SMOL adapter whose router is not told the shape would train at the largest only.
 
     Raises:
-        TrainingError: If it is not told.
+        TrainingError: It says what to do.
     """
+    if not any(module is elastic.model for module in model.modules()):
+        raise TrainingError(
+            "the model given is neither the elastic model's own nor a PeftModel around it: it would train at one shape "
+            "only; give elastic.model, or what attach_smol(elastic, ...) or attach_lora(elastic, ...) returned"
+        )
+    if len(elastic.space.widths) > 1 and any(map(_is_whole_lora, model.modules())):
+        raise TrainingError(
+            "the LoRA keeps its whole size where a narrow shape computes with a part of the channels; put it on with "
+            "attach_lora(elastic, LoraConfig(...)), or let it follow with follow_lora(elastic, peft_model)"
+        )
     if not hasattr(model, "set_shape"):
         return
     with elastic.active(elastic.space.smallest):
@@ -69,6 +84,14 @@ def require_follows(model: nn.Module, elastic: ElasticModel) -> None:
             "the adapter does not follow the elastic model's shape; connect it with "
             "elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.listed(shape)))"
         )
+
+
+def _is_whole_lora(module: nn.Module) -> bool:
+    return (
+        isinstance(module, LoraLayer)
+        and isinstance(module.get_base_layer(), PartialLinear)
+        and not all(isinstance(factor, ElasticLinear) for factor in module.lora_A.values())
+    )
 
 
 def require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
@@ -88,6 +111,18 @@ def require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
     if trainer.args.label_smoothing_factor:
         raise TrainingError(
             "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
+        )
+    if trainer.compute_loss_func is not None:
+        raise TrainingError(
+            "compute_loss_func is not supported: OneForAllOptions say what subnets learn (loss, kd_weight); leave it "
+            "out"
+        )
+    config = getattr(trainer.model, "active_peft_config", None)
+    if not options.train_largest and not (isinstance(config, SmolConfig) and not config.adapt_largest):
+        raise TrainingError(
+            "train_largest=False wants SMOL with SmolConfig(adapt_largest=False), which alone leaves the whole model "
+            "as it is: what is learned for small shapes would change the teacher; set adapt_largest=False, or "
+            "train_largest=True"
         )
     if options.conflict_every and trainer.accelerator.num_processes > 1:
         raise TrainingError(

@@ -101,6 +101,16 @@ def test_balance_is_bounded_and_defined_at_zero():
     assert balance(zero, one, max_ratio=5.0) == 5.0
     assert balance(zero, zero) == 1.0
     assert balance(one, torch.tensor(math.nan)).isnan()
+    assert balance(torch.tensor(math.nan), one).isnan()
+
+
+@pytest.mark.parametrize("divergence", [kl_divergence, reverse_kl_divergence])
+def test_a_divergence_that_is_rounded_below_zero_turns_no_gradient_round(divergence: Callable[..., Tensor]):
+    generator = torch.Generator().manual_seed(0)
+    teachers = torch.randn(20, 64, 1000, generator=generator)
+    losses = [divergence(teacher + 1e-5 * torch.randn(64, 1000, generator=generator), teacher) for teacher in teachers]
+    assert min(losses) < 0
+    assert all(balance(loss, torch.tensor(3.0)) == 10.0 for loss in losses)
 
 
 def test_the_mask_is_shifted():

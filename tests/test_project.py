@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
@@ -19,6 +20,12 @@ from amoeba_plugin.recipe_files import shipped_recipes
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SKIPPED = {".git", ".venv", "amoeba_demo", "build", "dist", "__pycache__"}
+
+
+def imported(program: str) -> list[tuple[str, str]]:
+    """Return the modules of this package that a program imports from, each with a name."""
+    found = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom)]
+    return [(each.module, name.name) for each in found if "amoeba_plugin" in str(each.module) for name in each.names]
 
 
 def project_files(*suffixes: str) -> list[Path]:
@@ -124,3 +131,13 @@ def test_no_file_names_a_place_on_somebodys_machine():
         if path.name == "tokenizer.json" or path == Path(__file__):
             continue
         assert private.findall(text) == [], path
+
+
+def test_benchmarks_and_pages_import_what_there_is():
+    """Nothing else runs them in the tests."""
+    scripts = [path.read_text() for path in project_files(".py") if "benchmarks" in path.parts]
+    pages = [path.read_text() for path in project_files(".md")]
+    blocks = [block for page in pages for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
+    names = [pair for program in (*scripts, *blocks) for pair in imported(program)]
+    assert len(names) > 50
+    assert [pair for pair in names if not hasattr(importlib.import_module(pair[0]), pair[1])] == []

@@ -27,6 +27,7 @@ from transformers import (
 from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import DataError, RecipeError, TrainingError
 from amoeba_plugin.sampling import SandwichSampler, step_seed
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
@@ -447,6 +448,8 @@ def test_a_compiled_training_gives_the_same_parameters(tmp_path: Path, adapter: 
         ([{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1]}], "2 input_ids and 1 attention_mask"),
         ([{"text": "no tokens"}], "a row has no input_ids, only columns that no model takes; tokenise"),
         ([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2]}], "give all rows the same columns"),
+        ([{"input_ids": [1, 2], "labels": [1, 2], "label": 3}], "2 input_ids and no list of label; give one of each"),
+        ([{"input_ids": [], "labels": []}, {"input_ids": [1, 2], "labels": [1, 2]}], "leave empty rows out"),
     ],
 )
 def test_useless_data_is_refused(tmp_path: Path, rows: list[Row], message: str):
@@ -468,6 +471,60 @@ def test_an_adapter_that_does_not_follow_the_shape_is_refused(tmp_path: Path):
     model = get_peft_model(elastic.model, SmolConfig(widths=widths, depths=depths, target_modules="all-linear"))
     with pytest.raises(TrainingError, match="does not follow the elastic model's shape"):
         make_trainer(elastic, tmp_path, model=model)
+
+
+def test_a_lora_that_does_not_follow_the_shape_is_refused(tmp_path: Path):
+    elastic = make_elastic()
+    model = get_peft_model(elastic.model, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(TrainingError, match="put it on with attach_lora"):
+        make_trainer(elastic, tmp_path, model=model)
+    follow_lora(elastic, model)
+    make_trainer(elastic, tmp_path, model=model).train()
+
+
+def test_another_model_than_the_elastic_one_is_refused(tmp_path: Path):
+    with pytest.raises(TrainingError, match="neither the elastic model's own nor a PeftModel around it"):
+        make_trainer(make_elastic(), tmp_path, model=make_elastic().model)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_teacher_that_others_would_change_is_refused(tmp_path: Path, adapter: bool):
+    elastic = make_elastic()
+    options = dataclasses.replace(PAPER, train_largest=False)
+    with pytest.raises(TrainingError, match=r"wants SMOL with SmolConfig\(adapt_largest=False\)"):
+        make_trainer(elastic, tmp_path, options, model=add_smol(elastic) if adapter else None)
+
+
+def test_a_loss_of_ones_own_is_refused(tmp_path: Path):
+    elastic = make_elastic()
+    with pytest.raises(TrainingError, match="compute_loss_func is not supported"):
+        OneForAllTrainer(elastic.model, elastic, PAPER, args=make_arguments(tmp_path), compute_loss_func=max)
+
+
+def test_an_optimizer_with_modes_trains_in_its_own(tmp_path: Path):
+    """Schedule-free ones refuse to step otherwise; Trainer sets the other mode to evaluate."""
+    modes: list[str] = []
+
+    class WithModes(torch.optim.SGD):
+        def train(self) -> None:
+            modes.append("train")
+
+        def eval(self) -> None:
+            modes.append("eval")
+
+        def step(self, closure: Any = None) -> None:
+            assert modes[-1] == "train"
+            super().step(closure)
+
+    elastic = make_elastic()
+    optimizer = WithModes(elastic.model.parameters(), lr=0.01)
+    trainer = OneForAllTrainer(
+        elastic.model, elastic, PAPER, args=make_arguments(tmp_path, eval_strategy="steps", eval_steps=1),
+        train_dataset=make_rows(), eval_dataset=make_rows(), data_collator=PaddingCollator(),
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    assert trainer.train().global_step == 2
+    assert {"train", "eval"} == set(modes)
 
 
 def test_label_smoothing_is_refused(tmp_path: Path):

@@ -127,6 +127,26 @@ def test_three_doors_give_the_same_weights(base: Path, tmp_path: Path, adapter: 
         torch.testing.assert_close(by_session[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_trainer_of_ones_own_distils_every_token_of_a_step_alike(base: Path, tmp_path: Path) -> None:
+    """Rows with few targets, and rows without one, weigh by their tokens."""
+    uneven = rows()
+    for number, row in enumerate(uneven):
+        row["labels"][: 4 * (number % 4)] = -100
+    text = recipe(tmp_path / "session", distill_all_tokens=True, kd_weight=0.5)
+    batches = DataLoader(uneven, batch_size=4)
+    oneshot(model=str(base), recipe=text.replace("session", "recipe"), dataset=batches, num_calibration_samples=8)
+    modifier = OneForAllDistillationModifier(**TRAIN)
+    reset_session()
+    trained = begin_session(text, AutoModelForCausalLM.from_pretrained(base), batches, uneven)
+    SessionTrainer(
+        model=trained, args=arguments_of(modifier, tmp_path / "scratch"), train_dataset=uneven,
+        data_collator=PaddingCollator(), callbacks=[TrainingEventsCallback()],
+    ).train()  # fmt: skip
+    expected, found = (adapter_of(tmp_path / name) for name in ("recipe", "session"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("adapter", [{"type": "lora", "r": 2}, "none"])
 def test_other_adapters_train_and_extract_in_a_recipe(base: Path, tmp_path: Path, adapter: Any) -> None:
     text = recipe(tmp_path / "elastic", adapter=adapter)

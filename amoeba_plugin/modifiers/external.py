@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,27 +54,32 @@ class ExternalSteps:
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         num_items_in_batch: Tensor | int | None = None,
         micro_batches: int = 1,
+        step_batches: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ) -> Tensor:
         """Add up the gradients of all subnets; return the largest one's loss, () fp32, whose backward does nothing.
 
         Args:
-            loss: The largest subnet's, as the loop computed it; used where a micro-batch has no target.
+            loss: The largest subnet's, as the loop computed it; used where a micro-batch has nothing to learn from.
             outputs: Of the forward that gave ``loss``: its logits are the largest subnet's. None: it is run again.
             model: The model as wrapped for training. None: as it was given to the session.
             backward: Differentiates a loss.
             num_items_in_batch: Target tokens of the whole optimizer step. None: micro-batches weigh the same.
             micro_batches: Of an optimizer step.
+            step_batches: All of them, by whose positions a distillation of all tokens weighs. None given: by targets.
             kwargs: What other modifiers may want.
         """
         positions = self.subnets.positions(self.batch_data)
-        if positions.num_targets == 0:
+        if len(positions.rows) == 0:
             return loss.detach().nan_to_num().requires_grad_()
-        share: Tensor | float = 1 / micro_batches
+        share = Share.even(1 / micro_batches)
         if num_items_in_batch is not None:
-            share = positions.num_targets / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            share = Share.even(positions.num_targets / torch.as_tensor(num_items_in_batch).clamp(min=1))
+            if self.subnets.options.distill_all_tokens and step_batches:
+                distilled = sum(len(self.subnets.positions(batch).rows) for batch in step_batches)
+                share = share._replace(distilled=len(positions.rows) / distilled)
         self.subnets.host.backward = backward
         inputs = {name: value for name, value in self.batch_data.items() if name != "labels"}
         logits = getattr(outputs, "logits", None)
-        found = self.subnets.run(model or self.trained, inputs, positions, self._place, Share.even(share), logits)
+        found = self.subnets.run(model or self.trained, inputs, positions, self._place, share, logits)
         return found.detach().requires_grad_()

@@ -209,7 +209,7 @@ class OneForAllDistillationModifier(Modifier):
         At LOSS_CALCULATED all subnets are differentiated, the largest from the ``outputs`` given, and ``state.loss``
         becomes a value that the trainer can differentiate to no effect. Keywords: ``loss``, ``outputs`` and perhaps
         ``model`` (as wrapped), ``backward`` (accelerate's), ``num_items_in_batch`` (targets of the whole optimizer
-        step) and ``micro_batches`` (of it).
+        step), ``micro_batches`` (their number in it) and ``step_batches`` (all of them).
         """
         if self._external is None:
             return

@@ -10,7 +10,7 @@ llm-compressor defines the events and fires none of them since 0.9. With these, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +51,15 @@ def begin_session(
 class TrainingEventsMixin(_Base):
     """Put before ``transformers.Trainer``: every micro-batch fires BATCH_START and LOSS_CALCULATED."""
 
+    _step_batches: list[Mapping[str, Any]]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return Trainer's micro-batches of a step and their number of targets; note the former."""
+        self._step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._step_batches, num_items
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -71,6 +80,7 @@ class TrainingEventsMixin(_Base):
             backward=self.accelerator.backward,
             num_items_in_batch=num_items_in_batch,
             micro_batches=self.current_gradient_accumulation_steps,
+            step_batches=self._step_batches,
             global_step=self.state.global_step,
         ).loss
         loss = loss if found is None else found  # a recipe may have no modifier that cares

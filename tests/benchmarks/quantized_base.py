@@ -27,8 +27,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, TrainingArguments
 
 import amoeba_plugin
+from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.architecture import group_key, linear_names
-from amoeba_plugin.calibration import collect_statistics, materialise
+from amoeba_plugin.calibration import materialise
 from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.elastic import ElasticModel
@@ -71,7 +72,9 @@ def load(path: str, quantized: bool) -> Any:
 def adapted(elastic: ElasticModel) -> Any:
     """Return the elastic model with SMOL on all its linears."""
     torch.manual_seed(0)
-    config = SmolConfig(r=16, num_experts=3, target_modules=linear_names(elastic.layers), task_type="CAUSAL_LM")
+    config = SmolConfig(
+        r=16, num_experts=3, adapt_largest=False, target_modules=linear_names(elastic.layers), task_type="CAUSAL_LM"
+    )
     return attach_smol(elastic, config)
 
 

@@ -11,13 +11,15 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.quant_args import QuantizationArgs
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 from amoeba_plugin.compressed_linear import CompressedLinear, is_compressed
 from amoeba_plugin.conformance import random_strategy
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
 
 CONFIG = dict(r=3, depths=[2, 4], widths=["1", "1/2"], target_modules=["q_proj", "up_proj"], init_weights=False)
@@ -85,6 +87,14 @@ def test_an_elastic_model_of_them_computes_what_one_of_the_dense_weights_does(
         with expected.active(shape) as one, found.active(shape) as other:
             torch.testing.assert_close(other(tokens).logits, one(tokens).logits, atol=1e-5, rtol=1e-5)
     assert len([m for m in found.model.modules() if is_compressed(m)]) == 28
+
+
+def test_a_lora_beside_packed_weights_is_refused(packed_directory: Path) -> None:
+    """PEFT looks for a dense weight that is not there."""
+    model = load(packed_directory, dequantize=False)
+    elastic = ElasticModel(model, random_strategy(model))
+    with pytest.raises(AdapterError, match="PEFT has no LoRA beside weights that compressed-tensors keeps packed"):
+        attach_lora(elastic, LoraConfig(target_modules=["q_proj"]))
 
 
 def test_merging_makes_the_merged_layers_dense(packed_directory: Path, tokens: Tensor) -> None:
