@@ -52,22 +52,33 @@ def require_new_directory(directory: Path, replaceable: str | None = None) -> No
 
 
 def require_elastic_dir(recipe: CheckedRecipe, output_dir: Path) -> None:
-    """Refuse a recipe whose elastic checkpoint has nowhere to go.
+    """Refuse a recipe whose elastic checkpoint has nowhere to go, or that writes into the output directory.
 
     Raises:
         ArtifactError: If ``elastic_dir`` holds something else.
-        RecipeError: If it is the output directory itself.
+        RecipeError: If a directory that the recipe names is the output directory or in it, or the elastic checkpoint
+            would hold the output directory: these two are written whole or not at all.
     """
     from amoeba_plugin.checkpoint import require_replaceable
-    from amoeba_plugin.modifiers import OneForAllDistillationModifier
+    from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier
 
-    training = recipe.find(OneForAllDistillationModifier)
-    if training is None or training.elastic_dir is None:
-        return
-    directory = Path(training.elastic_dir)
-    if directory.resolve() == output_dir.resolve():
-        raise RecipeError(f"elastic_dir and the output directory are both {output_dir}; name two directories")
-    require_replaceable(directory)
+    depth, training = recipe.find(DepthShrinkingModifier), recipe.find(OneForAllDistillationModifier)
+    named = {
+        "resume_dir": None if depth is None else depth.resume_dir,
+        "checkpoint_dir": None if training is None else training.checkpoint_dir,
+        "elastic_dir": None if training is None else training.elastic_dir,
+    }
+    output = output_dir.resolve()
+    for field, name in named.items():
+        directory = Path(name or "").resolve()
+        around = field == "elastic_dir" and directory in output.parents
+        if name is not None and (around or output in (directory, *directory.parents)):
+            raise RecipeError(
+                f"{field} {name} and the output directory {output_dir} are the same, or one is in the other, and the "
+                "checkpoint in it is to be there whole or not at all; name two directories side by side"
+            )
+    if named["elastic_dir"] is not None:
+        require_replaceable(Path(named["elastic_dir"]))
 
 
 def load_config(model: str) -> PretrainedConfig:

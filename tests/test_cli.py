@@ -230,6 +230,16 @@ class TestBeforeAnythingLoads:
 
     def test_one_directory_for_two_things_is_refused(self, files: Files):
         assert "name two directories" in refused(*run_arguments(files, out=files["elastic"]))
+        assert "elastic_dir" in refused(*run_arguments(files, out=files["elastic"] / "out"))
+
+    @pytest.mark.parametrize("field", ["elastic_dir", "checkpoint_dir"])
+    def test_a_directory_in_the_output_directory_is_refused(self, files: Files, field: str):
+        inside = files["out"] / "inside"
+        text = files["recipe"].read_text().replace(f"elastic_dir: {files['elastic']}", f"{field}: {inside}")
+        assert str(inside) in text
+        files["recipe"].write_text(text)
+        assert f"{field} {inside} and the output directory" in refused(*run_arguments(files))
+        assert not files["out"].exists()
 
     def test_a_model_that_is_not_there_is_refused(self, files: Files):
         assert "cannot be loaded" in refused(*run_arguments(files, model=files["out"]))

@@ -103,7 +103,7 @@ class OneForAllDistillationModifier(Modifier):
             OneForAllDistillationModifier:
               adapter: {r: 64, lora_alpha: 16, num_experts: 5, top_k: 2}
               max_steps: 10000
-              elastic_dir: OUT/elastic
+              elastic_dir: elastic
 
     Attributes:
         adapter: What is trained: SMOL or a plain LoRA, see :class:`AdapterOptions`, or ``none``: the model's own
