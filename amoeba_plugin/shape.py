@@ -133,7 +133,7 @@ def parse_depth(text: str | float) -> float:
         ValueError: If it is no number.
         ShapeError: If it is no multiple of 1/2.
     """
-    whole, point, rest = str(text).partition(".")
+    whole, point, rest = str(text).strip().partition(".")
     if point and not rest.isdecimal():
         raise ValueError(f"depth '{text}' is no number")
     return half_steps(int(whole) + float(f"0.{rest}") if point else int(whole))

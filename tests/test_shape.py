@@ -36,6 +36,10 @@ def test_spellings_of_one_shape(text: str) -> None:
     assert SubnetShape.parse(text) == SubnetShape(24, Fraction(7, 8))
 
 
+def test_blanks_are_passed_over() -> None:
+    assert SubnetShape.parse(" 10.5 x 7/8 ") == SubnetShape.parse("10.5x7/8")
+
+
 def test_a_depth_alone_is_full_width() -> None:
     assert SubnetShape.parse("24") == SubnetShape(24, Fraction(1))
 

@@ -44,9 +44,18 @@ def table(configs: dict[str, dict[str, Any]], own_stage: Iterable[str], quantize
             groups[group.name] = UNITS[group.name] if group.consumer.expert is None else "neurons of every expert"
         run = "with `amoeba run`" if model_type in own_stage else "yes"
         run += "" if model_type in quantized else ", not quantized"
-        cells = ("layers", groups["attention"], groups["mlp"], carrier(adapter, config), run)
+        cells = (depths(adapter, config), groups["attention"], groups["mlp"], carrier(adapter, config), run)
         lines.append((f"`{model_type}`", *cells))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def depths(adapter: ArchitectureAdapter, config: PretrainedConfig) -> str:
+    """Return what of a decoder may go."""
+    try:
+        adapter.sublayers(config)
+    except ArchitectureError:
+        return "layers"
+    return "layers, sublayers"
 
 
 def carrier(adapter: ArchitectureAdapter, config: PretrainedConfig) -> str:
