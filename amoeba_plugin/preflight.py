@@ -108,7 +108,7 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
 
     Raises:
         ArchitectureError: If the architecture is not supported, the model quantized, or no stock class holds the shape.
-        RecipeError: If ``min_depth``, ``round_to`` or a group size does not fit the model.
+        RecipeError: If layers named, ``min_depth``, ``round_to`` or a group size do not fit the model.
         ShapeError: If the shape to extract is outside the space.
     """
     if getattr(config, "quantization_config", None) is not None:
@@ -129,6 +129,7 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     """
     from amoeba_plugin.allocation import rounding_steps
     from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
+    from amoeba_plugin.width import require_anchors
 
     adapter = architecture_for(config.model_type)
     layers = config.num_hidden_layers
@@ -142,6 +143,8 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     groups = adapter.channel_groups(config)
     units = {Fraction(1): {group.name: group.units for group in groups}}
     if width is not None:
+        if not isinstance(width.anchor_layers, int):
+            require_anchors(width.anchor_layers, layers)
         anchored = Fraction(width.anchor_count, layers)
         units = {share: kept_units(groups, share, width.round_to, anchored) for share in map(parse_width, width.widths)}
     extraction = recipe.find(SubnetExtractionModifier)

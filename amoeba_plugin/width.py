@@ -70,7 +70,7 @@ def rank_widths(
     shares = _require_widths(widths)
     steps = rounding_steps(adapter.channel_groups(model.config), round_to)
     layers = adapter.layers(model)
-    _require_anchors(anchors, len(layers))
+    require_anchors(anchors, len(layers))
     if bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
         _require_statistics(model, adapter, stats, importance)
     ranked = [
@@ -210,7 +210,12 @@ def _tell_where_biases_go(config: PretrainedConfig, adapter: ArchitectureAdapter
         logger.info("biases that compensate for channels are saved in the class of model type %s", carrier.model_type)
 
 
-def _require_anchors(anchors: Collection[int], layers: int) -> None:
+def require_anchors(anchors: Collection[int], layers: int) -> None:
+    """Refuse anchors that a model of so many layers has not, or that are all of them.
+
+    Raises:
+        RecipeError: Naming them.
+    """
     outside = sorted(set(anchors) - set(range(layers)))
     if outside or (anchors and len(set(anchors)) == layers):
         raise RecipeError(

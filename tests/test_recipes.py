@@ -262,6 +262,12 @@ def grouped(size: int) -> str:
     return GOOD.replace("{targets: [Linear], scheme: W8A8, ignore: [lm_head]}", groups)
 
 
+def test_anchors_must_be_layers_of_the_model():
+    text = GOOD.replace('["1", "3/4"]', '["1", "3/4"], anchor_layers: [1, 9]')
+    with pytest.raises(RecipeError, match=r"anchor_layers \[1, 9\] are impossible: the model has layers 0\.\.3"):
+        check_against_model(check_recipe(text), config_of())
+
+
 @pytest.mark.parametrize("uneven", ["allocation: global", "anchor_layers: 1"])
 def test_layers_of_different_sizes_are_checked_at_the_least_they_may_keep(uneven: str):
     def text(round_to: str, size: int) -> str:
