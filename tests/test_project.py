@@ -19,6 +19,7 @@ from amoeba_plugin.recipe_files import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "recipes" / "README.md").read_text()
 SKIPPED = {".git", ".venv", "amoeba_demo", "build", "dist", "__pycache__"}
 
 
@@ -104,7 +105,7 @@ def test_every_modifier_and_each_of_its_fields_is_documented():
         if not hasattr(modifier, "model_fields"):
             continue
         own = set(modifier.model_fields) - set(modifier.__mro__[1].model_fields)
-        documented = README.partition(f"### `{name}`")[2].partition("\n### ")[0].partition("\n## ")[0]
+        documented = RECIPES.partition(f"## `{name}`")[2].partition("\n## ")[0]
         assert {field for field in own if f"`{field}`" not in documented} == set(), name
         assert {field for field in own if f"{field}:" not in (modifier.__doc__ or "")} == set(), name
 
@@ -114,14 +115,20 @@ def test_every_shipped_recipe_is_documented():
         assert f"`{name}`" in README
 
 
-def test_links_inside_the_readme_lead_somewhere():
-    headings = re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [path for path in project_files(".md")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_pages_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), target
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def test_no_file_names_a_place_on_somebodys_machine():
