@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from packed_linears import pack
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
@@ -28,7 +28,6 @@ from amoeba_plugin.strategy import DepthStrategy, model_fingerprint
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[Batch]]
-FORKED = multiprocessing.get_context("fork")  # a new interpreter would import torch for seconds
 
 
 def search(
@@ -88,7 +87,7 @@ def test_a_search_goes_on_where_it_was_stopped(
     wanted = search(model, batches, None)
     assert wanted.search["measured"] == 25
     if by == "SIGKILL":
-        process = FORKED.Process(target=killed_search, args=(model, batches, tmp_path, after))
+        process = forked(killed_search, model, batches, tmp_path, after)
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
@@ -240,10 +239,7 @@ def test_ranks_share_the_data_and_agree(
     given = [batches[:2], batches[2:]] if split == "by the loader" else [batches, batches]
     if split == "by the loader":
         wanted = search(model, batches, None, objective := PerTokenLoss())
-    ranks = [
-        FORKED.Process(target=sharded_search, args=(rank, 2, model, given[rank], tmp_path, objective))
-        for rank in range(2)
-    ]
+    ranks = [forked(sharded_search, rank, 2, model, given[rank], tmp_path, objective) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

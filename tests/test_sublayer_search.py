@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
+from forked import forked
 from sublayer_models import CASES, zeroed
 from test_depth import plain_loss, recurrence
 from torch import Tensor, distributed, nn
@@ -175,8 +175,7 @@ def test_two_ranks_find_what_one_process_finds(
 ) -> None:
     model, batches = tiny_model("llama"), random_batches(3, lengths=(12, 7))
     wanted = search(model, batches)
-    forked = multiprocessing.get_context("fork")
-    ranks = [forked.Process(target=search_on_rank, args=(rank, model, batches, tmp_path)) for rank in range(2)]
+    ranks = [forked(search_on_rank, rank, model, batches, tmp_path) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

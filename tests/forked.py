@@ -1,0 +1,22 @@
+"""Processes that go on from where a test is: a new interpreter would import torch for seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tqdm.std import tqdm
+
+
+def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Return a process, not started, that calls a function."""
+    return multiprocessing.get_context("fork").Process(target=_with_a_lock_of_its_own, args=(target, *args))
+
+
+def _with_a_lock_of_its_own(target: Callable[..., None], *args: Any) -> None:
+    # tqdm's monitor thread may have held its lock at the fork; no thread of the child would ever give it back
+    tqdm.set_lock(threading.RLock())
+    target(*args)
