@@ -95,8 +95,7 @@ def save_elastic(
     Raises:
         ArtifactError: If the directory holds something else.
     """
-    if rank() == 0:
-        require_replaceable(directory)
+    require_replaceable(directory)  # on all processes: one that stopped alone would leave the others waiting below
     with elastic.active(elastic.space.largest) as model:
         strategy = elastic.reordered_strategy() if trained_base else elastic.strategy
         state = whole_state_dict(model if peft_model is None else peft_model)
