@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -60,6 +60,16 @@ def make_random_batches(
         labels = ids.masked_fill(mask == 0, -100)
         batches.append({"input_ids": ids * mask, "attention_mask": mask.clone(), "labels": labels})
     return batches
+
+
+@pytest.fixture
+def fresh_session() -> Iterator[None]:
+    """Let no recipe of another test be left in llm-compressor's session, nor one of this test."""
+    from llmcompressor.core import reset_session  # seconds, which most tests do not need
+
+    reset_session()
+    yield
+    reset_session()
 
 
 @pytest.fixture(scope="session")

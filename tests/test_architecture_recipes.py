@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_session() -> Iterator[None]:
-    reset_session()
-    yield
-    reset_session()
+pytestmark = pytest.mark.usefixtures("fresh_session")
 
 
 @pytest.fixture

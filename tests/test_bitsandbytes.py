@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 import yaml
 from elastic_models import random_strategy
 from llmcompressor import oneshot
-from llmcompressor.core import reset_session
 from test_modifiers import save_base
 from test_packed_elastic import adapted, close, logits, require_equal_training, train
 from test_training_doors import TRAIN, SessionTrainer, rows
@@ -36,11 +35,7 @@ EIGHT = BitsAndBytesConfig(load_in_8bit=True)
 KEPT = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_session() -> Iterator[None]:
-    reset_session()
-    yield
-    reset_session()
+pytestmark = pytest.mark.usefixtures("fresh_session")
 
 
 @pytest.fixture

@@ -75,11 +75,7 @@ def recipe(*groups: dict[str, Any]) -> str:
     return yaml.safe_dump(stages, sort_keys=False)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_session() -> Any:
-    reset_session()
-    yield
-    reset_session()
+pytestmark = pytest.mark.usefixtures("fresh_session")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
 from peft import PeftModel
 from sublayer_models import TABLE
@@ -30,11 +29,7 @@ DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "granularity": "sublayer"}}
 __all__ = ["data"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_session() -> Any:
-    reset_session()
-    yield
-    reset_session()
+pytestmark = pytest.mark.usefixtures("fresh_session")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,11 +45,7 @@ class SessionTrainer(TrainingEventsMixin, Trainer):
     """A Trainer in a session of llm-compressor."""
 
 
-@pytest.fixture(autouse=True)
-def _fresh_session() -> Iterator[None]:
-    reset_session()
-    yield
-    reset_session()
+pytestmark = pytest.mark.usefixtures("fresh_session")
 
 
 @pytest.fixture
