@@ -81,7 +81,7 @@ def demo() -> Subject:
         round_to=32,
         steps=80,
         rank=16,
-        learning_rates=(3e-3, 6e-3, 1.2e-2),
+        learning_rates=(6e-3, 1.2e-2, 2.4e-2),
     )
 
 
