@@ -9,11 +9,12 @@ from fractions import Fraction
 from results import Losses, Results, above, header, row
 from selection import OURS, choose_channels, choose_layers, search
 from subjects import Subject
-from training import ONE_LORA, Space, Variant, on_validation, trained, untrained
+from training import ONE_LORA, Space, Variant, evaluated, on_validation, trained, untrained
 
 from amoeba_plugin.architecture import group_key
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import unit_cost
 
 TUNED = (
@@ -21,6 +22,7 @@ TUNED = (
     Variant("tuned by distillation", adapter=ONE_LORA, students=1),
 )
 WHOLE = Fraction(1)
+SAME_SIZES = "same sizes"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ def table_1(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
     """Print held-out losses at three shares of the block parameters: those that three depths keep exactly.
 
     Every training, of one shape or of all, sees the same tokens. One training for all has in each column the shape of
-    at most that share that does best on the validation text.
+    at most that share that does best on the validation text; its widths have the same sizes in all layers, or sizes and
+    biases as FLAP's.
     """
     if not subject.budgets:
         print(f"\nNo Table 1 for {subject.path.name}: too few layers.")
@@ -45,18 +48,31 @@ def table_1(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
     shares = [Fraction(depth, layers) for depth in subject.budgets]
     columns = [f"{float(share):.0%}" for share in shares]
     print(header(f"One training against published pruning ({subject.path.name})", "method", columns))
-    space = Space(
-        search(subject, min_depth=min(subject.budgets)), choose_channels(subject),
-        range(min(subject.budgets), layers + 1), subject.widths,
-    )  # fmt: skip
     largest = f"{layers}x1"
-    dense = results.of("1/dense", lambda: untrained(subject, space, [largest]))[largest]
+    spaces = {name: _space(subject, widths) for name, widths in _allocations(subject).items()}
+    dense = results.of("1/dense", lambda: untrained(subject, spaces[SAME_SIZES], [largest]))[largest]
     for method in _methods(subject, shares):
         _print_method(subject, results, method, seeds, dense)
-    fitting = {share: [*_fitting(subject, space, share)] for share in shares}
-    candidates = list(dict.fromkeys(shape for shapes in fitting.values() for shape in shapes))
-    of_seeds = trained(subject, results, OURS, space, candidates, key="1/ours", seeds=seeds, steps=subject.steps)
-    print(row("one training for all", [_best(of_seeds, fitting[share], dense) for share in shares]), flush=True)
+    for name, space in spaces.items():
+        fitting = {share: [*_fitting(subject, space, share)] for share in shares}
+        candidates = list(dict.fromkeys(shape for shapes in fitting.values() for shape in shapes))
+        key = f"1/ours, {name}"
+        before = results.of(f"{key}/before", lambda: evaluated(subject, space.elastic(subject), candidates))  # noqa: B023
+        _print_best(f"one training for all, {name}, before", [before], fitting, dense)
+        of_seeds = trained(subject, results, OURS, space, candidates, key=key, seeds=seeds, steps=subject.steps)
+        _print_best(f"one training for all, {name}", of_seeds, fitting, dense)
+
+
+def _allocations(subject: Subject) -> Mapping[str, WidthStrategy]:
+    return {
+        SAME_SIZES: choose_channels(subject),
+        "sizes by layer": choose_channels(subject, allocation="global", bias_compensation=True),
+    }
+
+
+def _space(subject: Subject, widths: WidthStrategy) -> Space:
+    depths = range(min(subject.budgets), subject.depths[0] + 1)
+    return Space(search(subject, min_depth=min(depths)), widths, depths, subject.widths)
 
 
 def _methods(subject: Subject, shares: Sequence[Fraction]) -> Iterator[Method]:
@@ -117,6 +133,10 @@ def share_kept(subject: Subject, space: Space, shape: str) -> Fraction:
             if index in space.depth.kept[parsed.depth]:
                 kept += cost * space.width.units[parsed.width].get(key, group.units)
     return Fraction(kept, total)
+
+
+def _print_best(name: str, of_seeds: Sequence[Losses], fitting: Mapping[Fraction, list[str]], dense: float) -> None:
+    print(row(name, [_best(of_seeds, shapes, dense) for shapes in fitting.values()]), flush=True)
 
 
 def _best(of_seeds: Sequence[Losses], shapes: Sequence[str], dense: float) -> str:

@@ -106,10 +106,7 @@ def trained(
     def run(seed: int, rate: float) -> Losses:
         elastic = space.elastic(subject)
         _train(subject, variant, elastic, steps, seed, rate)
-        validation = measure(elastic, shapes, subject.validation)
-        return measure(elastic, shapes, subject.held_out) | {
-            on_validation(shape): validation[shape] for shape in shapes
-        }
+        return evaluated(subject, elastic, shapes)
 
     def trial(rate: float) -> float:
         losses = results.of(f"{rates or key}/rate {rate}", lambda: run(TRIAL_SEED, rate))
@@ -117,6 +114,12 @@ def trained(
 
     best = min(subject.learning_rates, key=trial)
     return [results.of(f"{key}/{best}/{seed}", lambda seed=seed: run(seed, best)) for seed in seeds]
+
+
+def evaluated(subject: Subject, elastic: ElasticModel, shapes: Sequence[str]) -> Losses:
+    """Return the held-out loss of shapes and, by another name, that on the validation text."""
+    validation = measure(elastic, shapes, subject.validation)
+    return measure(elastic, shapes, subject.held_out) | {on_validation(shape): validation[shape] for shape in shapes}
 
 
 def on_validation(shape: str) -> str:
