@@ -49,18 +49,32 @@ def _require_distinct_keys(node: yaml.Node, source: str, visited: set[int]) -> N
             _require_distinct_keys(child, source, visited)
     if not isinstance(node, yaml.MappingNode):
         return
-    seen: dict[str, int] = {}
+    seen: dict[Any, yaml.ScalarNode] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(f"{source}, line {line}: a key must be a plain word")
-        if key.value in seen:
-            raise RecipeError(
-                f"{source}, line {line}: '{key.value}' was given in line {seen[key.value]} already, and only the last "
-                "one would count; remove one, or put the second modifier of a kind into another group"
-            )
-        seen[key.value] = line
+        for meaning in (key.value, *_constructed(key)):  # 10.5 and 10.50 are two texts and one key
+            before = seen.setdefault(meaning, key)
+            if before is not key:
+                same = "" if before.value == key.value else f", as '{before.value}'"
+                raise RecipeError(
+                    f"{source}, line {line}: '{key.value}' was given in line {before.start_mark.line + 1} already"
+                    f"{same}, and only the last one would count; remove one, or put the second modifier of a kind into "
+                    "another group"
+                )
         _require_distinct_keys(value, source, visited)
+
+
+def _constructed(key: yaml.ScalarNode) -> list[Any]:
+    """Return what a key is read as, or nothing where it cannot be read: that is refused with the value."""
+    loader = yaml.SafeLoader("")
+    try:
+        return [loader.construct_object(key)]
+    except (yaml.YAMLError, ValueError):
+        return []
+    finally:
+        loader.dispose()
 
 
 def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:

@@ -15,7 +15,7 @@ A depth counts layers; attention and MLP are half a layer each, so a depth may e
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -137,6 +137,25 @@ def parse_depth(text: str | float) -> float:
     if point and not rest.isdecimal():
         raise ValueError(f"depth '{text}' is no number")
     return half_steps(int(whole) + float(f"0.{rest}") if point else int(whole))
+
+
+def require_distinct_depths(texts: Iterable[str | float]) -> None:
+    """Refuse depths that are written twice, "10" and "10.0": of what they name, only the last would count.
+
+    What is no depth at all is passed over.
+
+    Raises:
+        ShapeError: Naming both.
+    """
+    seen: dict[float, str | float] = {}
+    for text in texts:
+        try:
+            depth = parse_depth(text)
+        except ValueError:
+            continue
+        if depth in seen:
+            raise ShapeError(f"{seen[depth]!r} and {text!r} are the same depth, {depth}; remove one of them")
+        seen[depth] = text
 
 
 def parse_width(text: str | float | Fraction) -> Fraction:

@@ -30,7 +30,7 @@ from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.hosted import onloaded
-from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth
+from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, require_distinct_depths
 from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
@@ -71,8 +71,12 @@ class DepthStrategy:
             objective: What chose them, for people.
 
         Raises:
-            RecipeError: If a depth does not keep as many different layers of the model as it says.
+            RecipeError: If a depth does not keep as many different layers of the model as it says, or is written twice.
         """
+        try:
+            require_distinct_depths(kept)
+        except ShapeError as error:
+            raise RecipeError(f"kept_layers: {error}") from error
         layers: dict[float, tuple[int, ...]] = {num_layers: tuple(range(num_layers))}
         lost: dict[float, dict[int, str]] = {}
         for text, entries in kept.items():

@@ -229,6 +229,23 @@ def test_layers_given_must_be_the_models_and_hold_the_shape(kept: str, shape: st
     assert is_per_layer(subnet_config(check_recipe(fits), config_of()))
 
 
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ('{"10": [0], "10.0": [1]}', "'10' and '10.0' are the same depth, 10"),
+        ("{10.5: [0], 10.50: [1]}", "line 4: '10.50' was given in line 4 already, as '10.5'"),
+        ('{10.5: [0], "10.50": [1]}', "10.5 and '10.50' are the same depth, 10.5"),
+        ("{ten: [0], 3: [1]}", ""),
+    ],
+)
+def test_a_depth_written_in_two_ways_is_refused_with_the_recipe(kept: str, words: str):
+    text = GOOD.replace("min_depth: 2", f"min_depth: 2, kept_layers: {kept}")
+    if words:
+        assert words in refusal(text)
+    else:
+        assert check_recipe(text)  # what is no depth is refused against the model, where the message knows its layers
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_min_depth_must_be_below_the_number_of_layers(layers: int):
     with pytest.raises(RecipeError, match=f"min_depth 2 of a model with {layers} layers"):

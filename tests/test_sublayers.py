@@ -131,6 +131,12 @@ def test_kept_layers_that_do_not_make_up_their_depth_are_refused(depth: str, kep
         DepthStrategy.given({depth: kept}, 4)
 
 
+@pytest.mark.parametrize("twice", ["2.0", " 2", "2.00"])
+def test_one_depth_written_in_two_ways_is_refused(twice: str) -> None:
+    with pytest.raises(RecipeError, match=f"kept_layers: '2' and '{twice}' are the same depth, 2"):
+        DepthStrategy.given({"2": [0, 1], twice: [0, 3]}, 4)
+
+
 def test_an_adapter_that_names_no_sublayers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from amoeba_plugin.architecture import ArchitectureAdapter
     from amoeba_plugin.architectures.gated import GatedDecoder

@@ -19,6 +19,7 @@ from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
 from amoeba_plugin.plugins import depth_selector_named, objective_named
 from amoeba_plugin.questions import QuestionColumns, load_questions
+from amoeba_plugin.shape import require_distinct_depths
 from amoeba_plugin.strategy import DepthStrategy
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,10 @@ class DepthShrinkingModifier(Modifier):
     @classmethod
     def _depths_are_text(cls, kept: Any) -> Any:
         """Take depths that YAML reads as numbers: ``{2: [0, 3]}`` is what it looks like."""
-        return {str(depth): layers for depth, layers in kept.items()} if isinstance(kept, dict) else kept
+        if not isinstance(kept, dict):
+            return kept
+        require_distinct_depths(kept)
+        return {str(depth): layers for depth, layers in kept.items()}
 
     @field_validator("objective")
     @classmethod
