@@ -164,7 +164,7 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
         )
     whole, smallest = units[Fraction(1)], units[shape.width]
     uneven = width is not None and shape.width != 1 and (width.allocation == "global" or width.anchor_count > 0)
-    if width is not None and width.allocation == "global" and shape.width != 1:
+    if width is not None and width.allocation != "uniform" and shape.width != 1:  # sizes are not known yet
         smallest = rounding_steps(groups, width.round_to)
     in_part = not extraction.portable and _in_part(depth, given, shape, layers)
     kept = range(min(math.floor(shape.depth) + 1, layers) if in_part else math.ceil(shape.depth))

@@ -10,14 +10,13 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.activation_stats import ActivationStats
-from amoeba_plugin.allocation import RankedGroup, allocated, rounding_steps
+from amoeba_plugin.allocation import Allocation, RankedGroup, allocated, rounding_steps
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
@@ -35,7 +34,7 @@ def rank_widths(
     widths: Sequence[Fraction],
     importance: Importance | GroupImportance,
     gradients: Mapping[str, Tensor] | None = None,
-    allocation: Literal["uniform", "global"] = "uniform",
+    allocation: Allocation = "uniform",
     round_to: Mapping[str, int] | int = 1,
     anchors: Collection[int] = (),
     bias_compensation: bool = False,
@@ -52,7 +51,8 @@ def rank_widths(
         allocation: ``uniform`` keeps the same number of units in every layer: the share of that group's units.
             ``global`` is the paper's: one threshold over the units of all layers, so that the share counts the
             parameters of units, and layers differ; every group keeps its best unit at least, and all experts of a
-            layer the same number (:func:`experts_together`).
+            layer the same number. ``per_group`` takes the j-th best units of all layers for one unit: the share
+            counts parameters, layers are the same, and attention and MLP keep different shares.
         round_to: Consumer's channels that kept sizes are multiples of (the nearest one), for all groups or by group
             name. With ``global`` it moves the share away from the one asked for.
         anchors: Indices of layers that keep full width (ELMS). The others make up for them: their share is

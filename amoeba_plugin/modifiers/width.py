@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, field_validator
 
 from amoeba_plugin.activation_stats import collect_statistics
+from amoeba_plugin.allocation import Allocation
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance, Importance
@@ -32,8 +33,10 @@ class WidthShrinkingModifier(Modifier):
         importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``,
             ``group_magnitude``, ``taylor`` or ``taylor_vector`` (these two take a backward pass over the calibration
             data, and 4 bytes of main memory per weight), or a plugin's. Default ``flap``.
-        allocation: ``uniform``, the same sizes in every layer (stock classes can load them), or ``global``, the
-            paper's one threshold over all layers (a per-layer class holds them). Default ``uniform``.
+        allocation: ``uniform``, the same share of attention and MLP in every layer; ``per_group``, the same sizes in
+            every layer, of which one threshold gives attention and MLP each what they are worth (stock classes can
+            load both); or ``global``, the paper's one threshold over all layers (a per-layer class holds them).
+            Default ``uniform``.
         anchor_layers: Layers that keep full width while the others make up for them, so that widths stay shares of the
             whole model: their indices, or how many of the most sensitive ones (those without which the calibration
             loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
@@ -44,7 +47,7 @@ class WidthShrinkingModifier(Modifier):
 
     widths: list[str]
     importance: str = "flap"
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Allocation = "uniform"
     anchor_layers: int | list[int] = 0
     round_to: int | dict[str, int] = Field(default=1)
     bias_compensation: bool = False

@@ -22,7 +22,6 @@ TUNED = (
     Variant("tuned by distillation", adapter=ONE_LORA, students=1),
 )
 WHOLE = Fraction(1)
-SAME_SIZES = "same sizes"
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ def table_1(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
     """Print held-out losses at three shares of the block parameters: those that three depths keep exactly.
 
     Every training, of one shape or of all, sees the same tokens. One training for all has in each column the shape of
-    at most that share that does best on the validation text; its widths have the same sizes in all layers, or sizes and
-    biases as FLAP's.
+    at most that share that does best on the validation text; its row says how widths are allocated.
     """
     if not subject.budgets:
         print(f"\nNo Table 1 for {subject.path.name}: too few layers.")
@@ -50,7 +48,7 @@ def table_1(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
     print(header(f"One training against published pruning ({subject.path.name})", "method", columns))
     largest = f"{layers}x1"
     spaces = {name: _space(subject, widths) for name, widths in _allocations(subject).items()}
-    dense = results.of("1/dense", lambda: untrained(subject, spaces[SAME_SIZES], [largest]))[largest]
+    dense = results.of("1/dense", lambda: untrained(subject, next(iter(spaces.values())), [largest]))[largest]
     for method in _methods(subject, shares):
         _print_method(subject, results, method, seeds, dense)
     for name, space in spaces.items():
@@ -65,8 +63,9 @@ def table_1(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
 
 def _allocations(subject: Subject) -> Mapping[str, WidthStrategy]:
     return {
-        SAME_SIZES: choose_channels(subject),
-        "sizes by layer": choose_channels(subject, allocation="global", bias_compensation=True),
+        "uniform": choose_channels(subject, allocation="uniform"),
+        "per_group": choose_channels(subject, allocation="per_group"),
+        "global, with biases": choose_channels(subject, allocation="global", bias_compensation=True),
     }
 
 
@@ -82,7 +81,7 @@ def _methods(subject: Subject, shares: Sequence[Fraction]) -> Iterator[Method]:
     by_width = {share: f"{layers}x{share}" for share in shares}
     flap = choose_channels(subject, "flap", widths, "global", bias_compensation=True)
     yield Method("FLAP: channels", Space(all_layers, flap, (layers,), widths), by_width)
-    taylor = choose_channels(subject, "taylor", widths)
+    taylor = choose_channels(subject, "taylor", widths, "uniform")
     yield Method("Taylor: channels", Space(all_layers, taylor, (layers,), widths), by_width)
     depth = choose_layers(subject, "taylor_plus", min_depth=min(subject.budgets))
     by_depth = {share: f"{int(share * layers)}x1" for share in shares}

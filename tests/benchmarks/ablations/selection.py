@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Literal
 
 from results import Results, above, header, row
 from subjects import Subject
 from training import Space, Variant, trained, untrained
 
 from amoeba_plugin.activation_stats import collect_statistics
+from amoeba_plugin.allocation import Allocation
 from amoeba_plugin.demo.depth_comparison import PUBLISHED
 from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.errors import RecipeError
@@ -88,7 +88,7 @@ def choose_layers(
 
 def choose_channels(
     subject: Subject, importance: str = "flap", widths: Sequence[Fraction] | None = None,
-    allocation: Literal["uniform", "global"] = "uniform", bias_compensation: bool = False,
+    allocation: Allocation | None = None, bias_compensation: bool = False,
 ) -> WidthStrategy:  # fmt: skip
     """Rank units on the subject's own text."""
     model, calibration = subject.model(), subject.calibrations[subject.own_text]
@@ -100,5 +100,5 @@ def choose_channels(
         gradients = loss_gradients(model, coupled_parameters(model, adapter), calibration)
     return rank_widths(
         model, adapter, statistics, gradients=gradients, widths=widths or subject.widths, importance=scored,
-        allocation=allocation, bias_compensation=bias_compensation, round_to=subject.round_to,
+        allocation=allocation or subject.allocation, bias_compensation=bias_compensation, round_to=subject.round_to,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from amoeba_plugin.allocation import Allocation
 from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.run import MODEL as DEMO_MODEL
@@ -35,6 +36,7 @@ class Subject:
         budgets: Depths whose shares of the layers are the shares of the block parameters that Table 1 allows;
             Taylor+ must be able to keep them: the first 4 layers and the last 2 stay.
         widths: Widths; the first three are Table 4's.
+        allocation: How many units a width keeps, where a table does not say otherwise.
         round_to: Channels that kept sizes are multiples of.
         steps: Steps of one-for-all training.
         rank: Of an adapter.
@@ -49,6 +51,7 @@ class Subject:
     depths: tuple[int, int, int]
     budgets: tuple[int, ...]
     widths: tuple[Fraction, ...]
+    allocation: Allocation
     round_to: int
     steps: int
     rank: int
@@ -77,7 +80,8 @@ def demo() -> Subject:
         held_out=batches(held_out.select(range(48))),
         depths=(12, 10, 8),
         budgets=(10, 8, 6),
-        widths=tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4)),
+        widths=tuple(Fraction(n, 8) for n in (8, 6, 4, 7, 5)),
+        allocation="per_group",
         round_to=32,
         steps=80,
         rank=16,
@@ -99,6 +103,7 @@ def stories() -> Subject:
         depths=(5, 4, 3),
         budgets=(),
         widths=tuple(Fraction(n, 4) for n in (4, 3, 2)),
+        allocation="uniform",
         round_to=1,
         steps=100,
         rank=8,
