@@ -16,6 +16,11 @@
 Every message says what was asked, what is possible, and what to do.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class AmoebaError(Exception):
     """Base of all errors of this package; ``except AmoebaError`` catches what a user can put right."""
@@ -55,3 +60,14 @@ class TrainingError(AmoebaError, RuntimeError):
 
 class PluginError(AmoebaError, LookupError):
     """A name that no plugin registered, or that two plugins registered."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the known name next to a wrong one, or nothing where none is near.
+
+    >>> did_you_mean("Demos", ["demo", "qwen3"])
+    " Did you mean 'demo'?"
+    """
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""

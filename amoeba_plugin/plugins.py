@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from amoeba_plugin import hookspecs
-from amoeba_plugin.errors import ArchitectureError, PluginError
+from amoeba_plugin.errors import ArchitectureError, PluginError, did_you_mean
 
 if TYPE_CHECKING:
     from amoeba_plugin.architecture import ArchitectureAdapter
@@ -84,10 +83,8 @@ def depth_selector_named(name: str) -> DepthSelector:
 def _named(kind: str, hook: str, name: str) -> Any:
     known = _collect(kind, hook, dict)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        givers = ", ".join(f"{each} (from {giver})" for each, giver in sorted(_givers(hook, dict).items()))
-        raise PluginError(f"no {kind} named '{name}'.{hint} Known: {givers}")
+        names = (each if giver in BUILT_IN else f"{each} (from {giver})" for each, giver in _givers(hook, dict).items())
+        raise PluginError(f"no {kind} named '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(names))}")
     return known[name]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import RecipeError, did_you_mean
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -40,8 +37,9 @@ def require_shipped(name: str) -> Path:
     """
     shipped = shipped_recipes()
     if name not in shipped:
+        there = "that is a directory, not a file" if Path(name).is_dir() else "there is no such file"
         raise RecipeError(
-            f"no recipe '{name}': there is no such file, and the shipped recipes are {', '.join(shipped)}."
+            f"no recipe '{name}': {there}, and the shipped recipes are {', '.join(shipped)}."
             f"{did_you_mean(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit"
         )
     return shipped[name]
@@ -67,13 +65,3 @@ def read_recipe(recipe: str | Path) -> tuple[str, str]:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    """Return a sentence that names the known name next to a wrong one, or nothing where none is near.
-
-    >>> did_you_mean("demos", {"demo": 1, "qwen3": 2})
-    " Did you mean 'demo'?"
-    """
-    close = difflib.get_close_matches(name, known, n=1) or [each for each in known if each.lower() == name.lower()]
-    return f" Did you mean '{close[0]}'?" if close else ""

@@ -81,7 +81,7 @@ def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:
     if isinstance(node, yaml.MappingNode):
         return node
     kind = "a list" if isinstance(node, yaml.SequenceNode) else f"'{node.value}'" if node.value else "nothing"
-    advice = "; write {} for no fields" if of == "a field" else ""
+    advice = "; indent its fields below it, or write {} for no fields" if of == "a field" else ""
     raise RecipeError(
         f"{what} (line {node.start_mark.line + 1}) holds {kind} where a mapping belongs, from the name of "
         f"{of} to its content{advice}. llm-compressor would ignore it or stop; a recipe reads {SKELETON}"

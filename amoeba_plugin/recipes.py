@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
-from amoeba_plugin.recipe_files import did_you_mean, read_recipe
-from amoeba_plugin.recipe_text import GROUP_SUFFIX, SKELETON, Entry, entries_of
+from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError, did_you_mean
+from amoeba_plugin.recipe_fields import create_modifier
+from amoeba_plugin.recipe_files import read_recipe
+from amoeba_plugin.recipe_text import SKELETON, Entry, entries_of
 from amoeba_plugin.shape import SubnetShape, parse_width
 
-# Fields every llm-compressor modifier has and none acts on: a modifier with `start: 1` never starts.
-DEAD_FIELDS = ("start", "end", "update", "index")
+if TYPE_CHECKING:
+    from amoeba_plugin.modifiers import DepthShrinkingModifier
 
 ModifierT = TypeVar("ModifierT")
 
@@ -70,7 +70,7 @@ def check_recipe(recipe: str | Path) -> CheckedRecipe:
     if not entries:
         raise RecipeError(f"{source} holds no modifier; a recipe reads {SKELETON}")
     _require_distinct_groups(entries, source)
-    modifiers = tuple(_create(entry, source) for entry in entries)
+    modifiers = tuple(create_modifier(entry, source) for entry in entries)
     checked = CheckedRecipe(source, text, modifiers)
     _check_together(checked)
     return checked
@@ -84,89 +84,6 @@ def _require_distinct_groups(entries: tuple[Entry, ...], source: str) -> None:
                 f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in "
                 f"{entry.stage}; the recipe saved beside a checkpoint would lose one of them: give them different names"
             )
-
-
-def _create(entry: Entry, source: str) -> Any:
-    where = f"{source}, line {entry.line}: {entry.name}"
-    kind = _known_modifiers().get(entry.name)
-    if kind is None:
-        names = _known_modifiers()
-        raise RecipeError(
-            f"{source}, line {entry.line}: there is no modifier '{entry.name}'.{did_you_mean(entry.name, names)} "
-            f"Known: {', '.join(sorted(names))}"
-        )
-    if "group" in entry.fields:
-        raise RecipeError(
-            f"{where}: 'group' is no field; a modifier's group is the key it stands under ('{entry.group}')"
-        )
-    dead = [name for name in DEAD_FIELDS if entry.fields.get(name) is not None]
-    if dead and kind.__module__.startswith(f"{__package__}."):
-        raise RecipeError(
-            f"{where}: '{dead[0]}' has no effect, modifiers run once, in the order of the recipe; remove it"
-        )
-    _require_known_fields(kind, entry.fields, where)
-    return _instantiate(kind, entry, where)
-
-
-def _instantiate(kind: type[Any], entry: Entry, where: str) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return kind(group=entry.group.removesuffix(GROUP_SUFFIX), **entry.fields)
-    except ValidationError as error:
-        problems = "; ".join(_problem(each) for each in error.errors(include_url=False))
-        raise RecipeError(f"{where}: {problems}") from error
-    except (AmoebaError, ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    field = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"{field} must be given"
-    if error["type"] == "extra_forbidden":
-        return f"'{field}' is no field"
-    if error["type"] == "value_error" or not field:
-        return message if field in message else f"{field}: {message}"
-    return f"{field}: {error['input']!r} is not possible ({message[0].lower()}{message[1:]})"
-
-
-def _require_known_fields(kind: type[Any], fields: Mapping[str, Any], where: str) -> None:
-    from pydantic import BaseModel
-
-    known = {name: info for name, info in kind.model_fields.items() if name != "group" and not name.endswith("_")}
-    for name, value in fields.items():
-        if name not in known:
-            raise RecipeError(
-                f"{where}: '{name}' is no field.{did_you_mean(name, known)} "
-                f"Fields: {', '.join(_own_first(kind, known))}"
-            )
-        choices = get_args(known[name].annotation) or (known[name].annotation,)  # the parts of a union
-        models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
-        if isinstance(value, Mapping) and len(models) == 1:
-            _require_known_fields(models[0], value, f"{where}.{name}")
-
-
-def _own_first(kind: type[Any], known: Mapping[str, Any]) -> list[str]:
-    inherited = set(kind.__mro__[1].model_fields) if hasattr(kind.__mro__[1], "model_fields") else set()
-    return [name for name in known if name not in inherited] or list(known)
-
-
-def _known_modifiers() -> dict[str, type[Any]]:
-    """All modifiers that a recipe can name: llm-compressor's, ours, and those somebody else registered."""
-    from llmcompressor.modifiers import Modifier, ModifierFactory
-
-    import amoeba_plugin.modifiers  # noqa: F401  # registers ours
-
-    if not ModifierFactory._loaded:
-        ModifierFactory.refresh()
-    known = {
-        **ModifierFactory._main_registry,
-        **ModifierFactory._experimental_registry,
-        **ModifierFactory._registered_registry,
-    }
-    return {name: kind for name, kind in known.items() if kind is not Modifier}
 
 
 def _is_ours(modifier: Any) -> bool:
@@ -212,7 +129,7 @@ def _check_training(recipe: CheckedRecipe) -> None:
 
 
 def _check_shape(recipe: CheckedRecipe) -> None:
-    from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
+    from amoeba_plugin.modifiers import DepthShrinkingModifier, WidthShrinkingModifier
 
     depth, width = recipe.find(DepthShrinkingModifier), recipe.find(WidthShrinkingModifier)
     if depth is not None and depth.keep_last > depth.min_depth:
@@ -220,26 +137,38 @@ def _check_shape(recipe: CheckedRecipe) -> None:
             f"{recipe.source}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet cannot "
             "keep more last layers than it has layers; lower keep_last or raise min_depth"
         )
-    extraction = recipe.find(SubnetExtractionModifier)
-    if extraction is None:
-        return
-    shape = SubnetShape.parse(extraction.shape)
     widths = {Fraction(1)} if width is None else {parse_width(each) for each in width.widths}
+    for shape in asked_shapes(recipe):
+        _require_width_and_depth(recipe.source, shape, widths, depth)
+
+
+def asked_shapes(recipe: CheckedRecipe) -> list[SubnetShape]:
+    """Return the shapes that a recipe names: to extract, and to draw from in training."""
+    from amoeba_plugin.modifiers import OneForAllDistillationModifier, SubnetExtractionModifier
+
+    extraction, training = recipe.find(SubnetExtractionModifier), recipe.find(OneForAllDistillationModifier)
+    sampled = [] if training is None or training.sampled_shapes == "all" else training.sampled_shapes
+    return [SubnetShape.parse(each) for each in ([] if extraction is None else [extraction.shape]) + sampled]
+
+
+def _require_width_and_depth(
+    source: str, shape: SubnetShape, widths: set[Fraction], depth: DepthShrinkingModifier | None
+) -> None:
     if depth is not None and shape.depth < depth.min_depth:
         raise ShapeError(
-            f"{recipe.source}: shape {shape} is outside the space: its depth is below min_depth {depth.min_depth}; "
-            f"extract {depth.min_depth} layers or more, or lower min_depth"
+            f"{source}: shape {shape} is outside the space: its depth is below min_depth {depth.min_depth}; "
+            f"take {depth.min_depth} layers or more, or lower min_depth"
         )
     if shape.depth != int(shape.depth) and (
         depth is None or (depth.granularity == "layer" and depth.kept_layers is None)
     ):
         raise ShapeError(
-            f"{recipe.source}: shape {shape} keeps half a layer, an attention or an MLP alone; set granularity: "
-            "sublayer in DepthShrinkingModifier, or extract whole layers"
+            f"{source}: shape {shape} keeps half a layer, an attention or an MLP alone; set granularity: "
+            "sublayer in DepthShrinkingModifier, or take whole layers"
         )
     if shape.width not in widths:
         known = ", ".join(str(each) for each in sorted(widths, reverse=True))
         raise ShapeError(
-            f"{recipe.source}: shape {shape} is outside the space: the widths are {known}; extract one of these, or "
+            f"{source}: shape {shape} is outside the space: the widths are {known}; take one of these, or "
             f'add "{shape.width}" to WidthShrinkingModifier.widths'
         )

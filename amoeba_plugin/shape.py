@@ -21,6 +21,8 @@ from fractions import Fraction
 
 from amoeba_plugin.errors import ShapeError
 
+TIMES = "\N{MULTIPLICATION SIGN}"  # looks like an x where a shape is pasted from a text
+
 
 @dataclass(frozen=True, order=True)
 class SubnetShape:
@@ -51,9 +53,10 @@ class SubnetShape:
         depth, _, width = str(text).strip().lower().partition("x")
         try:
             return cls(parse_depth(depth), parse_width(width or "1"))
-        except ValueError as error:
+        except ShapeError as error:
+            hint = "; the sign between them is the letter x" if TIMES in str(text) else ""
             raise ShapeError(
-                f"'{text}' is not a subnet shape ({error}); write DEPTHxWIDTH, for example 24x7/8"
+                f"'{text}' is not a subnet shape ({error}); write DEPTHxWIDTH, for example 24x7/8{hint}"
             ) from error
 
     def __str__(self) -> str:
@@ -130,13 +133,17 @@ def parse_depth(text: str | float) -> float:
     """Read a depth: "24", 24 and "24.0" are the same, "10.5" is 21 sublayers.
 
     Raises:
-        ValueError: If it is no number.
-        ShapeError: If it is no multiple of 1/2.
+        ShapeError: If it is no number, or no multiple of 1/2.
     """
     whole, point, rest = str(text).strip().partition(".")
-    if point and not rest.isdecimal():
-        raise ValueError(f"depth '{text}' is no number")
-    return half_steps(int(whole) + float(f"0.{rest}") if point else int(whole))
+    try:
+        if point and not rest.isdecimal():
+            raise ValueError
+        return half_steps(int(whole) + float(f"0.{rest}") if point else int(whole))
+    except ShapeError:
+        raise
+    except ValueError:
+        raise ShapeError(f"depth '{text}' is no number of layers") from None
 
 
 def require_distinct_depths(texts: Iterable[str | float]) -> None:

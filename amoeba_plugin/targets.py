@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.architectures.gated import head_size
-from amoeba_plugin.errors import ArchitectureError, RecipeError
+from amoeba_plugin.errors import ArchitectureError, RecipeError, did_you_mean
 from amoeba_plugin.preflight import weightless
 from amoeba_plugin.subnet_classes import is_per_layer, per_layer_class
 
@@ -140,7 +140,7 @@ def candidate(
     Raises:
         RecipeError: If the target or the scheme is unknown.
     """
-    group_size = _group_size(_target(target, targets()), target, scheme)
+    group_size = _group_size(require_target(target), target, scheme)
     uneven = is_per_layer(config)
     model = weightless(config) if uneven else _one_layer(config)
     groups = adapter.channel_groups(config.per_layer_config[0] if uneven else config)
@@ -165,7 +165,7 @@ def candidate(
 def findings(subject: Candidate, target: str) -> list[Finding]:
     """Return the rules of a target that a candidate breaks, what refuses it first."""
     found = []
-    for rule in _target(target, targets()).rules:
+    for rule in require_target(target).rules:
         if rule.classes is not None and subject.class_name not in rule.classes:
             continue
         if rule.schemes is not None and subject.scheme not in rule.schemes:
@@ -190,9 +190,15 @@ def require_loadable(subject: Candidate, target: str) -> list[Finding]:
     return found
 
 
-def _target(name: str, known: Mapping[str, Target]) -> Target:
+def require_target(name: str) -> Target:
+    """Return a target by its name.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    known = targets()
     if name not in known:
-        raise RecipeError(f"the target '{name}' is unknown; take one of {', '.join(known)}")
+        raise RecipeError(f"the target '{name}' is unknown; take one of {', '.join(known)}.{did_you_mean(name, known)}")
     return known[name]
 
 
@@ -201,7 +207,10 @@ def _group_size(target: Target, name: str, scheme: str | None) -> int | None:
         return None
     known = PRESET_SCHEMES if target.schemes == "compressed-tensors" else target.schemes
     if scheme not in known:
-        raise RecipeError(f"{name} has no scheme '{scheme}'; take one of {', '.join(known)}, or leave out --scheme")
+        raise RecipeError(
+            f"{name} has no scheme '{scheme}'.{did_you_mean(scheme, known)} Take one of {', '.join(known)}, or leave "
+            "out --scheme"
+        )
     if isinstance(target.schemes, dict):
         return target.schemes[scheme]
     weights = preset_name_to_scheme(scheme, ["Linear"]).weights

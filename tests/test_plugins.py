@@ -110,12 +110,13 @@ def test_built_in_names() -> None:
     assert {type(architecture_for(name)) for name in ("llama", "mistral", "qwen2", "qwen3")} == {LlamaFamily}
 
 
-def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
-    with pytest.raises(
-        PluginError, match=r"no importance named 'flab'\. Did you mean 'flap'\? Known: .*wanda \(from amoeba_plugin"
-    ):
-        importance_named("flab")
-    with pytest.raises(PluginError, match=r"no objective named 'beauty'\. Known: accuracy .*, loss .*, perplexity"):
+def test_an_unknown_name_is_answered_with_those_that_exist(install: Callable[..., None]) -> None:
+    for misspelt in ("flab", "FLAP"):
+        with pytest.raises(PluginError, match=f"no importance named '{misspelt}'. Did you mean 'flap'. Known: flap, "):
+            importance_named(misspelt)
+    install("their_package", amoeba_objectives=lambda: {"length": PerTokenLoss()})
+    known = r"Known: accuracy, length \(from their_package\), loss, perplexity$"
+    with pytest.raises(PluginError, match=rf"no objective named 'beauty'\. {known}"):
         objective_named("beauty")
     with pytest.raises(ArchitectureError, match="'gpt2' is not supported; supported are gemma2, .*llama, .*qwen2, "):
         architecture_for("gpt2")

@@ -126,7 +126,7 @@ def test_a_first_layer_without_experts_does_not_hide_those_of_the_others():
 def test_what_is_unknown_is_refused_with_what_there_is():
     with pytest.raises(RecipeError, match="take one of transformers, vllm"):
         subject(seven_b(), "24x1", "tgi")
-    with pytest.raises(RecipeError, match="take one of F16"):
+    with pytest.raises(RecipeError, match="Take one of F16"):
         subject(seven_b(), "24x1", "llama.cpp", "W4A16")
     with pytest.raises(ShapeError, match="more layers than the model"):
         subject(seven_b(), "33x1", "vllm")
