@@ -21,16 +21,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from amoeba_plugin.directories import whole_or_nothing
+from amoeba_plugin.directories import require_writable, whole_or_nothing
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
+from amoeba_plugin.model_files import require_weights, why_not
 from amoeba_plugin.parity import ADAPTER_DIRECTORY, PARITY_NAME, AdapterMode, Parity, measure_parity
 from amoeba_plugin.ranks import rank
 from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
@@ -175,6 +177,7 @@ def load_elastic(
     weights: StreamedWeights | None = None
     if document.get("trained_base"):
         reference = str(directory / BASE_DIRECTORY)
+    require_weights(reference)
     try:
         streamed = streamed_model(reference, document["dtype"]) if stream and not _holds_base_weights(adapter) else None
         model: PreTrainedModel
@@ -184,7 +187,8 @@ def load_elastic(
             model, weights = streamed
     except OSError as error:
         raise ArtifactError(
-            f"the base model '{reference}' of {directory} cannot be loaded ({error}); say where it is with --base"
+            f"the base model '{reference}' of {directory} cannot be loaded: {why_not(reference, error)} "
+            "Say where it is with --base"
         ) from error
     elastic = ElasticModel(model.eval(), strategy, weights)
     if not adapter.is_dir():
@@ -244,13 +248,12 @@ def extract_checkpoint(
 
     Raises:
         ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
-        ArtifactError: If the output directory is not empty or cannot be written, the elastic checkpoint is damaged, or
-            there is no adapter to keep separate.
+        ArtifactError: If the output directory is not empty, is in the elastic checkpoint or cannot be written, if that
+            checkpoint or its base is damaged, ``max_shard_size`` is no size, or there is no adapter to keep separate.
         AdapterError: If the adapter cannot be a LoRA, because it holds whole modules or biases too.
     """
     parsed = SubnetStrategy.load(directory).space.require(shape)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
+    _require_output(output, directory, max_shard_size)
     if adapter == "separate" and not (directory / ADAPTER_DIRECTORY).is_dir():
         raise ArtifactError(f"{directory} has no adapter, nothing was trained; leave out --adapter separate")
     if adapter == "separate" and portable:
@@ -272,6 +275,21 @@ def extract_checkpoint(
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
         write_model_card(partial, facts, parity.in_words)
     return parity
+
+
+def _require_output(output: Path, elastic: Path, max_shard_size: str) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
+    if elastic.resolve() in output.resolve().parents:
+        raise ArtifactError(
+            f"{output} is inside the elastic checkpoint {elastic}, and would be gone when that is written anew; name "
+            "another directory"
+        )
+    require_writable(output, whole=True)
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ArtifactError(f"max_shard_size '{max_shard_size}' is no size of a file; write 5GB or 500MB") from error
 
 
 def _write_lora(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from amoeba_plugin.recipes import CheckedRecipe
 
 EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
+EXIT_STOPPED = 130  # what shells report of a command that Ctrl-C stopped
 
 
 class AmoebaGroup(TyperGroup):
@@ -37,6 +38,9 @@ class AmoebaGroup(TyperGroup):
                 raise
             _refuse(str(error))
             raise typer.Exit(EXIT_REFUSED) from None
+        except KeyboardInterrupt:
+            _refuse("stopped by Ctrl-C; no half-written checkpoint was left")
+            raise typer.Exit(EXIT_STOPPED) from None
 
 
 app = typer.Typer(
@@ -86,13 +90,20 @@ def run(
     recipe: RecipeArgument,
     model: Annotated[str, typer.Option(help="Path or hub id of a causal LM of a supported architecture.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")],
-    dataset: Annotated[str | None, typer.Option(help="Path or hub id of calibration text.")] = None,
-    num_calibration_samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration data.")] = 512,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Text: a .jsonl, .json, .txt, .csv or .parquet file, a save_to_disk directory, or a hub id."),
+    ] = None,
+    num_calibration_samples: Annotated[
+        int, typer.Option(min=1, help="Sequences of calibration data that selection sees.")
+    ] = 512,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 1,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text; default: the only one.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the text; default: text, or the only column of strings.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set; a file is one split.")] = "train",
     dtype: Annotated[
         Dtype, typer.Option(help="To load the model in; float32 where a CPU is slow in bfloat16.")
     ] = "auto",
@@ -156,7 +167,8 @@ def check(
 ) -> None:
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
-    from amoeba_plugin.preflight import check_against_model, load_config, planned_config, shape_config, subnet_config
+    from amoeba_plugin.model_files import load_config
+    from amoeba_plugin.preflight import check_against_model, planned_config, shape_config, subnet_config
     from amoeba_plugin.recipe_files import find_recipe
     from amoeba_plugin.recipes import check_recipe
     from amoeba_plugin.shape import SubnetShape
@@ -175,6 +187,10 @@ def check(
             "--round-to goes with a SHAPE alone: a recipe has WidthShrinkingModifier.round_to, a strategy its own "
             "sizes; leave it out"
         )
+    if target is not None:
+        from amoeba_plugin.targets import require_target
+
+        require_target(target)
     if not is_shape:
         checked = check_recipe(find_recipe(recipe))
         if model is not None:
@@ -256,6 +272,8 @@ def copy_recipe(
     target = path / source.name if path.is_dir() else path
     if target.exists():
         raise ArtifactError(f"{target} exists; nothing is overwritten: name another path")
+    if not target.parent.is_dir():
+        raise ArtifactError(f"there is no directory {target.parent} to copy the recipe into; make it first")
     target.write_bytes(source.read_bytes())
     _done(f"recipe {name} written to {target}")
 

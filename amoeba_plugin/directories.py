@@ -7,10 +7,34 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
 from amoeba_plugin.errors import ArtifactError
+
+
+def require_writable(directory: Path, whole: bool = False) -> None:
+    """Refuse a directory that could not be made or written to, before hours are spent on what goes there.
+
+    It is tried in the nearest directory that exists, and nothing is left behind.
+
+    Args:
+        directory: Need not exist.
+        whole: It will take the place of one that is made beside it, as :func:`whole_or_nothing` does.
+
+    Raises:
+        ArtifactError: If a file is in the way, or the system does not let this process write there.
+    """
+    tried = directory.parent if whole else directory
+    existing = next(each for each in (tried, *tried.absolute().parents) if each.exists())
+    try:
+        with TemporaryDirectory(dir=existing, prefix=".amoeba-"):
+            pass
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory} cannot be written ({existing}: {error.strerror}); name another directory"
+        ) from error
 
 
 @contextmanager

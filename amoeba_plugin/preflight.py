@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from amoeba_plugin.architecture import ChannelGroup
+from amoeba_plugin.directories import require_writable
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.recipes import CheckedRecipe
+from amoeba_plugin.recipes import CheckedRecipe, asked_shapes
 from amoeba_plugin.shape import SubnetShape, parse_width
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.subnet_classes import build, per_layer_config
@@ -39,11 +40,11 @@ def require_new_directory(directory: Path, replaceable: str | None = None) -> No
         replaceable: Name of a JSON file whose presence, with a ``format`` of this package, marks older results.
 
     Raises:
-        ArtifactError: If it is a file, or holds something else.
+        ArtifactError: If it is a file, holds something else, or cannot be written.
     """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if replaceable is not None and _is_ours(directory / replaceable):
+    empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+    if empty or (replaceable is not None and _is_ours(directory / replaceable)):
+        require_writable(directory, whole=replaceable is None)
         return
     raise ArtifactError(
         f"{directory} exists and holds something else, and nothing is overwritten; "
@@ -55,7 +56,7 @@ def require_elastic_dir(recipe: CheckedRecipe, output_dir: Path) -> None:
     """Refuse a recipe whose elastic checkpoint has nowhere to go, or that writes into the output directory.
 
     Raises:
-        ArtifactError: If ``elastic_dir`` holds something else.
+        ArtifactError: If ``elastic_dir`` holds something else, or a directory that the recipe names cannot be written.
         RecipeError: If a directory that the recipe names is the output directory or in it, or the elastic checkpoint
             would hold the output directory: these two are written whole or not at all.
     """
@@ -77,26 +78,10 @@ def require_elastic_dir(recipe: CheckedRecipe, output_dir: Path) -> None:
                 f"{field} {name} and the output directory {output_dir} are the same, or one is in the other, and the "
                 "checkpoint in it is to be there whole or not at all; name two directories side by side"
             )
+        if name is not None:
+            require_writable(Path(name), whole=field == "elastic_dir")
     if named["elastic_dir"] is not None:
         require_replaceable(Path(named["elastic_dir"]))
-
-
-def load_config(model: str) -> PretrainedConfig:
-    """Return a model's configuration, by path or hub id, without its weights.
-
-    Raises:
-        ArchitectureError: If there is none, or transformers does not know its architecture.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ArchitectureError(
-            f"the model '{model}' cannot be loaded: {first} Give a directory that save_pretrained wrote, or a hub id"
-        ) from error
-    return config
 
 
 def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
@@ -147,21 +132,12 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
             require_anchors(width.anchor_layers, layers)
         anchored = Fraction(width.anchor_count, layers)
         units = {share: kept_units(groups, share, width.round_to, anchored) for share in map(parse_width, width.widths)}
+    for shape in asked_shapes(recipe):
+        _require_depth(recipe.source, shape, layers if depth is None else depth.min_depth, layers, given)
     extraction = recipe.find(SubnetExtractionModifier)
     if extraction is None:
         return config
     shape = SubnetShape.parse(extraction.shape)
-    least = layers if depth is None else depth.min_depth
-    if not least <= shape.depth <= layers:
-        raise ShapeError(
-            f"{recipe.source}: shape {shape} is outside the space: this model and recipe give depths "
-            f"{least} to {layers}; extract one of these"
-        )
-    if given is not None and shape.depth not in given.kept:
-        raise ShapeError(
-            f"{recipe.source}: shape {shape} is outside the space: kept_layers has depths "
-            f'{", ".join(map(str, sorted(given.kept)))}; extract one of these, or add "{shape.depth}" to kept_layers'
-        )
     whole, smallest = units[Fraction(1)], units[shape.width]
     uneven = width is not None and shape.width != 1 and (width.allocation == "global" or width.anchor_count > 0)
     if width is not None and width.allocation != "uniform" and shape.width != 1:  # sizes are not known yet
@@ -173,6 +149,19 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
         sizes = [smallest, *[whole if uneven else smallest] * (len(kept) - 1)]
         return per_layer_config(adapter, config, kept, sizes, biased, ANY_LOST if in_part else {})
     return adapter.subnet_config(config, kept, smallest, biased)
+
+
+def _require_depth(source: str, shape: SubnetShape, least: int, layers: int, given: DepthStrategy | None) -> None:
+    if not least <= shape.depth <= layers:
+        raise ShapeError(
+            f"{source}: shape {shape} is outside the space: this model and recipe give depths {least} to {layers}; "
+            "take one of these"
+        )
+    if given is not None and shape.depth not in given.kept:
+        raise ShapeError(
+            f"{source}: shape {shape} is outside the space: kept_layers has depths "
+            f'{", ".join(map(str, sorted(given.kept)))}; take one of these, or add "{shape.depth}" to kept_layers'
+        )
 
 
 def _in_part(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.model_files import load_config, load_tokenizer, require_weights
 from amoeba_plugin.preflight import (
     check_against_model,
     has_experts,
-    load_config,
     require_elastic_dir,
     require_new_directory,
     weightless,
@@ -77,6 +77,7 @@ def run_recipe(
     require_new_directory(output_dir)
     require_elastic_dir(checked, output_dir)
     check_against_model(checked, load_config(model))
+    require_weights(model)
     batches = calibration_batches(checked, model, dataset, options)
     with whole_or_nothing(output_dir) as partial:
         _oneshot(checked, model, batches, partial, options)
@@ -98,19 +99,15 @@ def calibration_batches(
                 f"{recipe.source} measures the model on text, and there is no calibration data; give --dataset"
             )
         return None
-    from transformers import AutoTokenizer
-
     from amoeba_plugin.modifiers import DepthShrinkingModifier
     from amoeba_plugin.plugins import objective_named
-    from amoeba_plugin.text_data import load_batches
+    from amoeba_plugin.text_data import load_batches, require_file
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the model '{model}' has no tokenizer that transformers can load ({error})") from error
+    for each in _own_data_sets(recipe):
+        require_file(each)
     batches = load_batches(
         dataset,
-        tokenizer,
+        load_tokenizer(model),
         split=options.split,
         text_column=options.text_column,
         num_samples=options.num_samples,
@@ -122,6 +119,16 @@ def calibration_batches(
     if depth is not None and depth.kept_layers is None and depth.questions is None:
         objective_named(depth.objective).check(batches)
     return batches
+
+
+def _own_data_sets(recipe: CheckedRecipe) -> list[str]:
+    """Return the data sets that modifiers of the recipe name, which are read after selection only."""
+    from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier
+
+    depth, training = recipe.find(DepthShrinkingModifier), recipe.find(OneForAllDistillationModifier)
+    questions = None if depth is None else depth.questions
+    named = (None if training is None else training.dataset, None if questions is None else questions.dataset)
+    return [each for each in named if each is not None]
 
 
 def _oneshot(

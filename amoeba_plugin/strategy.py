@@ -303,7 +303,7 @@ def _finite_or_none(value: float) -> float | None:
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(
             f"{path} does not exist: not an elastic checkpoint, or its selection was interrupted"
         ) from error

@@ -19,6 +19,7 @@ from amoeba_plugin.objectives import IGNORED
 logger = logging.getLogger(__name__)
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 ROWS_AT_ONCE = 64  # texts tokenised in one call
+LONGEST_REASON = 300  # characters; the library lists all columns of all files
 POOL = (
     4  # blocks are drawn from so many times as many as asked for, so that a sample is not one passage of one document
 )
@@ -88,6 +89,7 @@ def read_rows(dataset: str, split: str) -> Any:
     # Imported here: selection on batches that a host hands over needs no data sets library.
     from datasets import DatasetDict, load_dataset, load_from_disk
 
+    require_file(dataset)
     path = Path(dataset)
     try:
         if path.is_file():
@@ -109,17 +111,32 @@ def read_rows(dataset: str, split: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # builders of the data sets library raise anything, from any parser
+        there = "" if path.exists() else "it is no path here, and of the hub: "
         raise DataError(
-            f"data set {dataset}, split {split}, cannot be read: {_reason(error)}. Give a directory written by "
+            f"data set {dataset}, split {split}, cannot be read: {there}{_reason(error)}. Give a directory written by "
             f"save_to_disk, a file ({', '.join(FILE_FORMATS)}), or the id of a data set on the hub"
         ) from error
+
+
+def require_file(dataset: str) -> None:
+    """Refuse what is named like a file and is not there; a hub would be asked for it.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    path = Path(dataset)
+    if path.suffix in FILE_FORMATS and not path.exists():
+        raise DataError(f"data set {dataset}: no such file in {path.absolute().parent}; name one that is there")
 
 
 def _reason(error: Exception) -> str:
     # What the library says of a file without rows is for its authors: "list index out of range", "StopIteration".
     if isinstance(error, IndexError | StopIteration) or "corresponds to no data" in str(error):
         return "it is empty"
-    return str(error).strip() or type(error).__name__
+    if isinstance(error.__cause__, Exception):  # "An error occurred while generating the dataset"
+        return _reason(error.__cause__)
+    words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return words if len(words) < LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."
 
 
 def _text_column(rows: Any, dataset: str, wanted: str | None) -> str:
@@ -127,12 +144,10 @@ def _text_column(rows: Any, dataset: str, wanted: str | None) -> str:
     strings = [name for name in names if getattr(rows.features[name], "dtype", None) in ("string", "large_string")]
     found = wanted or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
     if found not in strings:
-        asked = (
-            f"column '{wanted}' of strings" if wanted else "input_ids, and no column of strings that must be the text"
-        )
+        asked = f"column '{wanted}' of strings" if wanted else "column text, nor a single column of strings"
         raise DataError(
             f"data set {dataset} has no {asked}; its columns are {', '.join(names)}: name the one with the text "
-            "in text_column"
+            "in text_column (--text-column)"
         )
     return found
 
@@ -176,10 +191,12 @@ def _text_blocks(
         if len(tokens) >= POOL * num_samples * size:
             break
     blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+    if not tokens:
+        raise DataError(f"data set {dataset} has no text in column {column}; give one that has")
     if not blocks:
         raise DataError(
             f"data set {dataset} is too short: {len(tokens)} tokens, and one sample takes {size}; "
-            f"give more text, or a max_seq_length of {max(len(tokens), 2)} or less"
+            f"give more text, or a max_seq_length (--max-seq-length) of {max(len(tokens), 2)} or less"
         )
     chosen = rng.sample(blocks, min(num_samples, len(blocks)))
     return [{"input_ids": bos + block, "labels": [IGNORED] * len(bos) + block} for block in chosen]

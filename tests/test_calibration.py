@@ -315,10 +315,10 @@ def dataset_of(tmp_path: Path, columns: dict[str, Any]) -> str:
         (
             {"text": ["w1 w2"]},
             {},
-            "too short: 3 tokens, and one sample takes 7; give more text, or a max_seq_length of 3",
+            "too short: 3 tokens, and one sample takes 7; give more text, or a max_seq_length .--max-seq-length. of 3",
         ),
-        ({"text": [None, ""]}, {}, "too short: 0 tokens"),
-        ({"a": ["w1"], "b": ["w2"]}, {}, "no input_ids, and no column of strings .* its columns are a, b"),
+        ({"text": [None, ""]}, {}, "has no text in column text"),
+        ({"a": ["w1"], "b": ["w2"]}, {}, "no column text, nor a single column of strings; its columns are a, b"),
         ({"n": [1]}, {}, "its columns are n: name the one"),
         ({"a": ["w1"], "b": ["w2"]}, {"text_column": "c"}, "no column 'c' of strings; its columns are a, b"),
         ({"text": TEXTS}, {"num_samples": 0}, "0 samples of 8 tokens in batches of 2 are impossible"),
@@ -349,10 +349,12 @@ def test_data_that_cannot_be_read_is_refused(tmp_path: Path, tokenizer: Any) -> 
         with pytest.raises(DataError, match="cannot be read: it is empty"):
             load_batches(str(tmp_path / name), tokenizer, **OPTIONS)
     (tmp_path / "broken.jsonl").write_text('{"text": ')
-    with pytest.raises(DataError, match="broken.jsonl, split train, cannot be read"):
+    with pytest.raises(DataError, match="broken.jsonl, split train, cannot be read: JSON parse error"):
         load_batches(str(tmp_path / "broken.jsonl"), tokenizer, **OPTIONS)
-    with pytest.raises(DataError, match="nowhere, split train, cannot be read"):
+    with pytest.raises(DataError, match="nowhere, split train, cannot be read: it is no path here"):
         load_batches(str(tmp_path / "nowhere"), tokenizer, **OPTIONS)
+    with pytest.raises(DataError, match=f"nowhere.jsonl: no such file in {tmp_path}"):
+        load_batches(str(tmp_path / "nowhere.jsonl"), tokenizer, **OPTIONS)
     path = write(tmp_path / "splits", "splits")
     with pytest.raises(DataError, match="has no split 'test'; it has train"):
         load_batches(path, tokenizer, **(OPTIONS | {"split": "test"}))

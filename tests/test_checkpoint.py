@@ -62,7 +62,7 @@ def test_any_shape_is_extracted_with_its_parity(elastic: ElasticModel, tmp_path:
 
 def test_a_base_that_moved_is_named(elastic: ElasticModel, tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ArtifactError, match="say where it is with --base"):
+    with pytest.raises(ArtifactError, match="there is no such directory. Say where it is with --base"):
         load_elastic(tmp_path / "elastic")
     loaded, _ = load_elastic(tmp_path / "elastic", base=str(tmp_path / "moved"))
     assert loaded.space == elastic.space
@@ -80,7 +80,7 @@ def test_a_tree_that_moved_as_a_whole_finds_its_base(
     parity = extract_checkpoint(Path("tree/elastic"), "3x1/2", tmp_path / "again")
     assert parity == before
     (moved / "base").rename(moved / "other")
-    with pytest.raises(ArtifactError, match="say where it is with --base"):
+    with pytest.raises(ArtifactError, match="there is no such directory. Say where it is with --base"):
         load_elastic(moved / "elastic")
 
 
@@ -126,6 +126,23 @@ def test_a_truncated_file_is_refused(elastic: ElasticModel, tmp_path: Path, dama
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ArtifactError):
         load_elastic(tmp_path / "elastic")
+
+
+@pytest.mark.parametrize(
+    ("output", "shard", "message"),
+    [
+        ("elastic/subnet", "5GB", "is inside the elastic checkpoint"),
+        ("base/config.json/subnet", "5GB", "config.json/subnet cannot be written"),
+        ("subnet", "big", "max_shard_size 'big' is no size of a file"),
+        ("subnet", "0", "max_shard_size '0' is no size of a file"),
+    ],
+)
+@pytest.mark.usefixtures("elastic")
+def test_where_and_how_large_is_checked_first(tmp_path: Path, output: str, shard: str, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / output, max_shard_size=shard)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "elastic"]
+    assert not (tmp_path / "elastic/subnet").exists()
 
 
 def test_an_output_that_holds_something_else_is_left_alone(elastic: ElasticModel, tmp_path: Path) -> None:

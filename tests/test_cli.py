@@ -190,6 +190,16 @@ def test_check_refuses_options_that_would_do_nothing(files: Files, tiny_model: T
     assert "give --model, --target" in refused("check", files["recipe"], "--tensor-parallel", 2)
 
 
+def test_ctrl_c_is_told_and_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    def stop(name: str) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("amoeba_plugin.cli._shipped", stop)
+    result = invoke("recipes", "show", "demo")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "error: stopped by Ctrl-C; no half-written checkpoint was left"
+
+
 def test_debug_shows_where_an_error_came_from():
     result = CliRunner().invoke(app, ["--debug", "recipes", "show", "demos"])
     assert result.exit_code == 1
@@ -242,7 +252,51 @@ class TestBeforeAnythingLoads:
         assert not files["out"].exists()
 
     def test_a_model_that_is_not_there_is_refused(self, files: Files):
-        assert "cannot be loaded" in refused(*run_arguments(files, model=files["out"]))
+        assert "cannot be loaded: there is no such directory" in refused(*run_arguments(files, model=files["out"]))
+
+    @pytest.mark.parametrize(
+        ("name", "words"), [("adapter_config.json", "is a PEFT adapter"), ("elastic.json", "is an elastic checkpoint")]
+    )
+    def test_what_is_no_model_is_called_by_its_name(self, files: Files, name: str, words: str):
+        directory = files["out"].with_name("mistaken")
+        directory.mkdir()
+        (directory / name).write_text("{}")
+        assert f"{words}; give its base model" in refused(*run_arguments(files, model=directory))
+        assert "is a file" in refused(*run_arguments(files, model=directory / name))
+
+    @pytest.mark.parametrize("damage", ["missing", "truncated", "missing shard"])
+    def test_weights_that_are_not_whole_are_refused(self, files: Files, damage: str):
+        weights = files["model"] / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink()
+        if damage == "truncated":
+            weights.write_bytes(content[: len(content) // 2])
+        if damage == "missing shard":
+            index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+            (files["model"] / "model.safetensors.index.json").write_text(json.dumps(index))
+        words = {"missing": "has no weights", "truncated": "truncated or damaged", "missing shard": "lacks model-00001"}
+        assert words[damage] in refused(*run_arguments(files))
+
+    def test_a_missing_tokenizer_is_told_in_one_line(self, files: Files):
+        for path in files["model"].glob("token*"):
+            path.unlink()
+        assert "put the tokenizer's files beside its weights" in refused(*run_arguments(files))
+
+    @pytest.mark.parametrize("field", ["out", "elastic_dir", "checkpoint_dir"])
+    def test_where_nothing_can_be_written_is_refused(self, files: Files, field: str):
+        inside = files["text"] / "inside"  # a file is in the way
+        if field == "out":
+            assert f"{inside} cannot be written" in refused(*run_arguments(files, out=inside))
+            assert f"{inside} cannot be written" in refused("demo", "--output-dir", inside)
+            return
+        text = files["recipe"].read_text()
+        files["recipe"].write_text(text.replace(f"elastic_dir: {files['elastic']}", f"{field}: {inside}"))
+        assert f"{inside} cannot be written" in refused(*run_arguments(files))
+
+    def test_training_text_that_is_not_there_is_refused(self, files: Files):
+        text = files["recipe"].read_text().replace("max_steps: 1", "max_steps: 1\n      dataset: nowhere.jsonl")
+        files["recipe"].write_text(text)
+        assert "data set nowhere.jsonl: no such file" in refused(*run_arguments(files))
 
     def test_an_unsupported_architecture_is_refused(self, files: Files):
         AutoConfig.for_model("gpt2").save_pretrained(files["model"])

@@ -1,0 +1,101 @@
+"""The files of a model, looked at before its weights are loaded: configuration, tokenizer, whole weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+ADVICE = "Give a directory that save_pretrained wrote, or a hub id"
+# What people point at instead: a file that tells it, what the directory is, what to give.
+MISTAKEN = {
+    "adapter_config.json": "is a PEFT adapter; give its base model, or a model that the adapter was merged into",
+    "elastic.json": "is an elastic checkpoint; give its base model, or what `amoeba extract` cut from it",
+}
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """Return a model's configuration, by path or hub id, without its weights.
+
+    Raises:
+        ArchitectureError: If there is none, or transformers does not know its architecture.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model)
+    if path.is_file():
+        raise ArchitectureError(f"the model '{model}' is a file. {ADVICE}")
+    for name, instead in MISTAKEN.items():
+        if (path / name).is_file() and not (path / "config.json").is_file():
+            raise ArchitectureError(f"the model '{model}' {instead}")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ArchitectureError(f"the model '{model}' cannot be loaded: {why_not(model, error)} {ADVICE}") from error
+    return config
+
+
+def why_not(model: str, error: Exception) -> str:
+    """Return why transformers could not read a model, in a sentence: a path that is not there is taken for a hub id."""
+    if Path(model).is_absolute() and not Path(model).exists():
+        return "there is no such directory."
+    missing = "" if Path(model).is_dir() else "there is no such directory, and as a hub id: "
+    return missing + (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def require_weights(model: str) -> None:
+    """Read the headers of a directory's safetensors files; weights on the hub or in other formats are not looked at.
+
+    Raises:
+        ArtifactError: If the directory has no weights, a file is missing that the index names, or one is truncated.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return
+    files = _weight_files(directory)
+    if not files and not any(directory.glob("*.bin")):
+        raise ArtifactError(f"the model '{model}' has no weights: no model.safetensors; copy the whole model")
+    for path in files:
+        if not path.is_file():
+            raise ArtifactError(f"the model '{model}' lacks {path.name}, which its index names; copy the whole model")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or download it anew") from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    try:
+        return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{index} is truncated or no index of weights ({error}); copy it anew") from error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer.
+
+    Raises:
+        DataError: If transformers can load none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the model '{model}' has no tokenizer that transformers can load ({' '.join(str(error).split())}); put "
+            "the tokenizer's files beside its weights"
+        ) from error
+    return tokenizer
