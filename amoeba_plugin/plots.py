@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 INK, FAINT, BEFORE, AFTER = "#010203", "#040506", "#070809", "#0a0b0c"
 PAGE_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", BEFORE: "var(--before)", AFTER: "var(--after)"}
 NAME_WIDTH, NAME_HEIGHT = 34, 10  # of a shape's name in a plot, in points
+DOT = 7  # across, in points
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
@@ -60,15 +61,15 @@ def latency_plot(points: Sequence[tuple[str, float, float, float]]) -> str:
     """Draw measured latency over block parameters.
 
     Args:
-        points: (shape, share of block parameters, prefill in ms, decode in ms per token).
+        points: (name, share of block parameters, prefill in ms, decode in ms per token).
 
     Returns:
         An ``<svg>`` element with two panels, both from zero.
     """
-    figure = Figure(figsize=(8.2, 3.2))
+    figure = Figure(figsize=(8.2, 3.4))
     panels = ((121, "prefill, ms", 2), (122, "decode, ms per token", 3))
     for position, label, column in panels:
-        axes = _axes(figure, position, "share of block parameters", label)
+        axes = _axes(figure, position, "share of the dense model's block parameters", label)
         axes.scatter(
             [100 * point[1] for point in points],
             [float(point[column]) for point in points],
@@ -76,24 +77,30 @@ def latency_plot(points: Sequence[tuple[str, float, float, float]]) -> str:
             color=AFTER,
             zorder=3,
         )
-        axes.set_ylim(0, 1.12 * max(float(point[column]) for point in points))
-        axes.margins(x=0.08)
+        axes.set_ylim(0, 1.2 * max(float(point[column]) for point in points))
+        axes.margins(x=0.1)
         axes.invert_xaxis()
+    figure.set_layout_engine("tight")
+    figure.draw_without_rendering()
+    for axes, (_, _, column) in zip(figure.axes, panels, strict=True):
+        _label(axes, [(point[0], 100 * point[1], float(point[column])) for point in points])
     return _svg(figure, "latency", "Prefill and decode latency over block parameters")
 
 
 def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each point's name above it, higher where another name is in the way."""
-    taken: list[tuple[float, float]] = []  # centres of the names written so far, in points
+    """Write each point's name above it, higher where another name or point is in the way."""
     to_points = 72 / axes.figure.dpi
+    # Centres and least distances, in points: of the dots, and of the names written so far.
+    taken = [
+        (*axes.transData.transform((x, y)) * to_points, (NAME_WIDTH + DOT) / 2, (NAME_HEIGHT + DOT) / 2)
+        for _, x, y in points
+    ]
     for name, x, y in sorted(points, key=lambda point: (point[2], point[1])):
         left, bottom = axes.transData.transform((x, y)) * to_points
         rise = 10.0
-        while any(
-            abs(left - other) < NAME_WIDTH and abs(bottom + rise - height) < NAME_HEIGHT for other, height in taken
-        ):
+        while any(abs(left - a) < width and abs(bottom + rise - b) < height for a, b, width, height in taken):
             rise += 2
-        taken.append((left, bottom + rise))
+        taken.append((left, bottom + rise, NAME_WIDTH, NAME_HEIGHT))
         axes.annotate(
             name, (x, y), (0, rise), textcoords="offset points", ha="center", va="center", fontsize=8, color=INK
         )

@@ -11,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+PROMPT_TOKENS, DECODE_TOKENS = 192, 16
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -22,7 +24,10 @@ class Latency:
 
 @torch.inference_mode()
 def measure_latency(
-    models: Mapping[str, PreTrainedModel], prompt_tokens: int = 192, decode_tokens: int = 16, rounds: int = 5
+    models: Mapping[str, PreTrainedModel],
+    prompt_tokens: int = PROMPT_TOKENS,
+    decode_tokens: int = DECODE_TOKENS,
+    rounds: int = 5,
 ) -> dict[str, Latency]:
     """Measure models against each other: rounds are interleaved, so that a busy machine slows all of them alike.
 

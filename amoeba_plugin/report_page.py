@@ -40,7 +40,10 @@ def render_html(report: Report) -> str:
     environment.filters |= {"number": number, "size": size, "percent": percent, "millions": millions}
     timed = [row for row in (report.dense, *report.shapes) if row.prefill_ms is not None and row.decode_ms is not None]
     gaps = [(row.shape, row.block_share, report.gap_before(row), report.gap_after(row)) for row in report.shapes]
-    latencies = [(row.shape, row.block_share, row.prefill_ms or 0.0, row.decode_ms or 0.0) for row in timed]
+    latencies = [
+        ("dense" if row is report.dense else row.shape, row.block_share, row.prefill_ms or 0.0, row.decode_ms or 0.0)
+        for row in timed
+    ]
     return environment.get_template("report.html.j2").render(
         report=report,
         gap_svg=Markup(gap_plot(gaps)),  # made here, from numbers and parsed shapes

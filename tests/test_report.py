@@ -167,6 +167,12 @@ def test_the_page_holds_every_shape_and_is_the_same_every_time(report: Report):
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]\b", text)  # no colour that only one theme can show
 
 
+def test_every_point_of_the_latency_plots_has_its_name(report: Report):
+    plots = render_html(report).partition('aria-label="Prefill and decode latency')[2].partition("</svg>")[0]
+    for name in ("dense", *(row.shape for row in report.shapes)):
+        assert plots.count(f">{name}</text>") == 2
+
+
 def test_a_report_without_latency_depths_or_quantization_renders(report: Report):
     bare = report.model_copy(
         update={

@@ -32,7 +32,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.memory import peak_memory
 from amoeba_plugin.plugins import objective_named
-from amoeba_plugin.profiling import Latency, measure_latency
+from amoeba_plugin.profiling import DECODE_TOKENS, PROMPT_TOKENS, Latency, measure_latency
 from amoeba_plugin.recipe_files import find_recipe
 from amoeba_plugin.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
 from amoeba_plugin.report_page import write_report
@@ -318,5 +318,6 @@ def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticM
             "training": f"{schedule.training_blocks} other blocks of train modules",
             "held-out loss": f"{schedule.held_out_blocks} blocks of held-out modules",
             "accuracy": f"{schedule.questions} questions with 4 choices from held-out modules",
+            "latency": f"one prompt of {PROMPT_TOKENS} tokens, then {DECODE_TOKENS} tokens one by one; medians",
         },
     )
