@@ -1,16 +1,14 @@
-"""How many units every width keeps: one share of every group, or one threshold over groups, or over all layers too."""
+"""How many units every width keeps: one size in every layer, or one threshold over all of them."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import RecipeError
 
 logger = logging.getLogger(__name__)
-Allocation = Literal["uniform", "per_group", "global"]
 EXPERT_NEURONS = 8  # 16 bytes of bfloat16
 
 
@@ -48,25 +45,26 @@ def allocated(
         ranked: The groups of all layers.
         shares: The widths, largest first.
         steps: Units that sizes are multiples of, by group name; from :func:`rounding_steps`.
-        allocation: ``uniform`` (:func:`uniform_units`), ``per_group`` or ``global`` (:func:`threshold_units`).
+        allocation: ``uniform`` (:func:`uniform_units`) or ``global`` (:func:`global_units`).
 
     Raises:
         RecipeError: If there is no such allocation, or a width is impossible.
     """
-    ways: dict[str, Callable[[Sequence[RankedGroup], Fraction, Mapping[str, int]], dict[str, int]]] = {
-        "uniform": uniform_units,
-        "per_group": partial(threshold_units, part=layers_together),
-        "global": partial(threshold_units, part=experts_together),
-    }
+    ways = {"uniform": uniform_units, "global": global_units}
     if allocation not in ways:
-        raise RecipeError(f"allocation '{allocation}' does not exist; take {', '.join(ways)}")
+        raise RecipeError(f"allocation '{allocation}' does not exist; take uniform or global")
     units = {share: ways[allocation](ranked, share, steps) for share in shares}
-    for wider, narrower in pairwise(shares):
+    tell_equal(units)
+    return units
+
+
+def tell_equal(units: Mapping[Fraction, Mapping[str, int]]) -> None:
+    """Warn of neighbouring widths that are the same."""
+    for wider, narrower in pairwise(units):
         if units[wider] == units[narrower]:
             logger.warning(
                 "widths %s and %s keep the same units: rounding leaves no size between them", wider, narrower
             )
-    return units
 
 
 def nearest_size(units: int, share: Fraction, step: int) -> int:
@@ -135,22 +133,13 @@ def other_share(share: Fraction, anchored: Fraction) -> Fraction:
     return (share - anchored) / (1 - anchored)
 
 
-def threshold_units(
-    ranked: Sequence[RankedGroup],
-    share: Fraction,
-    steps: Mapping[str, int],
-    part: Callable[[RankedGroup], str],
-) -> dict[str, int]:
-    """Return the units kept per group key by one threshold over the scores of all parts.
-
-    A part of one layer is FLAP's threshold, as AmoebaLLM uses it; a part of all layers keeps them the same size, and
-    only attention and MLP keep different shares.
+def global_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[str, int]) -> dict[str, int]:
+    """Return the units kept per group key by one threshold over all layers (FLAP's, as AmoebaLLM uses it).
 
     Args:
         ranked: The groups of all layers; anchored ones keep everything, and their parameters count as kept.
         share: The width.
         steps: Units that sizes are multiples of, by group name; from :func:`rounding_steps`.
-        part: Names what a group must keep as many units as: :func:`experts_together` or :func:`layers_together`.
 
     Raises:
         RecipeError: If the anchors alone are more than the share.
@@ -161,44 +150,34 @@ def threshold_units(
     others = [each for each in ranked if not each.anchored]
     cost = {each.key: each.cost * each.group.units for each in ranked}
     anchored = 1 - Fraction(sum(cost[each.key] for each in others), sum(cost.values()))
-    joint = parts_of(others, part)
+    joint = experts_together(others)
     alone = [each for each, _ in joint]
     counts = global_prefix([each.scores for each in alone], [each.cost for each in alone], other_share(share, anchored))
     for (each, keys), count in zip(joint, counts, strict=True):
         units, step = each.group.units, steps[each.group.name]
-        # a part that the threshold leaves whole stays whole; all others keep one step at least
+        # a group that the threshold leaves whole stays whole; all others keep one step at least
         sizes |= dict.fromkeys(keys, max(nearest_size(units, Fraction(count, units), step), step))
     _tell_rescued(share, alone, counts)
     return sizes
 
 
-def experts_together(ranked: RankedGroup) -> str:
-    """Name the part of a group that has layers of different sizes; but the experts of a layer have one."""
-    expert = ranked.group.consumer.expert
-    return ranked.key if expert is None else ranked.key.removesuffix(f".{expert}")
+def experts_together(ranked: Sequence[RankedGroup]) -> list[tuple[RankedGroup, list[str]]]:
+    """Make one group of the experts of a layer, which must keep the same number of neurons.
 
-
-def layers_together(ranked: RankedGroup) -> str:
-    """Name the part of a group that has one size in all layers: "attention" or "mlp"."""
-    return experts_together(ranked).split(".", 1)[1]
-
-
-def parts_of(ranked: Sequence[RankedGroup], part: Callable[[RankedGroup], str]) -> list[tuple[RankedGroup, list[str]]]:
-    """Make one group of all that must keep the same number of units.
-
-    Its unit j is the j-th best unit of every one of them: worth the mean of their scores, at the sum of their costs.
+    Its unit j is the j-th best neuron of every expert: worth the mean of their scores, at the sum of their costs.
 
     Returns:
-        Every part as one group, with the keys of the groups it stands for.
+        Every group, or the experts of a layer as one, with the keys of the groups it stands for.
     """
     parts: dict[str, list[RankedGroup]] = {}
     for each in ranked:
-        parts.setdefault(part(each), []).append(each)
+        expert = each.group.consumer.expert
+        parts.setdefault(each.key if expert is None else each.key.removesuffix(f".{expert}"), []).append(each)
     joint = []
-    for key, groups in parts.items():
-        scores = torch.stack([each.scores.sort(descending=True).values for each in groups]).mean(dim=0)
-        cost = sum(each.cost for each in groups)
-        joint.append((replace(groups[0], key=key, scores=scores, cost=cost), [each.key for each in groups]))
+    for key, experts in parts.items():
+        scores = torch.stack([each.scores.sort(descending=True).values for each in experts]).mean(dim=0)
+        cost = sum(each.cost for each in experts)
+        joint.append((replace(experts[0], key=key, scores=scores, cost=cost), [each.key for each in experts]))
     return joint
 
 

@@ -237,6 +237,7 @@ class ElasticModel:
         """
         for group in self.groups:
             group.set_units(units[group.group.name], group.consumer.compensation_row)
+            self.adapter.set_units(group.layer, group.group, units[group.group.name])
         for experts in self.experts:
             experts.set_units({key: units[group.name] for key, group in experts.groups.items()})
 
@@ -278,22 +279,27 @@ class ElasticModel:
             fingerprint = model_fingerprint(model, self.adapter, gathered)
         return replace(self.strategy, width=replace(width, order=order, mean_input=means), fingerprint=fingerprint)
 
-    def release(self) -> None:
+    def release(self, original_order: bool = False) -> None:
         """Give the whole model back with its host's linears; its channels stay reordered, which changes no output.
 
         Those of packed linears never were, so that what is dense beside them goes back.
+
+        Args:
+            original_order: Put all channels back to where they were.
         """
         self.set_shape(self.space.largest)
         self._listeners.clear()
         for group in self.groups:
             order = self.strategy.width.order.get(group.key)
-            if order is not None and group.packed:
+            if order is not None and (group.packed or original_order):
                 _permute(group, order.argsort())
             for linear in {*group.producers, group.consumer}:
                 linear.restore()
             for norm in group.norms:
                 restore_parameters(norm)
         for experts in self.experts:
+            if original_order:
+                experts.reorder({key: order.argsort() for key, order in self.strategy.width.order.items()})
             experts.restore()
 
     def _elastic_groups(self) -> tuple[ElasticGroup, ...]:

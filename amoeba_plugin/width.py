@@ -10,13 +10,14 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.activation_stats import ActivationStats
-from amoeba_plugin.allocation import Allocation, RankedGroup, allocated, rounding_steps
+from amoeba_plugin.allocation import RankedGroup, allocated, rounding_steps
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
@@ -34,7 +35,7 @@ def rank_widths(
     widths: Sequence[Fraction],
     importance: Importance | GroupImportance,
     gradients: Mapping[str, Tensor] | None = None,
-    allocation: Allocation = "uniform",
+    allocation: Literal["uniform", "global"] = "uniform",
     round_to: Mapping[str, int] | int = 1,
     anchors: Collection[int] = (),
     bias_compensation: bool = False,
@@ -51,8 +52,7 @@ def rank_widths(
         allocation: ``uniform`` keeps the same number of units in every layer: the share of that group's units.
             ``global`` is the paper's: one threshold over the units of all layers, so that the share counts the
             parameters of units, and layers differ; every group keeps its best unit at least, and all experts of a
-            layer the same number. ``per_group`` takes the j-th best units of all layers for one unit: the share
-            counts parameters, layers are the same, and attention and MLP keep different shares.
+            layer the same number (:func:`experts_together`).
         round_to: Consumer's channels that kept sizes are multiples of (the nearest one), for all groups or by group
             name. With ``global`` it moves the share away from the one asked for.
         anchors: Indices of layers that keep full width (ELMS). The others make up for them: their share is
@@ -67,7 +67,7 @@ def rank_widths(
         RecipeError: If a width, an allocation or a rounding is impossible.
         DataError: If statistics are missing, or scores are not finite.
     """
-    shares = _require_widths(widths)
+    shares = require_widths(widths)
     steps = rounding_steps(adapter.channel_groups(model.config), round_to)
     layers = adapter.layers(model)
     require_anchors(anchors, len(layers))
@@ -189,7 +189,12 @@ def standardised(scores: Tensor) -> Tensor:
     return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
 
 
-def _require_widths(widths: Sequence[Fraction]) -> list[Fraction]:
+def require_widths(widths: Sequence[Fraction]) -> list[Fraction]:
+    """Return widths, largest first.
+
+    Raises:
+        RecipeError: If there are none, or one lies outside (0, 1].
+    """
     if not widths:
         raise RecipeError("widths are empty; give shares of channels in (0, 1], for example 1, 7/8, 3/4")
     outside = [str(width) for width in widths if not 0 < width <= 1]

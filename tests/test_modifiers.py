@@ -163,6 +163,26 @@ def test_layers_of_different_sizes_are_quantized_in_the_same_recipe(
         assert layer.self_attn.k_proj.out_features == own.num_key_value_heads * 16
 
 
+def test_attention_and_mlp_of_different_shares_fit_a_stock_class(base: Path, data: Dataset, tmp_path: Path) -> None:
+    width = {"widths": ["1", "3/4"], "allocation": "measured"}
+    text = recipe(
+        DEPTH | {"WidthShrinkingModifier": width},
+        {"SubnetExtractionModifier": {"shape": "3x3/4"}},
+        QUANTIZATION["w8a8"],
+    )
+    model = run(base, text, data, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert "auto_map" not in config
+    assert config["model_type"] in ("llama", "mistral")
+    shares = config["num_key_value_heads"] / 4, config["intermediate_size"] / 128
+    assert shares[0] != shares[1]
+    assert {(layer.self_attn.k_proj.out_features, layer.mlp.up_proj.out_features) for layer in model.model.layers} == {
+        (config["num_key_value_heads"] * 16, config["intermediate_size"])
+    }
+
+
 def test_the_model_card_says_what_was_done(base: Path, data: Dataset, tmp_path: Path) -> None:
     text = recipe(DEPTH | WIDTH, TRAIN, {"SubnetExtractionModifier": {"shape": "2x3/4"}}, QUANTIZATION["w8a8"])
     run(base, text, data, tmp_path / "out")

@@ -298,6 +298,15 @@ def test_layers_of_different_sizes_are_checked_at_the_least_they_may_keep(uneven
     assert not is_per_layer(subnet_config(check_recipe(portable), config_of()))
 
 
+def test_splits_that_are_not_measured_yet_are_checked_at_the_least_they_may_keep():
+    text = grouped(32).replace('["1", "3/4"]', '["1", "3/4"], allocation: measured, round_to: {attention: 32, mlp: 40}')
+    with pytest.raises(RecipeError, match=r"groups of 32 .*down_proj"):
+        check_against_model(check_recipe(text), config_of())
+    possible = text.replace("mlp: 40", "mlp: 32")
+    check_against_model(check_recipe(possible), config_of())
+    assert not is_per_layer(subnet_config(check_recipe(possible), config_of()))
+
+
 def test_a_group_size_must_divide_the_subnets_inputs():
     check_against_model(check_recipe(grouped(32)), config_of())  # 3 KV groups: 96 inputs of o_proj, 96 of down_proj
     with pytest.raises(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fractions import Fraction
+from functools import partial
+from typing import Any, Literal
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from transformers import PreTrainedModel
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.allocation import Allocation
+from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance, Importance
 from amoeba_plugin.layer_scores import most_sensitive_layers
+from amoeba_plugin.measured_widths import measured_widths
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import on_main_device, selection_for
 from amoeba_plugin.plugins import importance_named, objective_named
 from amoeba_plugin.shape import parse_width
+from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths
 
 
@@ -33,10 +39,10 @@ class WidthShrinkingModifier(Modifier):
         importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``,
             ``group_magnitude``, ``taylor`` or ``taylor_vector`` (these two take a backward pass over the calibration
             data, and 4 bytes of main memory per weight), or a plugin's. Default ``flap``.
-        allocation: ``uniform``, the same share of attention and MLP in every layer; ``per_group``, the same sizes in
-            every layer, of which one threshold gives attention and MLP each what they are worth (stock classes can
-            load both); or ``global``, the paper's one threshold over all layers (a per-layer class holds them).
-            Default ``uniform``.
+        allocation: ``uniform``, the same share of attention and MLP in every layer; ``measured``, the same sizes in
+            every layer, split between attention and MLP as loses least on the calibration data; or ``global``, the
+            paper's one threshold over all layers. Stock classes can load the first two, a per-layer class holds the
+            last. Default ``uniform``.
         anchor_layers: Layers that keep full width while the others make up for them, so that widths stay shares of the
             whole model: their indices, or how many of the most sensitive ones (those without which the calibration
             loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
@@ -47,7 +53,7 @@ class WidthShrinkingModifier(Modifier):
 
     widths: list[str]
     importance: str = "flap"
-    allocation: Allocation = "uniform"
+    allocation: Literal["uniform", "measured", "global"] = "uniform"
     anchor_layers: int | list[int] = 0
     round_to: int | dict[str, int] = Field(default=1)
     bias_compensation: bool = False
@@ -77,6 +83,15 @@ class WidthShrinkingModifier(Modifier):
             raise RecipeError(f"anchor_layers {anchors} is impossible; give how many layers, or their indices")
         return anchors
 
+    @model_validator(mode="after")
+    def _measured_layers_are_equal(self) -> WidthShrinkingModifier:
+        if self.allocation == "measured" and self.anchor_count:
+            raise RecipeError(
+                "allocation: measured gives all layers the same sizes, and anchor_layers keep full width; leave "
+                "anchor_layers out, or take allocation: uniform or global"
+            )
+        return self
+
     @property
     def anchor_count(self) -> int:
         """How many layers keep full width."""
@@ -85,28 +100,29 @@ class WidthShrinkingModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Collect statistics on the dense model and rank."""
         require_session_order(self)
-        selection = selection_for(state)
-        importance, model, adapter = importance_named(self.importance), state.model, selection.adapter
+        selection, model = selection_for(state), state.model
         with on_main_device(model), selection.timed("width ranking"):
             if isinstance(self.anchor_layers, int) and self.anchor_layers:
                 self.anchor_layers = most_sensitive_layers(
-                    model, adapter, objective_named("loss"), selection.batches, self.anchor_layers
+                    model, selection.adapter, objective_named("loss"), selection.batches, self.anchor_layers
                 )
-            statistics, gradients = {}, {}
-            if self.bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
-                statistics = collect_statistics(model, adapter, selection.batches)
-            if isinstance(importance, GroupImportance) and importance.needs_gradients:
-                gradients = loss_gradients(model, coupled_parameters(model, adapter), selection.batches)
-            selection.width = rank_widths(
-                model,
-                adapter,
-                statistics,
-                widths=[parse_width(width) for width in self.widths],
-                importance=importance,
-                gradients=gradients,
-                allocation=self.allocation,
-                round_to=self.round_to,
-                anchors=[] if isinstance(self.anchor_layers, int) else self.anchor_layers,
-                bias_compensation=self.bias_compensation,
-            )
+            selection.width = self._ranked(model, selection.adapter, selection.batches)
         return True
+
+    def _ranked(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> WidthStrategy:
+        importance = importance_named(self.importance)
+        widths = [parse_width(width) for width in self.widths]
+        statistics, gradients = {}, {}
+        if self.bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
+            statistics = collect_statistics(model, adapter, batches)
+        if isinstance(importance, GroupImportance) and importance.needs_gradients:
+            gradients = loss_gradients(model, coupled_parameters(model, adapter), batches)
+        rank = partial(
+            rank_widths, model, adapter, statistics, importance=importance, gradients=gradients, round_to=self.round_to,
+            bias_compensation=self.bias_compensation,
+        )  # fmt: skip
+        if self.allocation == "measured":
+            ranked, loss = rank(widths=[Fraction(1)]), objective_named("loss")
+            return measured_widths(model, adapter, ranked, loss, batches, widths=widths, round_to=self.round_to)
+        anchors = [] if isinstance(self.anchor_layers, int) else self.anchor_layers
+        return rank(widths=widths, allocation=self.allocation, anchors=anchors)

@@ -64,7 +64,7 @@ def table_1(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
 def _allocations(subject: Subject) -> Mapping[str, WidthStrategy]:
     return {
         "uniform": choose_channels(subject, allocation="uniform"),
-        "per_group": choose_channels(subject, allocation="per_group"),
+        "measured": choose_channels(subject, allocation="measured"),
         "global, with biases": choose_channels(subject, allocation="global", bias_compensation=True),
     }
 

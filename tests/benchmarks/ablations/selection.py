@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from results import Results, above, header, row
-from subjects import Subject
+from subjects import Allocation, Subject
 from training import Space, Variant, trained, untrained
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.allocation import Allocation
 from amoeba_plugin.demo.depth_comparison import PUBLISHED
 from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance
+from amoeba_plugin.measured_widths import measured_widths
 from amoeba_plugin.plugins import architecture_for, depth_selector_named, importance_named, objective_named
 from amoeba_plugin.strategy import DepthStrategy, WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths
@@ -90,7 +90,7 @@ def choose_channels(
     subject: Subject, importance: str = "flap", widths: Sequence[Fraction] | None = None,
     allocation: Allocation | None = None, bias_compensation: bool = False,
 ) -> WidthStrategy:  # fmt: skip
-    """Rank units on the subject's own text."""
+    """Rank units on the subject's own text, and decide how many of them each width keeps."""
     model, calibration = subject.model(), subject.calibrations[subject.own_text]
     adapter = architecture_for(model.config.model_type)
     scored = importance_named(importance)
@@ -98,7 +98,13 @@ def choose_channels(
     gradients = {}
     if isinstance(scored, GroupImportance) and scored.needs_gradients:
         gradients = loss_gradients(model, coupled_parameters(model, adapter), calibration)
-    return rank_widths(
-        model, adapter, statistics, gradients=gradients, widths=widths or subject.widths, importance=scored,
-        allocation=allocation or subject.allocation, bias_compensation=bias_compensation, round_to=subject.round_to,
+    widths, allocation = widths or subject.widths, allocation or subject.allocation
+    ranked = rank_widths(
+        model, adapter, statistics, gradients=gradients, widths=[Fraction(1)] if allocation == "measured" else widths,
+        importance=scored, allocation="global" if allocation == "global" else "uniform",
+        bias_compensation=bias_compensation, round_to=subject.round_to,
     )  # fmt: skip
+    if allocation != "measured":
+        return ranked
+    loss = objective_named("loss")
+    return measured_widths(model, adapter, ranked, loss, calibration, widths=widths, round_to=subject.round_to)

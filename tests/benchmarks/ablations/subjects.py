@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from amoeba_plugin.allocation import Allocation
 from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.run import MODEL as DEMO_MODEL
 
 BLOCK = 256
+Allocation = Literal["uniform", "measured", "global"]
 ASSETS = Path(os.environ.get("AMOEBA_TEST_ASSETS", "."))
 
 
@@ -81,7 +82,7 @@ def demo() -> Subject:
         depths=(12, 10, 8),
         budgets=(10, 8, 6),
         widths=tuple(Fraction(n, 8) for n in (8, 6, 4, 7, 5)),
-        allocation="per_group",
+        allocation="measured",
         round_to=32,
         steps=80,
         rank=16,

@@ -1,0 +1,162 @@
+"""Sizes that are the same in every layer, split between attention and MLP as the calibration data wants it.
+
+Scores order the units within a group well, and say little about what a head is worth in neurons. So every split that
+keeps the share of parameters asked for is tried, and the best taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import reduce
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from amoeba_plugin.allocation import rounding_steps, tell_equal
+from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_key
+from amoeba_plugin.calibration import Batch
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
+from amoeba_plugin.sharding import shard
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.width import require_widths, unit_cost
+
+logger = logging.getLogger(__name__)
+MOST_SPLITS = 16  # tried per width; of more, as many at even distances
+Sizes = Mapping[str, int]  # units by part
+
+
+@dataclass(frozen=True)
+class Part:
+    """What has one size in a whole model: the heads, or the neurons of all experts."""
+
+    name: str  # of its groups: "attention", "mlp"
+    units: int
+    step: int  # sizes are multiples of it, or the whole
+    cost: int  # parameters of one unit, of all groups
+
+    def sizes(self, most: int) -> list[int]:
+        """Return the possible sizes up to one, largest first."""
+        multiples = range(self.step, min(self.units, most) + 1, self.step)
+        return sorted({*multiples, *([self.units] if most == self.units else [])}, reverse=True)
+
+
+def measured_widths(
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    ranked: WidthStrategy,
+    objective: Objective,
+    batches: Sequence[Batch],
+    *,
+    widths: Sequence[Fraction],
+    round_to: Mapping[str, int] | int = 1,
+    progress: bool = True,
+) -> WidthStrategy:
+    """Give every width the sizes, the same in all layers, that are best of those with its share of the parameters.
+
+    Every width keeps subsets of what the wider ones keep. Biases that stand in for missing channels are not measured.
+
+    Args:
+        model: The dense model; as it was afterwards, to the last bit.
+        adapter: Its architecture.
+        ranked: Holds the order of every group's units, from ``rank_widths``.
+        objective: Decides between splits.
+        batches: Calibration data; ranks that were given the same share them out.
+        widths: Shares of the parameters of all units, in (0, 1].
+        round_to: Consumer's channels that sizes are multiples of, for all groups or by group name.
+        progress: Show a bar.
+
+    Returns:
+        The strategy, widths largest first.
+
+    Raises:
+        RecipeError: If a width or a rounding is impossible.
+    """
+    objective.check(batches)
+    mine = shard(batches)[0] if objective.is_separable else batches
+    parts = parts_of(model, adapter, round_to)
+    chosen: dict[Fraction, Sizes] = {}
+    most: Sizes = {part.name: part.units for part in parts}
+    with _in_order(model, adapter, ranked) as elastic:
+        for share in tqdm(require_widths(widths), desc="sizes of widths", unit="width", disable=not progress):
+            tried = splits(parts, share, most)
+            scores: list[Score] = []
+            for sizes in tried if len(tried) > 1 else []:
+                elastic.set_units(sizes)
+                scores.append(score_over_ranks(objective, model, mine))
+            most = chosen[share] = tried[_best(objective, scores)] if scores else tried[0]
+            _tell(share, parts, tried, scores, most)
+    groups = adapter.channel_groups(model.config)
+    keys = {group_key(index, group): group.name for index in range(len(adapter.layers(model))) for group in groups}
+    units = {share: {key: sizes[name] for key, name in keys.items()} for share, sizes in chosen.items()}
+    tell_equal(units)
+    return replace(ranked, units=units, allocation="measured")
+
+
+def parts_of(model: PreTrainedModel, adapter: ArchitectureAdapter, round_to: Mapping[str, int] | int) -> list[Part]:
+    """Return the parts of a model, the one with the finest sizes last.
+
+    Raises:
+        RecipeError: If a rounding is impossible.
+    """
+    groups, layer = adapter.channel_groups(model.config), adapter.layers(model)[0]
+    steps = rounding_steps(groups, round_to)
+    by_name: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        by_name.setdefault(group.name, []).append(group)
+    parts = [
+        Part(name, same[0].units, steps[name], sum(unit_cost(layer, each) for each in same))
+        for name, same in by_name.items()
+    ]
+    return sorted(parts, key=lambda part: part.cost * part.step, reverse=True)
+
+
+def splits(parts: Sequence[Part], share: Fraction, most: Sizes) -> list[Sizes]:
+    """Return the sizes of parts whose parameters are nearest to a share of all, up to ``MOST_SPLITS`` of them.
+
+    Args:
+        parts: The one with the finest sizes last: it makes up for what the others keep.
+        share: Of the parameters of all parts.
+        most: Sizes of the next wider width.
+
+    Returns:
+        All that lie within half a step of the finest part; where none does, the nearest.
+    """
+    *others, last = parts
+    target = share * sum(part.cost * part.units for part in parts)
+    found: list[tuple[Fraction, Sizes]] = []
+    for sizes in itertools.product(*(part.sizes(most[part.name]) for part in others)):
+        left = target - sum(part.cost * size for part, size in zip(others, sizes, strict=True))
+        size = min(last.sizes(most[last.name]), key=lambda size: abs(size * last.cost - left))
+        names = (part.name for part in parts)
+        found.append((abs(size * last.cost - left), dict(zip(names, (*sizes, size), strict=True))))
+    allowed = max(Fraction(last.step * last.cost, 2), min(distance for distance, _ in found))
+    near = [sizes for distance, sizes in found if distance <= allowed]
+    few = min(len(near), MOST_SPLITS)
+    return [near[index * (len(near) - 1) // max(few - 1, 1)] for index in range(few)]
+
+
+@contextmanager
+def _in_order(model: PreTrainedModel, adapter: ArchitectureAdapter, ranked: WidthStrategy) -> Iterator[ElasticModel]:
+    depth = DepthStrategy.whole(len(adapter.layers(model)))
+    whole = replace(ranked, units=WidthStrategy.whole().units, bias_compensation=False)
+    elastic = ElasticModel(model, SubnetStrategy(depth, whole, model_fingerprint(model, adapter)))
+    try:
+        yield elastic
+    finally:
+        elastic.release(original_order=True)
+
+
+def _best(objective: Objective, scores: Sequence[Score]) -> int:
+    return reduce(lambda a, b: b if better(objective, scores[b], scores[a]) else a, range(len(scores)))
+
+
+def _tell(share: Fraction, parts: Sequence[Part], tried: Sequence[Sizes], scores: Sequence[Score], best: Sizes) -> None:
+    kept = ", ".join(f"{best[part.name]} of {part.units} {part.name} units" for part in parts)
+    values = f", the best of {len(tried)} splits ({scores[tried.index(best)].value:.3f})" if scores else ""
+    logger.info("width %s keeps %s%s", share, kept, values)

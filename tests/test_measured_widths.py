@@ -1,0 +1,119 @@
+"""Sizes split by measured loss: against brute force over every split, by zeroing what would be left out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_architectures import CONFIGS
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from amoeba_plugin.activation_stats import collect_statistics
+from amoeba_plugin.architecture import group_key
+from amoeba_plugin.conformance import random_model
+from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.measured_widths import MOST_SPLITS, Part, measured_widths, splits
+from amoeba_plugin.plugins import architecture_for, importance_named, objective_named
+from amoeba_plugin.strategy import WidthStrategy
+from amoeba_plugin.width import rank_widths
+
+Batches = Callable[..., list[dict[str, Tensor]]]
+WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]
+HEAD = 64 * 16 * 6  # parameters of a KV group of conftest's models: rows of q (2 heads), k, v; columns of o (2 heads)
+NEURON = 3 * 64
+
+
+def measured(model: PreTrainedModel, batches: list[dict[str, Tensor]], **options: Any) -> WidthStrategy:
+    adapter = architecture_for(model.config.model_type)
+    stats = collect_statistics(model, adapter, batches, progress=False)
+    ranked = rank_widths(model, adapter, stats, widths=[Fraction(1)], importance=importance_named("magnitude"))
+    options = {"widths": WIDTHS} | options
+    return measured_widths(model, adapter, ranked, objective_named("loss"), batches, progress=False, **options)
+
+
+def loss_of(model: PreTrainedModel, strategy: WidthStrategy, sizes: dict[str, int], batches: Any) -> float:
+    """Zero the columns of what is left out, in the host's own model."""
+    adapter, before = architecture_for(model.config.model_type), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for index, layer in enumerate(adapter.layers(model)):
+            for group in adapter.channel_groups(model.config):
+                gone = strategy.order[group_key(index, group)][sizes[group.name] :]
+                group.consumer.weight(layer)[:, group.consumer.channels(gone)] = 0
+    value = objective_named("loss").measure(model, batches).value
+    model.load_state_dict(before)
+    return value
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_the_best_of_all_splits_is_taken(model_type: str, tiny_model: Any, random_batches: Batches) -> None:
+    model, batches = tiny_model(model_type), random_batches(lengths=(12, 7))
+    strategy = measured(model, batches, round_to={"mlp": 8})
+    most = {"attention": 4, "mlp": 128}
+    for width in WIDTHS[1:]:
+        budget = width * (4 * HEAD + 128 * NEURON)
+        allowed = [
+            {"attention": heads, "mlp": neurons}
+            for heads, neurons in itertools.product(range(1, most["attention"] + 1), range(8, most["mlp"] + 1, 8))
+            if abs(heads * HEAD + neurons * NEURON - budget) <= 4 * NEURON
+        ]
+        assert len(allowed) > 1
+        losses = [loss_of(model, strategy, sizes, batches) for sizes in allowed]
+        assert max(losses) - min(losses) > 1e-4
+        most = allowed[losses.index(min(losses))]
+        assert strategy.units[width] == {f"{layer}.{name}": size for layer in range(4) for name, size in most.items()}
+    assert strategy.allocation == "measured"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe", "opt"])
+def test_the_model_is_as_it_was_to_the_last_bit(model_type: str, random_batches: Batches) -> None:
+    model = random_model(CONFIGS[model_type])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = {name: type(module) for name, module in model.named_modules()}
+    strategy = measured(model, random_batches(lengths=(9,)))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert any(order.tolist() != sorted(order.tolist()) for order in strategy.order.values())
+    assert len({tuple(units.values()) for units in strategy.units.values()}) == len(WIDTHS)
+
+
+@given(st.data())
+def test_splits_have_the_share_and_lie_in_what_wider_widths_keep(data: st.DataObject) -> None:
+    parts = []
+    for name in ("attention", "mlp"):
+        units = data.draw(st.integers(1, 40))
+        parts.append(Part(name, units, data.draw(st.integers(1, units)), data.draw(st.integers(1, 50))))
+    parts.sort(key=lambda part: part.cost * part.step, reverse=True)
+    whole, most = sum(part.cost * part.units for part in parts), {part.name: part.units for part in parts}
+    widths = data.draw(st.lists(st.fractions(Fraction(1, 10), 1, max_denominator=16), min_size=1, max_size=3))
+    for share in sorted(widths, reverse=True):
+        found = splits(parts, share, most)
+        assert 1 <= len(found) <= MOST_SPLITS
+        distances = [abs(sum(part.cost * sizes[part.name] for part in parts) - share * whole) for sizes in found]
+        for part in parts:
+            possible = {*range(part.step, part.units + 1, part.step), part.units}
+            assert all(sizes[part.name] in possible and sizes[part.name] <= most[part.name] for sizes in found)
+        if len(found) > 1:
+            assert max(distances) <= max(Fraction(parts[-1].cost * parts[-1].step, 2), min(distances))
+        most = found[data.draw(st.integers(0, len(found) - 1))]
+
+
+def test_of_many_splits_some_at_even_distances_are_tried() -> None:
+    parts = [Part("attention", 64, 1, 100), Part("mlp", 6400, 1, 1)]
+    found = splits(parts, Fraction(1, 2), {"attention": 64, "mlp": 6400})
+    assert len(found) == MOST_SPLITS
+    assert (found[0]["attention"], found[-1]["attention"]) == (63, 1)
+    assert all(100 * sizes["attention"] + sizes["mlp"] == 6400 for sizes in found)
+
+
+def test_impossible_widths_are_refused_before_anything_is_measured(tiny_model: Any, random_batches: Batches) -> None:
+    with pytest.raises(RecipeError, match="widths 2 are impossible"):
+        measured(tiny_model("llama"), random_batches(), widths=[Fraction(2)])
