@@ -273,7 +273,7 @@ def extract_checkpoint(
         copy_tokenizer(base or str(elastic.config.name_or_path), partial)
         parity = measure_parity(elastic, parsed, partial)
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
-        write_model_card(partial, facts, parity.in_words)
+        write_model_card(partial, facts | {"parity": parity.in_words})
     return parity
 
 

@@ -167,8 +167,9 @@ def check(
 ) -> None:
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
+    from amoeba_plugin.expected_config import planned_config, shape_config, subnet_config
     from amoeba_plugin.model_files import load_config
-    from amoeba_plugin.preflight import check_against_model, planned_config, shape_config, subnet_config
+    from amoeba_plugin.preflight import check_against_model
     from amoeba_plugin.recipe_files import find_recipe
     from amoeba_plugin.recipes import check_recipe
     from amoeba_plugin.shape import SubnetShape

@@ -88,45 +88,44 @@ def search_depths(
         DataError: If the batches lack what the objective needs, or it cannot tell candidates apart.
         ArtifactError: If ``resume_dir`` holds the scores of another model, other data, or another objective.
     """
-    num_layers = len(adapter.layers(model))
-    by_sublayer = granularity == "sublayer"
-    per_layer = len(PARTS) if by_sublayer else 1
-    candidates, most = (per_layer * count for count in _require_removable(num_layers, min_depth, keep_last))
+    num_layers, by_sublayer = len(adapter.layers(model)), granularity == "sublayer"
+    candidates, most = _removable(num_layers, min_depth, keep_last, len(PARTS) if by_sublayer else 1)
     stand_ins = StandIns(adapter.sublayers(model.config), tuple(adapter.layers(model))) if by_sublayer else None
     objective.check(batches)
     reset_peak_memory()
     mine, data = shard(batches)
-    total = 1 + evaluations(candidates, most, beam) + exchange_evaluations(candidates, most, exchanges)
+    identity = _search_identity(model, adapter, objective, data)
+    directory = None if resume_dir is None else Path(resume_dir)
+    scored = 1 + evaluations(candidates, most, beam) + exchange_evaluations(candidates, most, exchanges)
     silent = not progress or rank() != 0
     with (
-        tqdm(total=total * len(mine), desc="depth search", unit="batch", disable=silent) as bar,
+        tqdm(total=scored * len(mine), desc="depth search", unit="batch", disable=silent) as bar,
         _Measurement.of(
             model, adapter, objective, batches, mine, candidates, cache_gib * GIB, bar.update, stand_ins
         ) as measure,
         evaluating(model),
     ):
-        identity = {
-            "model": _model_identity(model, adapter),
-            "dtype": str(model.dtype),
-            "data": data,
-            "objective": _identity(objective),
-        }
-        directory = None if resume_dir is None else Path(resume_dir)
         measured = MeasuredTable.resumed(measure, identity, directory, granularity)
         bar.update(len(measured.scores) * len(mine))
         whole = measured([WHOLE])[0]
-        if not math.isfinite(whole.value):
-            raise DataError(
-                f"{objective.name} of the whole model is {whole.value}{where_not_finite(model, adapter, batches)}: "
-                "nothing can be compared with it; "
-                "check the weights, their dtype (float16 overflows), and the calibration data"
-            )
+        _require_finite(whole, model, adapter, objective, batches)
         search = Search(measured, objective)
         table = search.exchange(search.shrink(candidates, most, beam), candidates, exchanges)
         bar.total = bar.n  # exchanges come back to sets that are known
         report = {"measured": measured.measured, **measure.report(), "near_ties": _near_ties(search, by_sublayer)}
     _log(report)
     return _strategy(num_layers, {0: (WHOLE, whole)} | table, objective.name, report, by_sublayer)
+
+
+def _require_finite(
+    whole: Score, model: PreTrainedModel, adapter: ArchitectureAdapter, objective: Objective, batches: Sequence[Batch]
+) -> None:
+    if not math.isfinite(whole.value):
+        raise DataError(
+            f"{objective.name} of the whole model is {whole.value}{where_not_finite(model, adapter, batches)}: "
+            "nothing can be compared with it; "
+            "check the weights, their dtype (float16 overflows), and the calibration data"
+        )
 
 
 def _strategy(
@@ -142,6 +141,18 @@ def _strategy(
     return DepthStrategy(kept, objective, metric, report, lost)
 
 
+def _search_identity(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, objective: Objective, data: str
+) -> dict[str, str]:
+    """Return what scores depend on, for who resumes with them."""
+    return {
+        "model": _model_identity(model, adapter),
+        "dtype": str(model.dtype),
+        "data": data,
+        "objective": _objective_identity(objective),
+    }
+
+
 def _model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
     """Return what tells a model from others of other scores: its weights; if they are packed, also how."""
     weights, _, frame = model_fingerprint(model, adapter).partition(".")
@@ -152,7 +163,7 @@ def _model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str
     return f"{json.dumps(stated, default=repr, sort_keys=True)} {frame}"
 
 
-def _identity(objective: Objective) -> str:
+def _objective_identity(objective: Objective) -> str:
     options = {name: value for name, value in vars(objective).items() if not name.startswith("_")}
     return f"{objective.name} {json.dumps(options, default=repr, sort_keys=True)}" if options else objective.name
 
@@ -257,7 +268,8 @@ def _log(report: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _require_removable(num_layers: int, min_depth: int, keep_last: int) -> tuple[int, int]:
+def _removable(num_layers: int, min_depth: int, keep_last: int, per_layer: int) -> tuple[int, int]:
+    """Return how many steps, ``per_layer`` for each layer, may go, and how many of them go at most."""
     if not 1 <= min_depth < num_layers:
         raise RecipeError(
             f"min_depth {min_depth} is impossible: the model has {num_layers} layers; take 1..{num_layers - 1}, "
@@ -268,4 +280,4 @@ def _require_removable(num_layers: int, min_depth: int, keep_last: int) -> tuple
             f"keep_last {keep_last} is impossible with min_depth {min_depth}: layers never removed are among those "
             f"kept; take 0..{min_depth}"
         )
-    return num_layers - keep_last, num_layers - min_depth
+    return per_layer * (num_layers - keep_last), per_layer * (num_layers - min_depth)

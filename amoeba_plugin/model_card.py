@@ -67,23 +67,24 @@ def model_card(
     return facts
 
 
-def write_model_card(directory: Path, facts: Mapping[str, str], parity: str | None = None) -> None:
+def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
     """Write the card beside a checkpoint; its recipe goes in where there is one, and how it is quantized.
 
     Args:
         directory: Of the checkpoint, complete but for the card.
-        facts: From :func:`model_card`; "base model" at least.
-        parity: What :func:`amoeba_plugin.parity.measure_parity` found, in words, where it was measured.
+        facts: From :func:`model_card`, and "parity", what :mod:`amoeba_plugin.parity` found, where it was measured;
+            "base model" at least.
     """
     base = facts["base model"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, library_name="transformers", pipeline_tag="text-generation",
         tags=["amoeba_plugin"],
     )  # fmt: skip
-    measured = {} if parity is None else {"parity": parity}
-    rows = "\n".join(
-        f"| {name} | {value} |" for name, value in {**facts, **_quantization(directory), **measured}.items()
-    )
+    quantization = _quantization(directory)
+    told = {name: value for name, value in facts.items() if name != "parity"} | quantization
+    if "parity" in facts:
+        told["parity"] = facts["parity"] + (", before quantization" if quantization else "")
+    rows = "\n".join(f"| {name} | {value} |" for name, value in told.items())
     shape = f" at {facts['shape'].partition('`, ')[0]}`" if "shape" in facts else ""
     what = "A subnet of an elastic model, cut" if shape else "Written"
     trust = ", trust_remote_code=True" if (directory / PER_LAYER_FILE).is_file() else ""

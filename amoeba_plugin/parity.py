@@ -1,4 +1,4 @@
-"""How far a reloaded subnet checkpoint is from the elastic model that it was cut from."""
+"""How far a subnet is from the elastic model that it was cut from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.objectives import evaluating
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
@@ -22,7 +23,7 @@ AdapterMode = Literal["fold", "separate"]
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a reloaded checkpoint is from the elastic model at its shape, on one batch of random tokens."""
+    """How far a subnet is from the elastic model at its shape, on one batch of random tokens."""
 
     shape: str
     adapter: AdapterMode  # "separate": the checkpoint was loaded with the LoRA beside it, by stock PEFT
@@ -37,7 +38,6 @@ class Parity:
         return f"logits differ from the elastic model's by at most {difference}"
 
 
-@torch.no_grad()
 def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:
     """Reload a checkpoint, with the adapter beside it if there is one, and compare its logits with the elastic model's
     at the shape it was cut from.
@@ -50,9 +50,17 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
     served: nn.Module = (
         PeftModel.from_pretrained(reloaded, str(checkpoint / ADAPTER_DIRECTORY)) if separate else reloaded
     )
+    return compare_logits(elastic, shape, served, "separate" if separate else "fold")
+
+
+@torch.no_grad()
+def compare_logits(
+    elastic: ElasticModel, shape: SubnetShape, served: nn.Module, adapter: AdapterMode = "fold"
+) -> Parity:
+    """Compare a model's logits with those of the elastic model at the shape it was cut from; it is moved there."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(elastic.config.vocab_size, (1, PARITY_TOKENS), generator=generator).to(elastic.model.device)
-    with elastic.active(shape) as model:
+    with elastic.active(shape) as model, evaluating(model):
         expected = model(tokens, use_cache=False).logits.float()
     found = nn.Module.to(served, tokens.device)(tokens, use_cache=False).logits.float()
     divergence = torch.nn.functional.kl_div(
@@ -61,10 +69,4 @@ def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) 
         log_target=True,
         reduction="batchmean",
     )
-    return Parity(
-        str(shape),
-        "separate" if separate else "fold",
-        PARITY_TOKENS,
-        (found - expected).abs().max().item(),
-        divergence.item(),
-    )
+    return Parity(str(shape), adapter, PARITY_TOKENS, (found - expected).abs().max().item(), divergence.item())

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.directories import require_writable
-from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError, ShapeError
+from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
+from amoeba_plugin.expected_config import subnet_config
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.recipes import CheckedRecipe, asked_shapes
-from amoeba_plugin.shape import SubnetShape, parse_width
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
-from amoeba_plugin.subnet_classes import build, per_layer_config
-from amoeba_plugin.subnet_classes import subnet_config as elastic_config
-from amoeba_plugin.subnet_plan import SubnetPlan
+from amoeba_plugin.recipes import CheckedRecipe
+from amoeba_plugin.subnet_classes import build
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from amoeba_plugin.modifiers import DepthShrinkingModifier
-
-
-ANY_LOST = {1: "attention"}  # of layers kept in part, whichever these will be: the first stays whole
 
 
 def require_new_directory(directory: Path, replaceable: str | None = None) -> None:
@@ -92,7 +81,8 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
         config: The model's; weights are not needed.
 
     Raises:
-        ArchitectureError: If the architecture is not supported, the model quantized, or no stock class holds the shape.
+        ArchitectureError: If the architecture is not supported, the model quantized, no stock class holds the shape, or
+            SmoothQuant or AWQ would change what the model computes.
         RecipeError: If layers named, ``min_depth``, ``round_to`` or a group size do not fit the model.
         ShapeError: If the shape to extract is outside the space.
     """
@@ -101,133 +91,17 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
             "the model is already quantized (config.quantization_config), and everything here works on full-precision "
             "weights; give the original model"
         )
+    whole = config
     if recipe.is_structural:
         config = subnet_config(recipe, config)
-    _check_quantization(recipe, config)
-
-
-def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
-    """Return the configuration that quantization will see: the subnet's where one is extracted, else the model's.
-
-    Where layers will differ in size (``allocation: global``, ``anchor_layers``), how is known after selection only;
-    this one has a layer of the least that any may keep, and whole ones.
-    """
-    from amoeba_plugin.allocation import rounding_steps
-    from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier, WidthShrinkingModifier
-    from amoeba_plugin.width import require_anchors
-
-    adapter = architecture_for(config.model_type)
-    layers = config.num_hidden_layers
-    depth, width = recipe.find(DepthShrinkingModifier), recipe.find(WidthShrinkingModifier)
-    if depth is not None and depth.min_depth >= layers:
-        raise RecipeError(
-            f"{recipe.source}: min_depth {depth.min_depth} of a model with {layers} layers leaves nothing to remove; "
-            f"set min_depth between 1 and {layers - 1}"
-        )
-    given = None if depth is None or depth.kept_layers is None else DepthStrategy.given(depth.kept_layers, layers)
-    groups = adapter.channel_groups(config)
-    units = {Fraction(1): {group.name: group.units for group in groups}}
-    if width is not None:
-        if not isinstance(width.anchor_layers, int):
-            require_anchors(width.anchor_layers, layers)
-        anchored = Fraction(width.anchor_count, layers)
-        units = {share: kept_units(groups, share, width.round_to, anchored) for share in map(parse_width, width.widths)}
-    for shape in asked_shapes(recipe):
-        _require_depth(recipe.source, shape, layers if depth is None else depth.min_depth, layers, given)
-    extraction = recipe.find(SubnetExtractionModifier)
-    if extraction is None:
-        return config
-    shape = SubnetShape.parse(extraction.shape)
-    whole, smallest = units[Fraction(1)], units[shape.width]
-    uneven = width is not None and shape.width != 1 and (width.allocation == "global" or width.anchor_count > 0)
-    if width is not None and width.allocation != "uniform" and shape.width != 1:  # sizes are not known yet
-        smallest = rounding_steps(groups, width.round_to)
-    in_part = not extraction.portable and _in_part(depth, given, shape, layers)
-    kept = range(min(math.floor(shape.depth) + 1, layers) if in_part else math.ceil(shape.depth))
-    biased = frozenset(smallest) if width is not None and width.bias_compensation and shape.width != 1 else frozenset()
-    if in_part or (uneven and not extraction.portable and len(kept) > 1):
-        sizes = [smallest, *[whole if uneven else smallest] * (len(kept) - 1)]
-        return per_layer_config(adapter, config, kept, sizes, biased, ANY_LOST if in_part else {})
-    return adapter.subnet_config(config, kept, smallest, biased)
-
-
-def _require_depth(source: str, shape: SubnetShape, least: int, layers: int, given: DepthStrategy | None) -> None:
-    if not least <= shape.depth <= layers:
-        raise ShapeError(
-            f"{source}: shape {shape} is outside the space: this model and recipe give depths {least} to {layers}; "
-            "take one of these"
-        )
-    if given is not None and shape.depth not in given.kept:
-        raise ShapeError(
-            f"{source}: shape {shape} is outside the space: kept_layers has depths "
-            f'{", ".join(map(str, sorted(given.kept)))}; take one of these, or add "{shape.depth}" to kept_layers'
-        )
-
-
-def _in_part(
-    depth: DepthShrinkingModifier | None, given: DepthStrategy | None, shape: SubnetShape, layers: int
-) -> bool:
-    """Tell whether a shape keeps layers in part; where that is still to be searched, whether it may."""
-    if given is not None:
-        return shape.depth in given.lost
-    return depth is not None and depth.granularity == "sublayer" and shape.depth < layers
-
-
-def planned_config(
-    config: PretrainedConfig, shape: SubnetShape, directory: Path, portable: bool = False
-) -> PretrainedConfig:
-    """Return the configuration of a shape of a strategy that is there already; no weights are needed.
-
-    Args:
-        config: The whole model's.
-        shape: Of the strategy's space.
-        directory: Holds ``strategy.json``; an elastic checkpoint does.
-        portable: Pad layers of different sizes to the largest, for a stock class.
-
-    Raises:
-        ArtifactError: If there is no strategy, or it belongs to a model of other sizes.
-        ArchitectureError: If the architecture is not supported, or no class holds the shape.
-        ShapeError: If the strategy's space does not hold the shape.
-    """
-    plan = SubnetPlan(architecture_for(config.model_type), config, SubnetStrategy.load(directory))
-    plan.require_fit(str(directory))
-    return elastic_config(plan, plan.space.require(shape), portable)
-
-
-def shape_config(config: PretrainedConfig, shape: SubnetShape, round_to: int = 1) -> PretrainedConfig:
-    """Return the configuration of a shape of a model, allocated uniformly, whatever layers it will keep.
-
-    A whole number of layers is taken for whole layers, a half for layers of which some lack attention or MLP.
-
-    Raises:
-        ArchitectureError: If the architecture is not supported, or no stock class holds the shape.
-        ShapeError: If the model has fewer layers.
-        RecipeError: If ``round_to`` does not fit the model, or leaves nothing.
-    """
-    adapter = architecture_for(config.model_type)
-    if shape.depth > config.num_hidden_layers:
-        raise ShapeError(f"shape {shape} has more layers than the model, which has {config.num_hidden_layers}")
-    units = kept_units(adapter.channel_groups(config), shape.width, round_to)
-    if shape.depth != int(shape.depth):
-        kept = range(math.ceil(shape.depth))
-        return per_layer_config(adapter, config, kept, [units] * len(kept), frozenset(), ANY_LOST)
-    return adapter.subnet_config(config, range(int(shape.depth)), units)
-
-
-def kept_units(
-    groups: Sequence[ChannelGroup], width: Fraction, round_to: int | dict[str, int], anchored: Fraction = Fraction(0)
-) -> dict[str, int]:
-    """Return how many units of each group a width keeps with uniform allocation, by the same arithmetic as selection.
-
-    Where a share of the layers is ``anchored``, this is what all others keep.
-
-    Raises:
-        RecipeError: If ``round_to`` names a group that does not exist, does not fit its units, or leaves nothing.
-    """
-    from amoeba_plugin.allocation import RankedGroup, other_share, rounding_steps, uniform_units
-
-    unscored = [RankedGroup(group.name, group, torch.empty(0), 0) for group in groups]
-    return uniform_units(unscored, other_share(width, anchored), rounding_steps(groups, round_to))
+    quantizing = [
+        (type(modifier).__name__, modifier.resolve_quantization_config())
+        for modifier in recipe.modifiers
+        if hasattr(modifier, "resolve_quantization_config")
+    ]
+    if quantizing:
+        _check_quantization(recipe, quantizing, config)
+    _check_smoothing(recipe, [each for _, each in quantizing], config, whole)
 
 
 def has_experts(config: PretrainedConfig) -> bool:
@@ -239,14 +113,9 @@ def has_experts(config: PretrainedConfig) -> bool:
     return any(group.consumer.expert is not None for group in groups)
 
 
-def _check_quantization(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
-    quantizing = [
-        (type(modifier).__name__, modifier.resolve_quantization_config())
-        for modifier in recipe.modifiers
-        if hasattr(modifier, "resolve_quantization_config")
-    ]
-    if not quantizing:
-        return
+def _check_quantization(
+    recipe: CheckedRecipe, quantizing: list[tuple[str, QuantizationConfig]], config: PretrainedConfig
+) -> None:
     model = weightless(config)
     if has_experts(config):
         from amoeba_plugin.modifiers.quantized_experts import require_readable, take_apart
@@ -256,7 +125,19 @@ def _check_quantization(recipe: CheckedRecipe, config: PretrainedConfig) -> None
         for scheme in quantization.config_groups.values():
             size = _group_size(scheme)
             if size:
-                _require_divisible(recipe, name, scheme, quantization.ignore, size, model)
+                _require_divisible(recipe, name, scheme, quantization.ignore or [], size, model)
+
+
+def _check_smoothing(
+    recipe: CheckedRecipe, quantizing: list[QuantizationConfig], config: PretrainedConfig, whole: PretrainedConfig
+) -> None:
+    from amoeba_plugin.modifiers.smoothing import require_outputs_kept
+
+    try:
+        adapter = architecture_for(whole.model_type)
+    except ArchitectureError:  # nothing here knows how to make such a model small; the recipe only quantizes it
+        return
+    require_outputs_kept(recipe.modifiers, quantizing, config, adapter, recipe.source)
 
 
 def _group_size(scheme: QuantizationScheme) -> int | None:

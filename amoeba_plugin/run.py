@@ -72,8 +72,11 @@ def run_recipe(
     Raises:
         AmoebaError: Recipe, model, data and directory do not fit together; the message says which and what to do.
     """
+    from amoeba_plugin.modifiers.smoothing import require_accelerator
+
     options = options or RunOptions()
     checked = check_recipe(find_recipe(recipe))
+    require_accelerator(checked.modifiers, checked.source)
     require_new_directory(output_dir)
     require_elastic_dir(checked, output_dir)
     check_against_model(checked, load_config(model))

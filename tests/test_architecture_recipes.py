@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -181,6 +182,11 @@ def test_a_stage_of_its_own_is_followed_by_quantization(model_type: str, data: D
     for words in ("`3x3/4`", "layers kept | 3 of 4", "weights of 8 bits", str(base)):
         assert words in (quantized / "README.md").read_text(), words
     assert "quantized" not in (dense / "README.md").read_text()
+    for directory, after in ((dense, ""), (quantized, ", before quantization")):
+        row = rf"\| parity \| logits differ from the elastic model's by at most (\S+) over 64 tokens{after} \|"
+        parity = re.search(row, (directory / "README.md").read_text())
+        assert parity is not None
+        assert float(parity[1]) < 1e-4
     assert "SubnetExtractionModifier" in (dense / "README.md").read_text()
     expected = logits(AutoModelForCausalLM.from_pretrained(dense))
     # eight bits are near full precision: a norm that was converted once too often would not be

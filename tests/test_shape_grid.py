@@ -12,9 +12,10 @@ from elastic_models import random_strategy
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.expected_config import kept_units
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.preflight import kept_units, weightless
+from amoeba_plugin.preflight import weightless
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 TinyModel = Callable[..., PreTrainedModel]

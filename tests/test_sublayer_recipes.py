@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.checkpoint import extract_checkpoint, load_elastic
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.expected_config import shape_config, subnet_config
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.preflight import check_against_model, shape_config, subnet_config
+from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.targets import candidate, require_loadable

@@ -6,6 +6,7 @@ from amoeba_plugin.modifiers.depth import DepthShrinkingModifier, QuestionOption
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
 from amoeba_plugin.modifiers.one_for_all import AdapterOptions, OneForAllDistillationModifier
 from amoeba_plugin.modifiers.session_training import TrainingEventsCallback, TrainingEventsMixin, begin_session
+from amoeba_plugin.modifiers.smoothing import complete_tables
 from amoeba_plugin.modifiers.width import WidthShrinkingModifier
 
 __all__ = [
@@ -31,6 +32,7 @@ def register_with_llmcompressor() -> None:
         SubnetExtractionModifier,
     ):
         ModifierFactory.register(modifier.__name__, modifier)
+    complete_tables()
 
 
 register_with_llmcompressor()

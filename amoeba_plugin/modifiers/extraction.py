@@ -13,6 +13,7 @@ from amoeba_plugin.model_card import model_card
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.saving import save_as_it_is
 from amoeba_plugin.modifiers.selection import forget_selection, selection_for
+from amoeba_plugin.parity import compare_logits
 from amoeba_plugin.shape import SubnetShape
 
 
@@ -49,9 +50,11 @@ class SubnetExtractionModifier(Modifier):
         require_session_order(self)
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
-        subnet = extract(elastic, self.shape, self.portable)
+        shape = elastic.space.require(self.shape)
+        subnet = extract(elastic, shape, self.portable)
         adapter = "none" if selection.peft_model is None else "fold"
-        self._card = model_card(elastic, subnet, elastic.space.require(self.shape), adapter, self.portable)
+        self._card = model_card(elastic, subnet, shape, adapter, self.portable)
+        self._card["parity"] = compare_logits(elastic, shape, subnet).in_words
         forget_selection(state.model)
         become(state.model, subnet)
         return True

@@ -1,0 +1,222 @@
+"""SmoothQuant and AWQ: whether what they do to a model leaves its outputs as they are.
+
+Both divide the weights of one module by scales, and multiply by them the weights of the modules that read it. Which
+modules these are, llm-compressor knows by the class of the model. Where it names some of the readers only, a router of
+experts not being one, or a norm that is read by something else, the checkpoint reloads and computes something else.
+So a recipe's modifiers are tried on a small random model of the class, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modeling.offset_norm import norm_calibration_context
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
+from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTRY, LayerMap
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
+from amoeba_plugin.errors import ArchitectureError, RecipeError
+from amoeba_plugin.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.subnet_classes import build, is_per_layer, per_layer_config
+
+VOCABULARY, POSITIONS = 32, 16
+TOLERANCE = 1e-3  # of the largest logit; rounding in fp32 makes 1e-6, a module left out 1e-1
+Smoothed = tuple[str, Any, list[Any]]  # name and module of what is divided, modules of what is multiplied
+GEMMA = [
+    LayerMap(["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"], "re:.*input_layernorm$"),
+    LayerMap(["re:.*gate_proj$", "re:.*up_proj$"], "re:.*pre_feedforward_layernorm$"),
+]
+ALIKE = {"MixtralForCausalLM": "Qwen3MoeForCausalLM", "Olmo2ForCausalLM": "Olmo3ForCausalLM"}  # to AWQ
+
+
+def complete_tables() -> None:
+    """Tell llm-compressor what its tables lack of the classes that subnets are saved in, and what they have wrong.
+
+    SmoothQuant's take the norm behind Gemma's attention for the one before its MLP. AWQ's lack Mixtral, whose router
+    reads what the experts read, and OLMo 2, which has no norms before attention and MLP.
+    """
+    MAPPINGS_REGISTRY.update(dict.fromkeys(("Gemma2ForCausalLM", "Gemma3ForCausalLM"), GEMMA))
+    for name, like in ALIKE.items():
+        if like in AWQ_MAPPING_REGISTRY:
+            AWQ_MAPPING_REGISTRY.setdefault(name, AWQ_MAPPING_REGISTRY[like])
+    tables: tuple[dict[str, Any], ...] = (MAPPINGS_REGISTRY, AWQ_MAPPING_REGISTRY)
+    for table in tables:
+        for kind in PerLayerSizes.__subclasses__():
+            stock = kind.__mro__[kind.__mro__.index(PerLayerSizes) + 1].__name__
+            if stock in table:
+                table.setdefault(kind.__name__, table[stock])
+
+
+def require_accelerator(modifiers: Sequence[Modifier], where: str) -> None:
+    """Refuse AWQ where it would fail once all else is done: llm-compressor's pins memory without asking for what.
+
+    Raises:
+        RecipeError: If there is no accelerator.
+    """
+    if any(isinstance(modifier, AWQModifier) for modifier in modifiers) and not torch.accelerator.is_available():
+        raise RecipeError(
+            f"{where}: AWQModifier of llm-compressor runs with an accelerator only, and this machine has none; take "
+            "GPTQModifier, or run the recipe on a machine that has one"
+        )
+
+
+def require_outputs_kept(
+    modifiers: Sequence[Modifier],
+    quantizing: Sequence[QuantizationConfig],
+    config: PretrainedConfig,
+    adapter: ArchitectureAdapter,
+    where: str,
+) -> None:
+    """Refuse SmoothQuant and AWQ where they would change what a model computes, or find no modules in it.
+
+    Args:
+        modifiers: Of a recipe.
+        quantizing: What it quantizes; AWQ leaves alone what is not.
+        config: Of the model that they will see.
+        adapter: Of the whole model.
+        where: Put in front of the message: the recipe.
+
+    Raises:
+        ArchitectureError: Naming the modules, and what to do.
+    """
+    for modifier in modifiers:
+        if isinstance(modifier, SmoothQuantModifier | AWQModifier):
+            _require_outputs_kept(modifier, quantizing, config, adapter, where)
+
+
+@torch.no_grad()
+def _require_outputs_kept(
+    modifier: Modifier,
+    quantizing: Sequence[QuantizationConfig],
+    config: PretrainedConfig,
+    adapter: ArchitectureAdapter,
+    where: str,
+) -> None:
+    name = type(modifier).__name__
+    advice = "give it mappings that name, for each module smoothed, all that read it, or leave it out"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _small_model(config, adapter)
+        tokens = torch.randint(VOCABULARY, (2, POSITIONS))
+        linearize_moe(model)
+        _mark_quantized(model, quantizing)
+        with norm_calibration_context(model):
+            expected = model(tokens, use_cache=False).logits
+            try:
+                smoothed = _smoothed(modifier, model)
+                changed = {
+                    _in_words(each, model): change
+                    for each in smoothed
+                    if (change := _change(model, tokens, expected, each)) > TOLERANCE
+                }
+            except (AttributeError, RuntimeError, ValueError) as error:
+                raise ArchitectureError(
+                    f"{where}: {name} finds no modules to smooth in a {type(model).__name__} "
+                    f"({error.__cause__ or error}); {advice}"
+                ) from error
+    if changed:
+        raise ArchitectureError(
+            f"{where}: {name} would change what a {type(model).__name__} computes, by up to "
+            f"{max(changed.values()):.0%} of the logits on random weights: {'; '.join(changed)}, which is wrong; "
+            f"{advice}"
+        )
+
+
+def _small_model(config: PretrainedConfig, adapter: ArchitectureAdapter) -> PreTrainedModel:
+    """Return a random model with the same modules, but two layers, few heads and neurons, and few tokens."""
+    plain = copy_config(config)
+    parts = list(getattr(config, "stand_ins", {}))
+    if is_per_layer(config):
+        plain.per_layer_config = None
+    plain.vocab_size = VOCABULARY
+    if plain.pad_token_id is not None:
+        plain.pad_token_id = 0
+    kept = range(min(2, config.num_hidden_layers))
+    groups = adapter.channel_groups(plain)
+    whole = {group.name: group.units for group in groups}
+    small = _accepted(adapter, plain, kept, {"attention": 1, "mlp": 8}, whole)
+    if not is_per_layer(config):
+        shrunk = adapter.subnet_config(plain, kept, small)
+    else:
+        other = _accepted(adapter, plain, kept, {"attention": 2, "mlp": 16}, whole)
+        lost = {kept[-1]: parts[0]} if parts else {}
+        shrunk = per_layer_config(adapter, plain, kept, [other, small][: len(kept)], frozenset(), lost)
+    model = build(shrunk, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # random weights of transformers are so small that a layer adds next to nothing
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.eval()
+    return model
+
+
+def _accepted(
+    adapter: ArchitectureAdapter,
+    config: PretrainedConfig,
+    kept: Sequence[int],
+    units: Mapping[str, int],
+    whole: Mapping[str, int],
+) -> dict[str, int]:
+    """Return units per group, those wanted where the class holds them, else all of attention."""
+    wanted = {name: units.get(name, count) for name, count in whole.items()}
+    try:
+        adapter.subnet_config(config, kept, wanted)
+    except ArchitectureError:
+        return wanted | {"attention": whole["attention"]}
+    return wanted
+
+
+def _mark_quantized(model: PreTrainedModel, quantizing: Sequence[QuantizationConfig]) -> None:
+    """Mark linears as llm-compressor does, which is all that AWQ looks for."""
+    for config in quantizing:
+        for scheme in config.config_groups.values():
+            for _, module in match_named_modules(model, scheme.targets, config.ignore):
+                vars(module)["quantization_scheme"] = scheme
+
+
+def _smoothed(modifier: Modifier, model: PreTrainedModel) -> list[Smoothed]:
+    """Return what a modifier would smooth; by the host's own look-ups, which have no public name."""
+    trial: Any = modifier.model_copy()
+    if isinstance(modifier, AWQModifier):
+        trial.mappings = trial.mappings or get_layer_mappings_from_model(model)
+        trial._set_resolved_mappings(model)
+        found = trial._resolved_mappings
+    else:
+        trial.mappings = trial._infer_mappings_from_model(model)
+        found = trial._resolve_mappings(model)
+    return [(each.smooth_name, each.smooth_layer, list(each.balance_layers)) for each in found]
+
+
+def _change(model: PreTrainedModel, tokens: Tensor, expected: Tensor, smoothed: Smoothed) -> float:
+    """Return by how much the logits change with one module smoothed by random scales, as a share of the largest."""
+    _, layer, readers = smoothed
+    parameters = [part for each in (layer, *readers) for part in (each.weight, getattr(each, "bias", None))]
+    before = [(part, part.clone()) for part in parameters if part is not None]
+    scales = torch.rand(readers[0].weight.shape[-1]) * 2 + 0.5
+    rows = slice(-len(scales), None)  # of a fused linear the last part is meant
+    for part in (layer.weight, getattr(layer, "bias", None)):
+        if part is not None:
+            part[rows] /= scales if part.dim() == 1 else scales[:, None]
+    for each in readers:
+        each.weight.mul_(scales)
+    found = model(tokens, use_cache=False).logits
+    for part, value in before:
+        part.copy_(value)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _in_words(smoothed: Smoothed, model: PreTrainedModel) -> str:
+    name, _, readers = smoothed
+    paths = {module: path for path, module in model.named_modules()}
+    read_by = sorted({paths[each].rpartition(".")[2] for each in readers})
+    return f"{name.rpartition('.')[2]} is taken to be read by {', '.join(read_by)} alone"

@@ -1,0 +1,34 @@
+"""The configuration that a recipe's subnet will have, where layers differ in size."""
+
+from __future__ import annotations
+
+import pytest
+from test_recipes import GOOD, config_of, grouped
+
+from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.expected_config import subnet_config
+from amoeba_plugin.preflight import check_against_model
+from amoeba_plugin.recipes import check_recipe
+from amoeba_plugin.subnet_classes import is_per_layer
+
+
+@pytest.mark.parametrize("anchors", ["1", "[3]"])
+def test_layers_padded_for_any_loader_are_as_wide_as_the_anchors(anchors: str):
+    text = grouped(32).replace('["1", "3/4"]', f'["1", "3/4"], anchor_layers: {anchors}')
+    # others keep 2 groups and 85 neurons
+    with pytest.raises(RecipeError, match=r"groups of 32 .*down_proj"):
+        check_against_model(check_recipe(text), config_of())
+    portable = check_recipe(text.replace("{shape: 3x3/4}", "{shape: 3x3/4, portable: true}"))
+    check_against_model(portable, config_of())
+    padded = subnet_config(portable, config_of())
+    assert (padded.num_attention_heads, padded.intermediate_size) == (8, 128)
+
+
+def test_anchors_that_the_layers_given_leave_out_are_not_waited_for():
+    given = "min_depth: 2, kept_layers: {3: [0, 1, 2], 2: [0, 3]}"
+    text = GOOD.replace("min_depth: 2", given).replace('["1", "3/4"]', '["1", "3/4"], anchor_layers: [3]')
+    without = subnet_config(check_recipe(text), config_of())
+    assert not is_per_layer(without)
+    assert without.intermediate_size == 85  # 128 * (3/4 * 4 - 1) / 3
+    both = subnet_config(check_recipe(text.replace("3x3/4", "2x3/4")), config_of())
+    assert [each.intermediate_size for each in both.per_layer_config] == [85, 128]
