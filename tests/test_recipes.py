@@ -118,7 +118,15 @@ BAD = {
     "unknown loss": ("max_steps: 2", "max_steps: 2, loss: mse", ["loss 'mse'", "soft_cross_entropy"]),
     "more experts than there are": ("{r: 4}", "{r: 4, num_experts: 2, top_k: 3}", ["top_k 3"]),
     "learning rate 0": ("max_steps: 2", "max_steps: 2, learning_rate: 0", ["learning_rate", "greater than 0"]),
-    "unknown scheme": ("W8A8", "W8A9", ["QuantizationModifier", "scheme"]),
+    "unknown scheme": ("W8A8", "W8A9", ["QuantizationModifier", "no scheme 'W8A9'", "Did you mean 'W8A8'", "W4A16"]),
+    "adapter as a word": ("{r: 4}", "lora", ["adapter: 'lora' is not", "a mapping, {field: value}, or", "'none'"]),
+    "unknown type of adapter": ("{r: 4}", "{type: qlora}", ["adapter.type: 'qlora' is not", "'smol' or 'lora'"]),
+    "rank in words": ("{r: 4}", "{r: 2x}", ["adapter.r: '2x' is not possible (input should be a valid integer"]),
+    "sampled shapes as a word": ("max_steps: 2", "max_steps: 2, sampled_shapes: al", ["a valid list, or", "'all'"]),
+    "sampled shape outside": ("max_steps: 2", "max_steps: 2, sampled_shapes: [3x1/2]", ["3x1/2 is outside the space"]),
+    "yes for a number": ("{min_depth: 2}", "{min_depth: yes}", ["min_depth: True is not possible, a number"]),
+    "fields not indented": ("{min_depth: 2}", "", ["indent its fields below it"]),
+    "times for an x": ("3x3/4", "3\N{MULTIPLICATION SIGN}3/4", ["DEPTHxWIDTH", "the letter x"]),
 }  # fmt: skip
 
 
@@ -129,6 +137,8 @@ def test_what_cannot_run_is_refused_with_its_place_and_a_way_out(case: str):
     message = refusal(GOOD.replace(old, new, 1))
     for word in words:
         assert word in message
+    for internal in ("literal[", "function-after", "base 10", "AdapterOptions"):
+        assert internal not in message
 
 
 @pytest.mark.parametrize(
@@ -250,6 +260,12 @@ def test_a_depth_written_in_two_ways_is_refused_with_the_recipe(kept: str, words
 def test_min_depth_must_be_below_the_number_of_layers(layers: int):
     with pytest.raises(RecipeError, match=f"min_depth 2 of a model with {layers} layers"):
         check_against_model(check_recipe(GOOD), config_of(num_hidden_layers=layers))
+
+
+def test_a_sampled_shape_deeper_than_the_model_is_refused():
+    recipe = check_recipe(GOOD.replace("max_steps: 2", "max_steps: 2, sampled_shapes: [4x3/4, 5x3/4]"))
+    with pytest.raises(ShapeError, match="shape 5x3/4 is outside the space: .* depths 2 to 4"):
+        check_against_model(recipe, config_of())
 
 
 def test_a_shape_deeper_than_the_model_is_refused():
