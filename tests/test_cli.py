@@ -373,7 +373,14 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
     assert result.exit_code == 0, result.output
     shape = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]["shape"]
     config = AutoConfig.from_pretrained(files["out"])
-    assert (config.num_hidden_layers, config.num_key_value_heads) == (int(shape.partition("x")[0]), 7)
+    depth, width = shape.split("x")
+    queries = config.num_attention_heads // config.num_key_value_heads
+    kept, whole = (  # rows of a KV group's queries, key and value, columns of its output; a neuron's of three matrices
+        groups * config.head_dim * (2 * queries + 2) + 3 * neurons
+        for groups, neurons in ((config.num_key_value_heads, config.intermediate_size), (8, 1024))
+    )
+    assert config.num_hidden_layers == int(depth)
+    assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
     assert config.quantization_config["quant_method"] == "compressed-tensors"
     assert torch.isfinite(logits(files["out"])).all()
 
