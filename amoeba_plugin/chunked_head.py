@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.distillation import RowLoss, chunk_rows
+from amoeba_plugin.distillation import RowLoss, chunk_rows, kept_scale
 
 
 class ChunkedHead(nn.Module):
@@ -102,6 +102,7 @@ class _LossOfHead(torch.autograd.Function):
     ) -> Tensor:
         half = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         dtype = half or weight.dtype
+        ctx.scale = kept_scale(dtype)
         head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)  # cast once, not once per chunk
         needs = ctx.needs_input_grad[:3]
         gradients = [
@@ -109,6 +110,7 @@ class _LossOfHead(torch.autograd.Function):
             for value, needed in zip((hidden, weight, bias), needs, strict=True)
         ]
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        kept = torch.full_like(total, ctx.scale)
         chunk = chunk_rows(weight.shape[0], hidden.device)
         for start in range(0, len(rows), chunk):
             place = slice(start, start + chunk)
@@ -118,7 +120,7 @@ class _LossOfHead(torch.autograd.Function):
                 value = row_loss(logits, place).sum()
             total += value.detach()
             if any(needs):
-                gradient = torch.autograd.grad(value, logits)[0].to(dtype)
+                gradient = torch.autograd.grad(value, logits, kept)[0].to(dtype)
                 _add(gradients, gradient, part, head, rows[place])
         ctx.gradients = gradients
         return total
@@ -129,7 +131,8 @@ class _LossOfHead(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, hence only once
         if gradients is None:
             raise RuntimeError("chunked_head: a second backward through the same loss; compute the loss again")
-        return (*(None if value is None else value.mul_(grad_output) for value in gradients), None, None)
+        factor = grad_output / ctx.scale
+        return (*(None if value is None else value.mul_(factor) for value in gradients), None, None)
 
 
 def _add(gradients: list[Tensor | None], gradient: Tensor, part: Tensor, head: Tensor, rows: Tensor) -> None:

@@ -7,6 +7,7 @@ gradient at once: beside the logits and their gradient, both in the logits' dtyp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,15 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS) // vocabulary)
 
 
+def kept_scale(dtype: torch.dtype) -> float:
+    """Return what gradients are multiplied with while they wait for their backward.
+
+    In fp16 those of a mean over many positions are rounded to 0, and the factor by which mixed precision scales its
+    loss against that comes with the backward only.
+    """
+    return 2.0**12 if dtype == torch.float16 else 1.0
+
+
 def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk: int | None = None) -> Tensor:
     """Add up a loss over some rows of the logits, a chunk at a time.
 
@@ -237,7 +247,7 @@ def reverse_kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 def jensen_shannon_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``(KL(p_T || m) + KL(p_S || m)) / 2`` per row, m the mean of both: (n, vocabulary) twice -> (n,) nats."""
     log_student, log_teacher = (_log_probabilities(logits, temperature) for logits in (student, teacher))
-    log_mean = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0))
+    log_mean = torch.logaddexp(log_student, log_teacher) - math.log(2)
     return (_kl(log_teacher, log_mean) + _kl(log_student, log_mean)) / 2
 
 
@@ -256,15 +266,17 @@ class _SumOverRows(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rows: Tensor, row_loss: RowLoss, chunk: int) -> Tensor:
         compute_dtype = torch.promote_types(logits.dtype, torch.float32)
         needs_gradient = ctx.needs_input_grad[0]
+        ctx.scale = kept_scale(logits.dtype)
         ctx.gradient = torch.zeros_like(logits) if needs_gradient else None
         total = torch.zeros((), dtype=compute_dtype, device=logits.device)
+        kept = torch.full_like(total, ctx.scale)
         for start in range(0, len(rows), chunk):
             place = slice(start, start + chunk)
             part = logits[rows[place]].to(compute_dtype).requires_grad_(needs_gradient)
             with torch.enable_grad():
                 value = row_loss(part, place).sum()
             if needs_gradient:
-                ctx.gradient[rows[place]] = torch.autograd.grad(value, part)[0].to(logits.dtype)
+                ctx.gradient[rows[place]] = torch.autograd.grad(value, part, kept)[0].to(logits.dtype)
             total += value.detach()
         return total
 
@@ -274,7 +286,7 @@ class _SumOverRows(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place, hence only once
         if gradient is None:
             raise RuntimeError("sum_over_rows: a second backward through the same loss; compute the loss again")
-        return gradient.mul_(grad_output), None, None, None
+        return gradient.mul_(grad_output / ctx.scale), None, None, None
 
 
 def _mean(divergence: Divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from amoeba_plugin import distillation
-from amoeba_plugin.chunked_head import chunked_head, has_plain_head
+from amoeba_plugin.chunked_head import ChunkedHead, chunked_head, has_plain_head
 
 TOKENS = torch.arange(1, 19).view(2, 9)
 COLUMNS, ROWS = torch.tensor([1, 2, 5, 7]), torch.tensor([0, 2, 3, 5, 6])  # rows of (2 * 4)
@@ -98,3 +98,28 @@ def test_only_logits_that_nothing_follows_are_taken_apart() -> None:
     assert not model.model.layers[1].training
     model.lm_head = nn.Sequential(model.lm_head)
     assert not has_plain_head(model)
+
+
+def test_fp16_keeps_the_small_gradients_of_a_mean_over_many_positions() -> None:
+    """Mixed precision scales the loss against that, but only the backward sees the scaled one."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(32, 2048, bias=False), torch.randn(16, 32)
+    with torch.no_grad():  # the student is nearly there
+        teacher = torch.softmax(head(hidden) + 0.05 * torch.randn(16, 2048), dim=-1)
+
+    def mean(logits: Tensor, place: slice) -> Tensor:
+        return -(teacher[place] * logits.log_softmax(-1)).sum(-1) / 8192
+
+    found = []
+    for half in (False, True):
+        for whole in (False, True):
+            states = hidden.clone().requires_grad_()
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                if whole:
+                    loss = distillation.sum_over_rows(mean, head(states), torch.arange(16))
+                else:
+                    loss = ChunkedHead(head, torch.arange(16), mean)(states)
+            (2.0**16 * loss).backward()  # what a GradScaler starts with
+            found.append(states.grad)
+    for gradient in found[2:]:
+        assert float((gradient - found[0]).norm() / found[0].norm()) < 0.03  # 1 where all are lost
