@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError, did_you_mean
+from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
 from amoeba_plugin.recipe_fields import create_modifier
 from amoeba_plugin.recipe_files import read_recipe
 from amoeba_plugin.recipe_text import SKELETON, Entry, entries_of
@@ -103,29 +103,7 @@ def _check_together(recipe: CheckedRecipe) -> None:
         raise RecipeError(f"{recipe.source}: {error}") from error
     except ValueError as error:
         raise RecipeError(f"{recipe.source}: {str(error).partition('Value error, ')[2] or error}") from error
-    _check_training(recipe)
     _check_shape(recipe)
-
-
-def _check_training(recipe: CheckedRecipe) -> None:
-    from transformers.trainer_utils import SchedulerType
-
-    from amoeba_plugin.modifiers import OneForAllDistillationModifier
-
-    training = recipe.find(OneForAllDistillationModifier)
-    if training is None:
-        return
-    where = f"{recipe.source}: OneForAllDistillationModifier"
-    schedules = {each.value: each for each in SchedulerType}
-    if training.lr_scheduler_type not in schedules:
-        raise RecipeError(
-            f"{where}: lr_scheduler_type '{training.lr_scheduler_type}' does not exist."
-            f"{did_you_mean(training.lr_scheduler_type, schedules)} Possible: {', '.join(schedules)}"
-        )
-    try:
-        training.options()
-    except AmoebaError as error:
-        raise RecipeError(f"{where}: {error}") from error
 
 
 def _check_shape(recipe: CheckedRecipe) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from amoeba_plugin.distillation import DIVERGENCES
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import RecipeError, ShapeError
+from amoeba_plugin.shape import SubnetShape
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class OneForAllOptions:
     def __post_init__(self) -> None:
         if self.loss not in DIVERGENCES:
             raise RecipeError(f"loss '{self.loss}' is unknown; choose one of {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise RecipeError(
                 f"temperature {self.temperature}: it divides logits, give a number above 0 (the paper: 1)"
             )
@@ -60,14 +62,24 @@ class OneForAllOptions:
             raise RecipeError(f"kd_weight {self.kd_weight}: give a share in [0, 1] (the paper: 1)")
         if not self.max_balance_ratio > 0:
             raise RecipeError(f"max_balance_ratio {self.max_balance_ratio}: give a number above 0")
-        if isinstance(self.sampled_shapes, str) and self.sampled_shapes != "all":
-            raise RecipeError(f"sampled_shapes '{self.sampled_shapes}': give a list of shapes, or all")
-        if self.num_random < 0:
-            raise RecipeError(f"num_random {self.num_random}: give 0 or more (the paper: 2)")
+        self._check_sampling()
         if self.distill_steps is not None and self.distill_steps < 0:
             raise RecipeError(f"distill_steps {self.distill_steps}: give 0 or more optimizer steps, or leave it out")
         if self.conflict_every < 0:
             raise RecipeError(f"conflict_every {self.conflict_every}: give optimizer steps, or 0 for never")
+
+    def _check_sampling(self) -> None:
+        if self.num_random < 0:
+            raise RecipeError(f"num_random {self.num_random}: give 0 or more (the paper: 2)")
+        if isinstance(self.sampled_shapes, str):
+            if self.sampled_shapes == "all":
+                return
+            raise RecipeError(f"sampled_shapes '{self.sampled_shapes}': give a list of shapes, or all")
+        try:
+            for shape in self.sampled_shapes:
+                SubnetShape.parse(shape)
+        except ShapeError as error:
+            raise RecipeError(f"sampled_shapes: {error}") from error
 
     def kd_weight_at(self, step: int) -> float:
         """Return the share of distillation at an optimizer step."""

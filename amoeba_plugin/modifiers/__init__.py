@@ -4,7 +4,8 @@ from llmcompressor.modifiers import ModifierFactory
 
 from amoeba_plugin.modifiers.depth import DepthShrinkingModifier, QuestionOptions
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
-from amoeba_plugin.modifiers.one_for_all import AdapterOptions, OneForAllDistillationModifier
+from amoeba_plugin.modifiers.one_for_all import OneForAllDistillationModifier
+from amoeba_plugin.modifiers.one_for_all_fields import AdapterOptions
 from amoeba_plugin.modifiers.session_training import TrainingEventsCallback, TrainingEventsMixin, begin_session
 from amoeba_plugin.modifiers.smoothing import complete_tables
 from amoeba_plugin.modifiers.width import WidthShrinkingModifier

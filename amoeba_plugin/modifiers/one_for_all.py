@@ -13,7 +13,7 @@ import torch
 from llmcompressor.core import Event, EventType, State, active_session
 from llmcompressor.modifiers import Modifier
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
@@ -24,6 +24,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.modifiers.external import ExternalSteps
+from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptions, require_effect, require_schedule
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
 from amoeba_plugin.ranks import rank
@@ -33,64 +34,9 @@ from amoeba_plugin.text_data import load_batches
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
 
-LORA_FIELDS = ("type", "r", "lora_alpha", "lora_dropout", "target_modules")
 ROW_COLUMNS = ("input_ids", "attention_mask", "labels")
 # Where results go and what is looked at does not change them; the rest are fields that every modifier has.
 NOT_OF_THE_TRAINING = {"elastic_dir", "checkpoint_dir", "save_steps", "conflict_every", *Modifier.model_fields}
-
-
-class AdapterOptions(BaseModel):
-    """The adapter's settings; see :class:`amoeba_plugin.smol.SmolConfig` for the formulas.
-
-    Attributes:
-        type: ``smol``, or ``lora``: one plain LoRA for all shapes, which takes ``r``, ``lora_alpha``, ``lora_dropout``
-            and ``target_modules`` alone. Default ``smol``.
-        r: Rank of each expert. Default 64 (paper).
-        lora_alpha: Scale is ``lora_alpha / r``. Default 16 (paper).
-        num_experts: LoRAs per linear. Default 5 (reference code).
-        top_k: Experts mixed at each shape. Default 2 (reference code).
-        lora_dropout: Dropout before the adapter. Default 0.
-        combination: ``factors`` (reference code) or ``outputs`` (the paper's figure). Default ``factors``.
-        target_modules: Names of the linears that get an adapter. Default: all linears of every decoder layer.
-        router_noise: Noise on the router's logits in training. Default true (reference code).
-        router_init: ``random`` (reference code), or ``widths``: every width starts with experts of its own, so that
-            wide and narrow subnets disturb each other less. Default ``random``.
-        router_temperature: Divides the router's logits before the softmax: below 1, shapes are told apart sooner.
-            Default 1.
-        router_load_balancing: Weight of the loss that makes the shapes use all experts. Default 0, off (reference
-            code).
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["smol", "lora"] = "smol"
-    r: int = Field(default=64, ge=1)
-    lora_alpha: float = Field(default=16, gt=0)
-    num_experts: int = Field(default=5, ge=1)
-    top_k: int = Field(default=2, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    combination: Literal["factors", "outputs"] = "factors"
-    target_modules: list[str] | None = None
-    router_noise: bool = True
-    router_init: Literal["random", "widths"] = "random"
-    router_temperature: float = Field(default=1.0, gt=0)
-    router_load_balancing: float = Field(default=0.0, ge=0)
-
-    @model_validator(mode="after")
-    def _lora_has_no_experts(self) -> AdapterOptions:
-        fields = type(self).model_fields
-        smol_only = [name for name in fields if name not in LORA_FIELDS and getattr(self, name) != fields[name].default]
-        if self.type == "lora" and smol_only:
-            raise RecipeError(f"adapter.{smol_only[0]} is SMOL's; leave it out, or set adapter.type to smol")
-        return self
-
-    @model_validator(mode="after")
-    def _top_k_exists(self) -> AdapterOptions:
-        if self.top_k > self.num_experts:
-            raise RecipeError(
-                f"adapter.top_k {self.top_k} of num_experts {self.num_experts}: choose at most all of them"
-            )
-        return self
 
 
 class OneForAllDistillationModifier(Modifier):
@@ -153,7 +99,7 @@ class OneForAllDistillationModifier(Modifier):
     max_steps: int = Field(default=10_000, ge=0)
     batch_size: int = Field(default=2, ge=1)
     gradient_accumulation_steps: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False)
     lr_scheduler_type: str = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     max_grad_norm: float = Field(default=0.3, ge=0)
@@ -161,7 +107,7 @@ class OneForAllDistillationModifier(Modifier):
     num_random: int = Field(default=2, ge=0)
     sampled_shapes: list[str] | Literal["all"] = Field(default_factory=list)  # a tuple has no place in plain YAML
     loss: str = "soft_cross_entropy"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     kd_weight: float = Field(default=1.0, ge=0, le=1)
     distill_all_tokens: bool = False
     distill_steps: int | None = Field(default=None, ge=0)
@@ -169,7 +115,7 @@ class OneForAllDistillationModifier(Modifier):
     max_balance_ratio: float = Field(default=10.0, gt=0)
     conflict_every: int = Field(default=0, ge=0)
     gradient_checkpointing: bool = False
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)  # what numpy takes
     elastic_dir: str | None = None
     checkpoint_dir: str | None = None
     save_steps: int = Field(default=500, ge=1)
@@ -183,6 +129,14 @@ class OneForAllDistillationModifier(Modifier):
                 "train_largest: false wants SMOL, which alone can leave the whole model as it is: what a LoRA or the "
                 "model's own weights learn for small shapes changes the teacher; set train_largest: true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_run(self) -> OneForAllDistillationModifier:
+        """Refuse here, before anything loads, what the training would refuse after the selection."""
+        self.options()
+        require_schedule(self.lr_scheduler_type)
+        require_effect(self)
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -267,7 +221,7 @@ class OneForAllDistillationModifier(Modifier):
         if self.adapter.type == "lora":
             settings = {name: value for name, value in settings.items() if name in LORA_FIELDS}
             return attach_lora(elastic, LoraConfig(**settings, task_type="CAUSAL_LM"))
-        config = SmolConfig(**settings, adapt_largest=self.train_largest, router_seed=self.seed, task_type="CAUSAL_LM")
+        config = SmolConfig(**settings, adapt_largest=self.train_largest, task_type="CAUSAL_LM")
         return attach_smol(elastic, config)
 
     def options(self) -> OneForAllOptions:
