@@ -26,6 +26,12 @@ class PaddingCollator:
 
     pad_token_id: int = 0
 
+    @classmethod
+    def of(cls, config: Any) -> PaddingCollator:
+        """Return one that pads with a model's own padding token; with 0 where it has none: nothing attends to it."""
+        pad = getattr(config, "pad_token_id", None)
+        return cls(pad if isinstance(pad, int) and pad >= 0 else 0)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return tensors (rows, longest row) int64; an ``attention_mask`` is added where lengths differ.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.shape import SubnetShape
 
 
 class SubnetMeans:
@@ -41,26 +42,31 @@ class GradientConflict:
     """Takes apart the gradients that the subnets of one micro-batch add up, and compares them.
 
     >>> conflict = GradientConflict([parameter])  # doctest: +SKIP
-    >>> conflict.after("12x1"), conflict.after("8x3/4"), conflict.cosines()  # doctest: +SKIP
+    >>> conflict.after(elastic.space.largest), conflict.after(elastic.space.smallest)  # doctest: +SKIP
+    >>> dict(conflict.cosines())  # doctest: +SKIP
+    {'12x1~8x3/4': tensor(0.41)}
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._before = self._gradient()
-        self._gradients: list[tuple[str, Tensor]] = []
+        self._gradients: list[tuple[SubnetShape, Tensor]] = []
 
-    def after(self, shape: str) -> None:
+    def after(self, shape: SubnetShape) -> None:
         """Call after a subnet's backward."""
         gradient = self._gradient()
         self._gradients.append((shape, gradient - self._before))
         self._before = gradient
 
-    def cosines(self) -> dict[str, Tensor]:
-        """Return the cosine of every pair of subnets, () each, by "SHAPE~SHAPE"; 0 where one has no gradient."""
-        return {
-            f"{first}~{second}": functional.cosine_similarity(one, other, dim=0)
-            for (first, one), (second, other) in combinations(self._gradients, 2)
-        }
+    def cosines(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the cosine of every pair of subnets, () each, as "LARGER~SMALLER"; 0 where one has no gradient.
+
+        Where a shape was drawn twice, its pairs come twice, to be averaged; it makes no pair with itself.
+        """
+        ordered = sorted(self._gradients, key=lambda each: each[0], reverse=True)
+        for (first, one), (second, other) in combinations(ordered, 2):
+            if first != second:
+                yield f"{first}~{second}", functional.cosine_similarity(one, other, dim=0)
 
     def _gradient(self) -> Tensor:
         return torch.cat(

@@ -185,7 +185,7 @@ class SubnetStep:
         finally:
             self.elastic.set_shape(self.elastic.space.largest)
         self._require_finite(model, losses, scales, shapes, place[0], positions.num_targets)
-        for name, cosine in (conflict.cosines() if conflict is not None else {}).items():
+        for name, cosine in conflict.cosines() if conflict is not None else ():
             self.means.add(f"conflict/{name}", cosine)
         return losses[0] * share.targets
 
@@ -238,7 +238,7 @@ class SubnetStep:
                     self.host.backward(objective * weight)
                 del loss, objective
             if conflict is not None and learns:
-                conflict.after(str(shape))
+                conflict.after(shape)
         return torch.stack(losses), torch.stack(scales)
 
     def _load_balancing(self) -> Tensor | float:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,14 +23,14 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from amoeba_plugin.batching import require_targets
+from amoeba_plugin.batching import PaddingCollator, require_targets
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.sharded import exchange_gradients, gathered
 from amoeba_plugin.subnet_log import routing_log
 from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
-from amoeba_plugin.training_checkpoints import last_complete_checkpoint
+from amoeba_plugin.training_checkpoints import could_not_write, is_complete, last_complete_checkpoint
 from amoeba_plugin.training_checks import FiniteGradients, WholeLayers, require_follows, require_supported
 from amoeba_plugin.training_options import OneForAllOptions
 
@@ -52,11 +52,18 @@ class OneForAllTrainer(Trainer):
     what is trained; with ``sync_each_batch`` of accelerate's ``gradient_accumulation_kwargs`` they are exchanged, and
     sharded, after every subnet.
 
+    Subclasses: ``training_step`` is a micro-batch with all its subnets, ``evaluate`` and ``prediction_step`` evaluate,
+    and the other methods are Trainer's. ``compute_loss`` is refused: Trainer's own is the loss of one forward, and here
+    :class:`~amoeba_plugin.subnet_step.SubnetStep` takes the losses, where the head stands. A term of one's own belongs
+    into ``training_step``: differentiate it by ``self.accelerator.backward``, and return what ``super()``'s returns.
+    An evaluation of one's own belongs into ``prediction_step``.
+
     Args:
         model: What is trained: the elastic model's own, or the ``PeftModel`` around it.
         elastic: Switches its shape.
         options: Of the objective and the sampling.
-        trainer_kwargs: Of ``transformers.Trainer``: ``args``, ``train_dataset``, ``data_collator``, ...
+        trainer_kwargs: Of ``transformers.Trainer``: ``args``, ``train_dataset``, ... Without a ``data_collator``, rows
+            are padded by :class:`~amoeba_plugin.batching.PaddingCollator`.
 
     Raises:
         TrainingError: If the arguments ask for what this training cannot do, or the adapter does not follow the shape.
@@ -71,6 +78,8 @@ class OneForAllTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         require_follows(model, elastic)
+        if trainer_kwargs.get("data_collator") is None:  # Trainer's own stacks rows, and wants one length
+            trainer_kwargs["data_collator"] = PaddingCollator.of(elastic.config)
         super().__init__(model=model, **trainer_kwargs)
         if self.args.ddp_find_unused_parameters is None:
             self.args = copy.copy(self.args)
@@ -98,10 +107,34 @@ class OneForAllTrainer(Trainer):
         """Draws the shapes of each micro-batch."""
         return self.subnets.sampler
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does, with the largest shape active, so that hosts see every layer and parameter."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does, with the largest shape active, so that hosts see every layer and parameter.
+
+        Args:
+            resume_from_checkpoint: Trainer's; True: the last checkpoint that is whole, passing over one whose saving
+                was interrupted.
+            args: Trainer's.
+            kwargs: Trainer's.
+
+        Raises:
+            TrainingError: If the checkpoint named was not written to its end.
+        """
+        if resume_from_checkpoint:
+            named = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            resume_from_checkpoint = str(self._whole_checkpoint(named))
         self.elastic.set_shape(self.elastic.space.largest)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _whole_checkpoint(self, named: Path | None) -> Path:
+        if named is not None and is_complete(named):
+            return named
+        directory = Path(self.args.output_dir or ".") if named is None else named.parent
+        last = last_complete_checkpoint(directory)
+        if named is None and last is not None:
+            return last
+        advice = f"go on from {last}" if last else "start again"
+        what = f"no checkpoint in {directory} was" if named is None else f"the checkpoint {named} was not"
+        raise TrainingError(f"{what} written to its end; {advice}")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's; refuses a data set without a target token."""
@@ -139,7 +172,11 @@ class OneForAllTrainer(Trainer):
         if self._num_distilled is not None and num_items_in_batch is not None:
             share = share._replace(distilled=self._share(len(positions.rows), self._num_distilled))
         self._wrapped = model
-        return self.subnets.run(model, inputs, positions, place, share)
+        loss = self.subnets.run(model, inputs, positions, place, share)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss
 
     def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients between processes with the last subnet only, and only in the step's last micro-batch."""
@@ -207,18 +244,19 @@ class OneForAllTrainer(Trainer):
         """Save as Trainer does; what could not be written whole is taken away.
 
         Raises:
-            TrainingError: If a file could not be written (a full disk).
+            TrainingError: If a file could not be written (a full disk). Other errors are left as they are.
         """
+        directory = Path(self.args.output_dir or ".")
+        checkpoint = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        # torch reports a file that it could not write as a RuntimeError, safetensors as an error of its own
-        except (OSError, RuntimeError, SafetensorError) as error:
-            directory = Path(self.args.output_dir or ".")
-            partial = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:  # torch's of a sharded checkpoint is no Exception
+            if not could_not_write(error) or is_complete(checkpoint):
+                raise
+            shutil.rmtree(checkpoint, ignore_errors=True)
             last = last_complete_checkpoint(directory)
             advice = f"go on from {last} (resume_from_checkpoint)" if last else "start again"
             raise TrainingError(
-                f"the checkpoint {partial} cannot be written ({error}); make room on the disk, or name another "
+                f"the checkpoint {checkpoint} cannot be written ({error}); make room on the disk, or name another "
                 f"output directory, then {advice}"
             ) from error

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.progress import SubnetProgress
@@ -52,7 +51,6 @@ def train_one_for_all(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("no parameter requires a gradient; put an adapter on the model, or unfreeze it")
-    pad_token_id = getattr(elastic.config, "pad_token_id", None)
     with _as_found(elastic, model), torch.enable_grad():
         elastic.set_shape(elastic.space.largest)
         trainer = OneForAllTrainer(
@@ -62,7 +60,6 @@ def train_one_for_all(
             args=arguments,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=PaddingCollator(pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0),
             callbacks=callbacks,
         )
         if trainer.is_fsdp_enabled:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -14,6 +16,7 @@ from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.strategy import write_atomically
 
 SETTINGS_NAME = "one_for_all.json"
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")  # in its messages about files
 
 
 def last_complete_checkpoint(directory: Path) -> Path | None:
@@ -29,7 +32,7 @@ def last_complete_checkpoint(directory: Path) -> Path | None:
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rpartition("-")[2].isdigit()
     )
-    return next((path for step, path in reversed(steps) if _is_complete(path, step)), None)
+    return next((path for _, path in reversed(steps) if is_complete(path)), None)
 
 
 def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -62,9 +65,22 @@ def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(settings, indent=1).encode())
 
 
-def _is_complete(checkpoint: Path, step: int) -> bool:
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was written to its end."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(state, dict) and state.get("global_step") == step
+    return isinstance(state, dict) and str(state.get("global_step")) == checkpoint.name.rpartition("-")[2]
+
+
+def could_not_write(error: BaseException) -> bool:
+    """Tell whether an error is a file that could not be written, and not, say, a process that another waits for."""
+    if isinstance(error, CheckpointException):  # of sharded files: what went wrong on which rank
+        return any(could_not_write(failure) for failure, *_ in error.failures.values())
+    if isinstance(error, OSError):  # a hub that does not answer is one without a number
+        return error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    # torch reports a file that it could not write as a RuntimeError, safetensors as an error of its own
+    return isinstance(error, SafetensorError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_WRITER)
+    )

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import ElasticLinear, PartialLinear
@@ -116,6 +117,18 @@ def require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
         raise TrainingError(
             "compute_loss_func is not supported: OneForAllOptions say what subnets learn (loss, kd_weight); leave it "
             "out"
+        )
+    if getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss:
+        raise TrainingError(
+            f"{type(trainer).__name__} overrides compute_loss, which would change the evaluation alone: subnets learn "
+            "what OneForAllOptions say (loss, kd_weight); override training_step for a term of your own, "
+            "prediction_step for an evaluation of your own"
+        )
+    optim = OptimizerNames(trainer.args.optim).value
+    if optim.endswith("layerwise") or "lomo" in optim:
+        raise TrainingError(
+            f"optim='{optim}' changes parameters in every backward, and a step has one of each "
+            "subnet; take an optimizer that waits for all of them, such as adamw_torch"
         )
     config = getattr(trainer.model, "active_peft_config", None)
     if not options.train_largest and not (isinstance(config, SmolConfig) and not config.adapt_largest):

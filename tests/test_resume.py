@@ -6,12 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import DistBackendError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
+from amoeba_plugin.training_checkpoints import could_not_write, last_complete_checkpoint, require_same_training
 
 TRIALS = 20
 
@@ -44,6 +50,29 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     checkpoint(tmp_path, 12, '{"global_step": 3}')
     (tmp_path / "checkpoint-best").mkdir()
     assert last_complete_checkpoint(tmp_path) == whole
+
+
+def test_files_that_cannot_be_written_are_told_from_other_errors(tmp_path: Path) -> None:
+    def error_of(action: Callable[[], object]) -> BaseException:
+        with pytest.raises(BaseException) as caught:  # noqa: PT011  # torch's of a sharded checkpoint is no Exception
+            action()
+        return caught.value
+
+    def write(directory: Path) -> None:
+        (directory / "file").write_text("x")
+
+    tensors = {"a": torch.zeros(9)}
+    missing = tmp_path / "missing"
+    for action in (
+        lambda: torch.save(tensors, "/dev/full"),
+        lambda: save_file(tensors, missing / "file"),
+        lambda: write(missing),
+    ):
+        error = error_of(action)
+        assert could_not_write(error)
+        assert could_not_write(CheckpointException("", {1: (error, StackSummary())}))
+    others = (DistBackendError("gone"), RuntimeError("shapes"), OSError("hub"), ConnectionResetError(104, "reset"))
+    assert not any(map(could_not_write, (*others, CheckpointException("", {0: (others[0], StackSummary())}))))
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+from amoeba_plugin.training_checkpoints import last_complete_checkpoint
 
 IGNORED = -100
 PAPER = OneForAllOptions()
@@ -152,6 +153,24 @@ def test_gradient_conflict_is_the_cosine_of_gradients_taken_one_by_one() -> None
     assert cosines[name] == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)), abs=1e-5)
 
 
+def test_conflict_of_a_shape_drawn_twice_is_the_mean_and_it_has_none_with_itself() -> None:
+    elastic, batch = random_elastic(tiny_llama()), make_batch()
+    step = make_step(elastic, conflict_every=1, loss_balancing=False, distill_steps=0)
+    drawn = [SubnetShape.parse(text) for text in ("4x1", "2x1/2", "3x1/2", "2x1/2")]
+    step.sampler = mock.Mock(shapes=lambda *place: drawn)
+    scales = iter((1, 1, 1, -3))  # the two draws of 2x1/2 pull in opposite directions
+    step.host.backward = lambda loss: (loss * next(scales)).backward()
+    run(step, batch)
+    found = {name for name in step.means.flush()[1] if name.startswith("conflict")}
+    assert found == {"conflict/4x1~3x1/2", "conflict/4x1~2x1/2", "conflict/3x1/2~2x1/2"}
+    scales = iter((1, 1, 1, -3))
+    run(step, batch)
+    means = step.means.flush()[1]
+    assert means["conflict/4x1~2x1/2"] == pytest.approx(0, abs=1e-6)
+    assert means["conflict/3x1/2~2x1/2"] == pytest.approx(0, abs=1e-6)
+    assert abs(means["conflict/4x1~3x1/2"]) > 1e-3
+
+
 def everything(elastic: ElasticModel) -> list[torch.nn.Parameter]:
     with elastic.active(elastic.space.largest) as model:
         return list(model.parameters())
@@ -176,6 +195,18 @@ def test_the_entropy_of_the_router_is_logged(tmp_path: Path) -> None:
     weights = [log[f"router/2x1/2/expert_{index}"] for index in range(3)]
     expected = -sum(weight * math.log(weight) for weight in weights)
     assert log["router/2x1/2/entropy"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_for_all_training_draws_the_routers_noise_from_its_own_seed() -> None:
+    found = []
+    for router_seed, seed in ((0, 0), (1, 0), (1, 1)):
+        torch.manual_seed(0)
+        elastic = random_elastic(tiny_llama())
+        model = attach_smol(elastic, SmolConfig(r=2, target_modules=["q_proj"], router_seed=router_seed))
+        SubnetStep(model.train(), elastic, PAPER, seed, StepHost()).begin((3, 1))
+        found.append(model.base_model.router.weights("default").state.noise)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
 
 
 # What stops a training
@@ -215,6 +246,32 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path: Path, error: E
     ):
         train(tmp_path, random_elastic(tiny_llama()), save_strategy="steps", save_steps=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_an_error_that_is_no_full_disk_is_left_as_it_is(tmp_path: Path) -> None:
+    """A process that does not answer, for example; what was saved so far stays, to be passed over."""
+    original = OneForAllTrainer._save_optimizer_and_scheduler
+
+    def lost(self: OneForAllTrainer, directory: str) -> None:
+        if directory.endswith("-2"):
+            raise torch.distributed.DistBackendError("rank 1 is gone")
+        original(self, directory)
+
+    with (
+        mock.patch.object(OneForAllTrainer, "_save_optimizer_and_scheduler", lost),
+        pytest.raises(torch.distributed.DistBackendError, match="rank 1 is gone"),
+    ):
+        train(tmp_path, random_elastic(tiny_llama()), save_strategy="steps", save_steps=1)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_checkpoint_that_is_whole_is_kept_when_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
+    with (
+        mock.patch("transformers.trainer.rotate_checkpoints", side_effect=PermissionError(13, "denied")),
+        pytest.raises(PermissionError),
+    ):
+        train(tmp_path, random_elastic(tiny_llama()), save_strategy="steps", save_steps=1)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_labels_that_do_not_align_are_refused() -> None:

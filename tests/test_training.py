@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -403,6 +404,11 @@ def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path: Path):
         ({"kd_weight": 1.5}, "kd_weight 1.5"),
         ({"max_balance_ratio": 0.0}, "max_balance_ratio 0.0"),
         ({"num_random": -1}, "num_random -1"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"kd_weight": math.nan}, "kd_weight nan"),
+        ({"max_balance_ratio": math.nan}, "max_balance_ratio nan"),
+        ({"sampled_shapes": ("3x1/2", "wide")}, "sampled_shapes: 'wide' is not a subnet shape"),
+        ({"sampled_shapes": ("3x5/4",)}, "sampled_shapes: .*width 5/4"),
     ],
 )
 def test_options_out_of_range_are_refused(fields: dict[str, Any], message: str):
@@ -499,6 +505,92 @@ def test_a_loss_of_ones_own_is_refused(tmp_path: Path):
     elastic = make_elastic()
     with pytest.raises(TrainingError, match="compute_loss_func is not supported"):
         OneForAllTrainer(elastic.model, elastic, PAPER, args=make_arguments(tmp_path), compute_loss_func=max)
+
+
+def test_an_overridden_compute_loss_is_refused(tmp_path: Path):
+    """It would change the evaluation alone, and nobody would know."""
+
+    class Weighted(OneForAllTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    elastic = make_elastic()
+    with pytest.raises(TrainingError, match="Weighted overrides compute_loss, .* override training_step"):
+        Weighted(elastic.model, elastic, PAPER, args=make_arguments(tmp_path))
+
+
+def test_a_term_of_ones_own_goes_into_training_step(tmp_path: Path):
+    class Decayed(OneForAllTrainer):
+        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            self.accelerator.backward(0.1 * model.lm_head.weight.square().sum())
+            return super().training_step(model, *args, **kwargs)
+
+    gradients = []
+    for kind in (OneForAllTrainer, Decayed):
+        elastic = make_elastic()
+        trainer = kind(elastic.model, elastic, PAPER, args=make_arguments(tmp_path), train_dataset=make_rows())
+        trainer.training_step(elastic.model, PaddingCollator()(make_rows(2)), 10)
+        gradients.append(gradients_of(elastic.model)["lm_head.weight"])
+    torch.testing.assert_close(gradients[1] - gradients[0], 0.2 * elastic.model.lm_head.weight.detach())
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_steps_in_every_backward_is_refused(tmp_path: Path, optim: str):
+    with pytest.raises(TrainingError, match=f"optim='{optim}' changes parameters in every backward"):
+        make_trainer(make_elastic(), tmp_path, optim=optim)
+
+
+def test_rows_of_any_lengths_are_padded_without_a_collator(tmp_path: Path):
+    rows = make_rows(2) + make_rows(2, targets=3, length=8)
+    found = []
+    for collator in (None, PaddingCollator(7)):
+        elastic = make_elastic(pad_token_id=7)
+        trainer = OneForAllTrainer(
+            elastic.model, elastic, PAPER, args=make_arguments(tmp_path), train_dataset=rows, eval_dataset=rows,
+            data_collator=collator,
+        )  # fmt: skip
+        trainer.train()
+        found.append(parameters_of(elastic.model) | {"evaluated": torch.tensor(trainer.evaluate()["eval_loss"])})
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == 7).all()
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_the_devices_cache_is_emptied_as_often_as_trainer_does(tmp_path: Path, every: int | None):
+    counts = []
+    for kind, where in ((OneForAllTrainer, "amoeba_plugin.trainer"), (Trainer, "transformers.trainer")):
+        elastic = make_elastic()
+        arguments = make_arguments(
+            tmp_path, torch_empty_cache_steps=every, max_steps=3, gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        fields: dict[str, Any] = {"args": arguments, "train_dataset": make_rows()}
+        with mock.patch(f"{where}.clear_device_cache") as clear:
+            if kind is OneForAllTrainer:
+                OneForAllTrainer(elastic.model, elastic, PAPER, **fields).train()
+            else:
+                Trainer(elastic.model, data_collator=PaddingCollator(), **fields).train()
+        counts.append(clear.call_count)
+    assert counts == ([0, 0] if every is None else [4, 4])
+
+
+def test_going_on_from_the_last_checkpoint_passes_over_one_that_was_interrupted(tmp_path: Path):
+    def run(steps: int, resume: str | bool | None = None) -> dict[str, Tensor]:
+        elastic = make_elastic()
+        trainer = make_trainer(elastic, tmp_path, save_strategy="steps", save_steps=1, max_steps=steps)
+        assert trainer.train(resume_from_checkpoint=resume).global_step == steps
+        return parameters_of(elastic.model)
+
+    with pytest.raises(TrainingError, match="no checkpoint in .* was written to its end; start again"):
+        run(3, True)
+    expected = run(3)
+    for name in ("optimizer.pt", "trainer_state.json"):
+        (tmp_path / "checkpoint-3" / name).unlink()
+    with pytest.raises(TrainingError, match="checkpoint-3 was not written to its end; go on from .*checkpoint-2"):
+        run(3, str(tmp_path / "checkpoint-3"))
+    found = run(3, True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_an_optimizer_with_modes_trains_in_its_own(tmp_path: Path):

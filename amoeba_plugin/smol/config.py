@@ -45,7 +45,8 @@ class SmolConfig(PeftConfig):
             ``dW = s sum g_k B_k A_k``, rank k*r (the paper's figure), computed as one LoRA of rank k*r.
         router_noise: Noisy top-k: add noise to the router's logits, in training only.
         router_hidden: Width of the router's hidden layer.
-        router_seed: Seed of the router's own noise generator.
+        router_seed: Seed of the router's own noise generator, in a training loop of one's own. One-for-all training
+            seeds it anew for every micro-batch, from its own seed, so that a run that goes on later draws the same.
         router_init: Where the router starts: "random" (the reference), all shapes at nearly the same mixture, or
             "widths", experts dealt to the widths in turn, so that wide and narrow subnets do not disturb each other
             from the first step. Either learns from there.
@@ -90,7 +91,7 @@ class SmolConfig(PeftConfig):
     combination: str = field(default="factors", metadata={"help": "'factors' or 'outputs'."})
     router_noise: bool = field(default=True, metadata={"help": "Noise on the router's logits in training."})
     router_hidden: int = field(default=16, metadata={"help": "Width of the router's hidden layer."})
-    router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise."})
+    router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise, in one's own loop."})
     router_init: str = field(default="random", metadata={"help": "'random' or 'widths'."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the k."})
     router_nonlinearity: str = field(default="none", metadata={"help": "Between the router's two layers."})
