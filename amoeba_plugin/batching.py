@@ -35,9 +35,12 @@ class PaddingCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return tensors (rows, longest row) int64; an ``attention_mask`` is added where lengths differ.
 
+        Not to rows with ``position_ids``: with a mask, transformers takes documents packed into a row for one. Each
+        token of padding, at position 0, is then a document of its own, which no other token sees.
+
         Raises:
-            DataError: If a row has no tokens, other columns than the first one, or a column of another length than its
-                tokens.
+            DataError: If a row has no tokens, other columns than the first one, a column of another length than its
+                tokens, or both packed documents and an ``attention_mask``.
         """
         bare = next((row for row in rows if "input_ids" not in row), None)
         if bare is not None:
@@ -46,7 +49,8 @@ class PaddingCollator:
         lengths = {len(row["input_ids"]) for row in rows}
         if 0 in lengths:
             raise DataError("a row has no token in its input_ids; leave empty rows out of the data set")
-        if len(lengths) > 1 or any("attention_mask" in row for row in rows):
+        packed = any("position_ids" in row for row in rows)
+        if any("attention_mask" in row for row in rows) or (len(lengths) > 1 and not packed):
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         for row in rows:
             _require_aligned(row, rows[0])
@@ -82,6 +86,11 @@ def require_targets(dataset: object) -> None:
 def _require_aligned(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if row.keys() != first.keys():
         raise DataError(f"a row has {', '.join(row)}, another {', '.join(first)}; give all rows the same columns")
+    if "attention_mask" in row and any(position == 0 for position in row.get("position_ids", ())[1:]):
+        raise DataError(
+            "a row has packed documents (its position_ids start again) and an attention_mask, with which transformers "
+            "takes it for one document; leave the attention_mask out"
+        )
     for name, values in row.items():
         found = _length(values)
         if found != len(row["input_ids"]):

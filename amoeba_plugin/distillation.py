@@ -59,16 +59,26 @@ def shifted_target_mask(labels: Tensor) -> Tensor:
     return _next(labels, IGNORED) != IGNORED
 
 
-def target_positions(labels: Tensor, attention_mask: Tensor | None = None, all_tokens: bool = False) -> Positions:
+def target_positions(
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    all_tokens: bool = False,
+    position_ids: Tensor | None = None,
+) -> Positions:
     """Find the positions to be distilled.
 
     Args:
         labels: (batch, length) int64.
         attention_mask: (batch, length), 0 at padding; only needed with ``all_tokens``.
-        all_tokens: Every position that is followed by a token which is no padding, not just those before a target.
+        all_tokens: Every position that is followed by a token of the same document which is no padding, not just those
+            before a target.
+        position_ids: (batch, length) int64, of documents packed into rows; only needed with ``all_tokens`` and no
+            ``attention_mask``. Nothing predicts a token at position 0, be it the first of a document or padding.
     """
     mask = shifted_target_mask(labels)
-    if all_tokens:
+    if all_tokens and attention_mask is None and position_ids is not None:
+        mask = mask | (_next(position_ids.expand_as(labels), 0) != 0)
+    elif all_tokens:
         present = torch.ones_like(labels) if attention_mask is None else attention_mask
         mask = mask | ((present != 0) & (_next(present, 0) != 0))
     columns = mask.any(dim=0).nonzero().flatten()

@@ -130,7 +130,8 @@ class SubnetStep:
                 f"a training batch has input_ids {tuple(inputs['input_ids'].shape)} and labels {tuple(labels.shape)}; "
                 "give one label per token, -100 where nothing is to be predicted"
             )
-        return target_positions(labels, inputs.get("attention_mask"), self.options.distill_all_tokens)
+        mask, places = inputs.get("attention_mask"), inputs.get("position_ids")
+        return target_positions(labels, mask, self.options.distill_all_tokens, places)
 
     def begin(self, place: tuple[int, int]) -> None:
         """Activate the largest shape, with the routers' noise of this micro-batch.

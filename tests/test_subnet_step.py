@@ -64,8 +64,11 @@ def train(directory: Path, elastic: ElasticModel, options: OneForAllOptions = PA
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(2, 7), min_size=2, max_size=3), st.sampled_from([0.4, 1.0]))
-def test_packed_rows_learn_what_padded_rows_learn(lengths: list[int], kd_weight: float) -> None:
+@given(st.lists(st.integers(2, 7), min_size=2, max_size=4), st.sampled_from([0.4, 1.0]), st.booleans(), st.booleans())
+def test_packed_rows_learn_what_padded_rows_learn(
+    lengths: list[int], kd_weight: float, all_tokens: bool, one_row: bool
+) -> None:
+    """In one row, or in two of different lengths."""
     generator = torch.Generator().manual_seed(sum(lengths))
     rows = []
     for length in lengths:
@@ -73,11 +76,13 @@ def test_packed_rows_learn_what_padded_rows_learn(lengths: list[int], kd_weight:
         labels = torch.where(torch.rand(length, generator=generator) < 0.7, tokens, IGNORED)
         labels[0], labels[-1] = IGNORED, tokens[-1]  # nothing predicts a document's first token
         rows.append({"input_ids": tokens, "labels": labels})
-    packed = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0]}
-    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents = [row | {"position_ids": torch.arange(len(row["labels"]))} for row in rows]
+    parts = [documents] if one_row else [documents[:-1], documents[-1:]]
+    packed = [{name: torch.cat([row[name] for row in part]) for name in part[0]} for part in parts]
     elastic = random_elastic(tiny_llama())
-    step = make_step(elastic, kd_weight=kd_weight, num_random=0)
-    torch.testing.assert_close(run(step, packed), run(step, PaddingCollator()(rows)), rtol=1e-3, atol=1e-5)
+    step = make_step(elastic, kd_weight=kd_weight, num_random=0, distill_all_tokens=all_tokens)
+    collate = PaddingCollator()
+    torch.testing.assert_close(run(step, collate(packed)), run(step, collate(rows)), rtol=1e-3, atol=1e-5)
 
 
 # Sampling

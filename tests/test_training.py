@@ -384,6 +384,21 @@ def test_evaluation_runs_at_the_largest(tmp_path: Path):
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
 
 
+@pytest.mark.parametrize("adapter", ["none", "smol"])
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, adapter: str):
+    elastic = make_elastic()
+    model = add_smol(elastic, task_type="CAUSAL_LM") if adapter == "smol" else elastic.model
+    arguments = make_arguments(
+        tmp_path, max_steps=4, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    rows = make_rows(4, seed=5)
+    trainer = OneForAllTrainer(model, elastic, PAPER, args=arguments, train_dataset=make_rows(), eval_dataset=rows)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] > min(losses) == trainer.evaluate()["eval_loss"]
+
+
 def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path: Path):
     elastic = make_elastic()
     narrow = dataclasses.replace(elastic.strategy.width, units={Fraction(1): {}})
@@ -455,6 +470,10 @@ def test_a_compiled_training_gives_the_same_parameters(tmp_path: Path, adapter: 
         ([{"text": "no tokens"}], "a row has no input_ids, only columns that no model takes; tokenise"),
         ([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2]}], "give all rows the same columns"),
         ([{"input_ids": [1, 2], "labels": [1, 2], "label": 3}], "2 input_ids and no list of label; give one of each"),
+        (
+            [{name: [0, 1, 0, 1] for name in ("input_ids", "labels", "attention_mask", "position_ids")}],
+            "a row has packed documents .* and an attention_mask",
+        ),
         ([{"input_ids": [], "labels": []}, {"input_ids": [1, 2], "labels": [1, 2]}], "leave empty rows out"),
     ],
 )
