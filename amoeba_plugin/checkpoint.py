@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel, get_peft_model
@@ -89,14 +90,20 @@ def save_elastic(
 
     Args:
         elastic: Gives the strategy.
-        peft_model: Gives the adapter; ``None`` where nothing was trained.
+        peft_model: Gives the active adapter; ``None`` where nothing was trained.
         directory: New, empty, or an elastic checkpoint, which is replaced.
         base: Path or hub id under which the base model can be loaded again.
         trained_base: The base itself was trained: write it beside the strategy, whole.
 
     Raises:
         ArtifactError: If the directory holds something else.
+        AdapterError: If several adapters are active: a checkpoint holds one.
     """
+    active = [] if peft_model is None else peft_model.active_adapters
+    if len(active) > 1:
+        raise AdapterError(
+            f"an elastic checkpoint holds one adapter, and {', '.join(active)} are active; choose with set_adapter"
+        )
     require_replaceable(directory)  # on all processes: one that stopped alone would leave the others waiting below
     with elastic.active(elastic.space.largest) as model:
         strategy = elastic.reordered_strategy() if trained_base else elastic.strategy
@@ -108,8 +115,18 @@ def save_elastic(
                     PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY, state_dict=state)
                     copy_tokenizer(base, partial / BASE_DIRECTORY)
                 if peft_model is not None:
-                    peft_model.save_pretrained(str(partial / ADAPTER_DIRECTORY), state_dict=state)
+                    _save_adapter(peft_model, partial / ADAPTER_DIRECTORY, state)
                 _write_elastic_json(partial / ELASTIC_NAME, elastic, base, trained_base, directory)
+
+
+def _save_adapter(peft_model: PeftModel, directory: Path, state: Any) -> None:
+    """Write the active adapter, whatever its name, where PEFT has the one that it loads."""
+    (name,) = peft_model.active_adapters
+    peft_model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
+    if name != "default":  # PEFT gives the others a directory of their own
+        for path in (directory / name).iterdir():
+            path.replace(directory / path.name)
+        (directory / name).rmdir()
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class OneForAllTrainer(Trainer):
         require_follows(model, elastic)
         if trainer_kwargs.get("data_collator") is None:  # Trainer's own stacks rows, and wants one length
             trainer_kwargs["data_collator"] = PaddingCollator.of(elastic.config)
-        super().__init__(model=model, **trainer_kwargs)
+        with elastic.active(elastic.space.largest):  # Trainer moves to a device what it sees
+            super().__init__(model=model, **trainer_kwargs)
         if self.args.ddp_find_unused_parameters is None:
             self.args = copy.copy(self.args)
             self.args.ddp_find_unused_parameters = True  # layers a subnet drops get no gradient from it

@@ -81,6 +81,7 @@ def _as_found(elastic: ElasticModel, model: nn.Module) -> Iterator[None]:
     trainable = [(value, value.requires_grad) for module in modules for value in module.parameters(recurse=False)]
     use_cache = elastic.model.config.use_cache
     checkpointing = elastic.model.is_gradient_checkpointing
+    inputs_learn = hasattr(elastic.model, "_require_grads_hook")
     wrapped = {name: vars(model)[name] for name in FORWARD_NAMES if name in vars(model)}
     try:
         yield
@@ -95,6 +96,8 @@ def _as_found(elastic: ElasticModel, model: nn.Module) -> Iterator[None]:
         elastic.model.config.use_cache = use_cache
         if elastic.model.is_gradient_checkpointing and not checkpointing:
             elastic.model.gradient_checkpointing_disable()
+        if not inputs_learn:  # checkpointing has the embeddings' output require a gradient, and leaves it so
+            elastic.model.disable_input_require_grads()
         for name in FORWARD_NAMES:
             vars(model).pop(name, None)
         vars(model).update(wrapped)

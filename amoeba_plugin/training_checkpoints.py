@@ -66,12 +66,14 @@ def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written to its end."""
+    """Tell whether a checkpoint was written to its end; one that Trainer named, whether it is of that step."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(state, dict) and str(state.get("global_step")) == checkpoint.name.rpartition("-")[2]
+    prefix, _, step = checkpoint.name.rpartition("-")
+    named = step if prefix == PREFIX_CHECKPOINT_DIR else None
+    return isinstance(state, dict) and "global_step" in state and named in (None, str(state["global_step"]))
 
 
 def could_not_write(error: BaseException) -> bool:

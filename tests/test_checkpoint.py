@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from amoeba_plugin import checkpoint
 from amoeba_plugin.checkpoint import attach_smol, extract_checkpoint, load_elastic, save_elastic
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArtifactError, ShapeError
+from amoeba_plugin.errors import AdapterError, ArtifactError, ShapeError
 from amoeba_plugin.smol import SmolConfig
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -168,6 +169,28 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(
         save_elastic(elastic, None, tmp_path / "elastic", "elsewhere")
     assert {path.name: path.stat().st_size for path in (tmp_path / "elastic").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "elastic"]
+
+
+def test_the_active_adapter_is_kept_whatever_its_name(elastic: ElasticModel, tmp_path: Path) -> None:
+    """Not the one that PEFT calls default, beside it."""
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    live = ElasticModel(model, elastic.strategy)
+    config = SmolConfig(r=2, num_experts=2, init_weights=False, target_modules="all-linear")
+    peft_model = attach_smol(live, config).eval()
+    peft_model.add_adapter("second", dataclasses.replace(config, r=3))
+    peft_model.set_adapter("second")
+    save_elastic(live, peft_model, tmp_path / "second", str(tmp_path / "base"))
+    assert sorted(path.name for path in (tmp_path / "second/adapter").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    loaded, _ = load_elastic(tmp_path / "second")
+    tokens = torch.arange(10)[None]
+    live.set_shape("3x1/2")  # the second adapter's router has to be told
+    assert torch.equal(logits(loaded, "3x1/2", tokens), logits(live, "3x1/2", tokens))
+    peft_model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(AdapterError, match="holds one adapter, and default, second are active"):
+        save_elastic(live, peft_model, tmp_path / "both", str(tmp_path / "base"))
+    assert not (tmp_path / "both").exists()
 
 
 def test_without_an_adapter_the_strategy_alone_is_kept(elastic: ElasticModel, tmp_path: Path) -> None:

@@ -17,7 +17,12 @@ from torch.distributed import DistBackendError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.training_checkpoints import could_not_write, last_complete_checkpoint, require_same_training
+from amoeba_plugin.training_checkpoints import (
+    could_not_write,
+    is_complete,
+    last_complete_checkpoint,
+    require_same_training,
+)
 
 TRIALS = 20
 
@@ -50,6 +55,8 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     checkpoint(tmp_path, 12, '{"global_step": 3}')
     (tmp_path / "checkpoint-best").mkdir()
     assert last_complete_checkpoint(tmp_path) == whole
+    assert not is_complete(tmp_path / "checkpoint-12")
+    assert is_complete(whole.rename(tmp_path / "the one I liked"))
 
 
 def test_files_that_cannot_be_written_are_told_from_other_errors(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -356,6 +357,7 @@ def test_training_helps_every_shape_and_leaves_the_model_as_found(tmp_path: Path
     assert not elastic.model.model.layers.training
     assert elastic.model.config.use_cache
     assert not elastic.model.is_gradient_checkpointing
+    assert not elastic.model.get_input_embeddings()(torch.tensor([1])).requires_grad
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert not gradients_of(model)
     assert "forward" not in vars(model)
@@ -440,6 +442,16 @@ def test_all_layers_are_trained_whatever_shape_is_active_before(tmp_path: Path):
         trainer.train()
         found.append(parameters_of(elastic.model))
     assert all(torch.equal(found[1][name], expected) for name, expected in found[0].items())
+
+
+def test_all_layers_are_moved_to_the_device_whatever_shape_is_active_before(tmp_path: Path):
+    elastic = make_elastic()
+    elastic.set_shape("2x1/2")
+    moved: list[int] = []
+    with mock.patch.object(PreTrainedModel, "to", lambda self, *_: moved.append(len(self.model.layers)) or self):
+        make_trainer(elastic, tmp_path)
+    assert moved == [4]
+    assert str(elastic.shape) == "2x1/2"
 
 
 @pytest.mark.parametrize("adapter", [False, True])

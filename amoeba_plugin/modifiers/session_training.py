@@ -65,6 +65,8 @@ class TrainingEventsMixin(_Base):
     ) -> Tensor:
         """Let the session's modifiers replace the loss; what they differentiated themselves needs no backward."""
         model.train()
+        if callable(train := getattr(self.optimizer, "train", None)):  # as Trainer does, for schedule-free ones
+            train()
         inputs = self._prepare_inputs(inputs)
         callbacks.batch_start(batch_data=inputs, global_step=self.state.global_step)
         with self.compute_loss_context_manager():
