@@ -1,5 +1,5 @@
-# make demo | make test | make lint | make types | make format | make clean
-# Everything happens in .venv, which is made on the first call and again only when dependencies change.
+# `make help` names the targets. Everything happens in .venv, which is made on the first call and again only when
+# dependencies change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,39 +7,42 @@ STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= amoeba_demo
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint types layers unit format install clean
+.PHONY: help demo test lint types layers unit format install clean
 .DEFAULT_GOAL := test
 
-install: $(STAMP)
+help: ## name the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+install: $(STAMP) ## make .venv with all that is needed
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: $(STAMP)
+demo: $(STAMP) ## compress, quantize, reload and measure the model that comes with the package (6 minutes)
 	$(BIN)/amoeba demo --output-dir $(DEMO_OUTPUT)
 
-test: lint types layers unit
+test: lint types layers unit ## all checks and tests; the default
 
-lint: $(STAMP)
+lint: $(STAMP) ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(STAMP) ## types
 	$(BIN)/mypy
 
-layers: $(STAMP)
+layers: $(STAMP) ## which module may import which
 	$(BIN)/lint-imports --no-cache
 
 # One thread per worker: two workers on two cores must not fight over them.
-unit: $(STAMP)
+unit: $(STAMP) ## tests with coverage; PYTEST_ARGS="-k name" for some
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -m "not gpu and not hub and not slow" \
 	  --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-format: $(STAMP)
+format: $(STAMP) ## rewrite the sources in style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean: ## remove .venv and what the tools leave
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage*
