@@ -33,6 +33,7 @@ from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy,
 class Selection:
     """The state of one recipe on one model."""
 
+    session: weakref.ref[State]  # that runs the recipe
     adapter: ArchitectureAdapter
     fingerprint: str
     batches: list[Batch]
@@ -64,7 +65,8 @@ _SELECTIONS: weakref.WeakKeyDictionary[PreTrainedModel, Selection] = weakref.Wea
 def selection_for(state: State) -> Selection:
     """Return the selection of the model that a session works on.
 
-    Calibration batches are drawn once: every iteration of the host's loader is another order and another subset.
+    Calibration batches are drawn once: every iteration of the host's loader is another order and another subset. What
+    an earlier session left of a recipe that it did not finish is dropped, and its model whole again.
 
     Raises:
         ArchitectureError: If the model is quantized in a form that cannot be used here, or its architecture is not
@@ -73,13 +75,18 @@ def selection_for(state: State) -> Selection:
         DataError: If there is no calibration data.
     """
     model = state.model
+    known = _SELECTIONS.get(model)
+    if known is not None and known.session() is not state:
+        forget_selection(model)
+        if known.elastic is not None:
+            known.elastic.release()
     if model not in _SELECTIONS:
         require_usable(model)
         require_own_modules(model)
         _require_extraction(state)
         adapter = architecture_for(model.config.model_type)
         batches = materialise(state.data.calib)
-        _SELECTIONS[model] = Selection(adapter, model_fingerprint(model, adapter), batches)
+        _SELECTIONS[model] = Selection(weakref.ref(state), adapter, model_fingerprint(model, adapter), batches)
     return _SELECTIONS[model]
 
 
