@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from amoeba_plugin.objectives import evaluating, model_inputs
 from amoeba_plugin.ranks import sum_over_ranks
 
 logger = logging.getLogger(__name__)
+VALUES_AT_ONCE = 2**25  # 256 MiB in fp64; a few such tensors are there together
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class ActivationStats:
     @classmethod
     def of(cls, inputs: Tensor) -> ActivationStats:
         """Return the statistics of (tokens, channels)."""
+        at_once = max(1, VALUES_AT_ONCE // max(1, inputs.shape[-1]))
+        if len(inputs) > at_once:
+            return reduce(cls.merge, map(cls.of, inputs.split(at_once)))
         values = inputs.detach().to("cpu" if inputs.device.type == "mps" else inputs.device, torch.float64)
         if not len(values):
             return cls.empty(inputs.shape[-1])

@@ -242,12 +242,26 @@ def text_model(model: nn.Module) -> nn.Module:
     return model if unwrap is None else unwrap()
 
 
+def require_alike_layers(config: PretrainedConfig) -> None:
+    """Refuse a model whose layers differ in size, or lack attention or MLP: an adapter knows one size for all.
+
+    Raises:
+        ArchitectureError: If the configuration has entries for single layers.
+    """
+    if getattr(config, "is_heterogeneous", False):
+        raise ArchitectureError(
+            "the model's layers differ (config.per_layer_config): it is a subnet already, and only models whose layers "
+            "are alike can be cut; give the model that it was cut from"
+        )
+
+
 def require_usable(model: PreTrainedModel) -> None:
     """Refuse a model that is quantized, unless its linears can be used as they are, packed; see that they stay so.
 
     Raises:
-        ArchitectureError: Naming the quantization found and the order that works.
+        ArchitectureError: Naming the quantization found and the order that works; or if layers differ in size.
     """
+    require_alike_layers(model.config)
     keep_packed(model)
     modules = dict(model.named_modules())
     method = getattr(model.config, "quantization_config", None)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from amoeba_plugin.directories import require_writable, whole_or_nothing
+from amoeba_plugin.directories import is_vacant, require_writable, whole_or_nothing
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
@@ -109,7 +108,7 @@ def save_elastic(
         strategy = elastic.reordered_strategy() if trained_base else elastic.strategy
         state = whole_state_dict(model if peft_model is None else peft_model)
         if rank() == 0:
-            with _replacing(directory) as partial:
+            with whole_or_nothing(directory, replace=True) as partial:
                 strategy.save(partial)
                 if trained_base:  # a host's override of save_pretrained compresses
                     PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY, state_dict=state)
@@ -127,18 +126,6 @@ def _save_adapter(peft_model: PeftModel, directory: Path, state: Any) -> None:
         for path in (directory / name).iterdir():
             path.replace(directory / path.name)
         (directory / name).rmdir()
-
-
-@contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.replace(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_elastic_json(path: Path, elastic: ElasticModel, base: str, trained_base: bool, directory: Path) -> None:
@@ -164,9 +151,7 @@ def require_replaceable(directory: Path) -> None:
     Raises:
         ArtifactError: If the path is a file, or a directory that holds something else.
     """
-    if directory.is_dir() and (not any(directory.iterdir()) or (directory / ELASTIC_NAME).is_file()):
-        return
-    if directory.exists():
+    if not is_vacant(directory) and not (directory / ELASTIC_NAME).is_file():
         raise ArtifactError(
             f"{directory} exists and is no elastic checkpoint; nothing is overwritten: name another directory"
         )
@@ -295,7 +280,7 @@ def extract_checkpoint(
 
 
 def _require_output(output: Path, elastic: Path, max_shard_size: str) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_vacant(output):
         raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
     if elastic.resolve() in output.resolve().parents:
         raise ArtifactError(

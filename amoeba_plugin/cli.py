@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help comes at once.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -174,7 +175,7 @@ def check(
     from amoeba_plugin.recipes import check_recipe
     from amoeba_plugin.shape import SubnetShape
 
-    is_shape = recipe[:1].isdigit() and not Path(recipe).exists()
+    is_shape = re.fullmatch(r"[0-9][0-9.]*(x.*)?", recipe.lower()) is not None and not Path(recipe).exists()
     if (is_shape or target or scheme or tensor_parallel > 1) and (model is None or target is None):
         raise RecipeError(
             "whether a subnet can be loaded depends on the model and on what loads it; give --model, --target"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from amoeba_plugin.errors import ArtifactError
 
+PARTIAL = ".amoeba.partial"
+
 
 def require_writable(directory: Path, whole: bool = False) -> None:
     """Refuse a directory that could not be made or written to, before hours are spent on what goes there.
@@ -21,12 +24,12 @@ def require_writable(directory: Path, whole: bool = False) -> None:
 
     Args:
         directory: Need not exist.
-        whole: It will take the place of one that is made beside it, as :func:`whole_or_nothing` does.
+        whole: It will be written by :func:`whole_or_nothing`.
 
     Raises:
         ArtifactError: If a file is in the way, or the system does not let this process write there.
     """
-    tried = directory.parent if whole else directory
+    tried = _workplace(directory).parent if whole else directory
     existing = next(each for each in (tried, *tried.absolute().parents) if each.exists())
     try:
         with TemporaryDirectory(dir=existing, prefix=".amoeba-"):
@@ -37,31 +40,65 @@ def require_writable(directory: Path, whole: bool = False) -> None:
         ) from error
 
 
+def is_vacant(directory: Path) -> bool:
+    """Tell whether a directory is missing or empty, but for what a killed :func:`whole_or_nothing` left in it."""
+    if not directory.exists():
+        return True
+    return directory.is_dir() and all(entry.name == PARTIAL for entry in directory.iterdir())
+
+
 @contextmanager
-def whole_or_nothing(directory: Path) -> Iterator[Path]:
+def whole_or_nothing(directory: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a directory that takes the wanted name when the block ends well, and vanishes when it does not.
 
+    Where the wanted one exists, it stays and is filled: it may be a link, the current directory, or a mounted disk.
+
+    Args:
+        directory: Missing or empty.
+        replace: It may also be full; what is in it goes when the block ends well.
+
     Raises:
-        ArtifactError: If the disk is full, or a file of weights could not be written.
+        ArtifactError: If the disk is full, a file of weights could not be written, or the directory is full.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = _workplace(directory)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        if directory.is_dir():
-            directory.rmdir()
-        partial.rename(directory)
+        _put(partial, directory.resolve(), replace)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ArtifactError(
-                f"the disk of {directory} is full; nothing was kept there. Free space or name another --output-dir"
+                f"the disk of {directory} is full; nothing was kept there. Free space or name another directory"
             ) from error
         raise
     except SafetensorError as error:  # its writer wraps the system's errors
         raise ArtifactError(
-            f"{directory} could not be written ({error}); nothing was kept there. Free space or name another "
-            "--output-dir"
+            f"{directory} could not be written ({error}); nothing was kept there. Free space or name another directory"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _workplace(directory: Path) -> Path:
+    """Return where to make what a directory shall hold: beside it, or in it where beside it is another disk or none."""
+    target = directory.resolve()
+    if target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK)):
+        return target / PARTIAL
+    return target.with_name(f".{target.name}.partial")
+
+
+def _put(partial: Path, target: Path, replace: bool) -> None:
+    if not target.is_dir():
+        partial.rename(target)
+        return
+    before = [entry for entry in target.iterdir() if entry != partial]
+    if before and not replace:
+        raise ArtifactError(f"{target} has been filled by something else meanwhile; nothing is overwritten")
+    for entry in before:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    for entry in list(partial.iterdir()):
+        shutil.move(entry, target / entry.name)

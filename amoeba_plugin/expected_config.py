@@ -65,7 +65,7 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     if depth is not None and depth.min_depth >= layers:
         raise RecipeError(
             f"{recipe.source}: min_depth {depth.min_depth} of a model with {layers} layers leaves nothing to remove; "
-            f"set min_depth between 1 and {layers - 1}"
+            + (f"set min_depth between 1 and {layers - 1}" if layers > 1 else "leave DepthShrinkingModifier out")
         )
     given = None if depth is None or depth.kept_layers is None else DepthStrategy.given(depth.kept_layers, layers)
     groups = adapter.channel_groups(config)

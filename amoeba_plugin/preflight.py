@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from amoeba_plugin.directories import require_writable
+from amoeba_plugin.architecture import require_alike_layers
+from amoeba_plugin.directories import is_vacant, require_writable
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.expected_config import subnet_config
 from amoeba_plugin.plugins import architecture_for
@@ -31,8 +32,7 @@ def require_new_directory(directory: Path, replaceable: str | None = None) -> No
     Raises:
         ArtifactError: If it is a file, holds something else, or cannot be written.
     """
-    empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
-    if empty or (replaceable is not None and _is_ours(directory / replaceable)):
+    if is_vacant(directory) or (replaceable is not None and _is_ours(directory / replaceable)):
         require_writable(directory, whole=replaceable is None)
         return
     raise ArtifactError(
@@ -86,6 +86,7 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
         RecipeError: If layers named, ``min_depth``, ``round_to`` or a group size do not fit the model.
         ShapeError: If the shape to extract is outside the space.
     """
+    require_alike_layers(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ArchitectureError(
             "the model is already quantized (config.quantization_config), and everything here works on full-precision "

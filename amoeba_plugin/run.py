@@ -149,7 +149,7 @@ def _oneshot(
     if not rest:
         _own_stage(recipe, model, batches, output_dir, options)
         return
-    with TemporaryDirectory(dir=output_dir.parent, prefix=f"{output_dir.name}.") as subnet:
+    with TemporaryDirectory(dir=output_dir) as subnet:  # a killed run leaves it where the next one clears up
         _own_stage(recipe, model, batches, Path(subnet), options)
         _host(subnet, rest, batches, output_dir, options, own_code=(Path(subnet) / PER_LAYER_FILE).is_file())
 

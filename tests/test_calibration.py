@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from amoeba_plugin import activation_stats
 from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
 from amoeba_plugin.calibration import materialise
 from amoeba_plugin.errors import DataError
@@ -132,6 +133,16 @@ def test_merging_any_cut_gives_the_single_pass(tokens: int, data: st.DataObject,
 def test_no_tokens_have_no_spread() -> None:
     nothing = ActivationStats.empty(2).merge(ActivationStats.empty(2))
     assert (nothing.tokens, nothing.variance.tolist()) == (0, [0.0, 0.0])
+
+
+def test_many_tokens_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 100
+    whole = ActivationStats.of(inputs)
+    monkeypatch.setattr(activation_stats, "VALUES_AT_ONCE", 30)  # 7 tokens
+    parts = ActivationStats.of(inputs)
+    assert parts.tokens == whole.tokens == 50
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.variance, whole.variance, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("model_type", FAMILY)

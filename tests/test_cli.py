@@ -188,6 +188,7 @@ def test_check_refuses_options_that_would_do_nothing(files: Files, tiny_model: T
     assert "--round-to goes with a SHAPE" in refused("check", files["recipe"], *on, "--round-to", 8)
     assert "--round-to goes" in refused("check", "4x1/2", *on, "--strategy", tmp_path / "strategy", "--round-to", 8)
     assert "give --model, --target" in refused("check", files["recipe"], "--tensor-parallel", 2)
+    assert "no recipe '7b.yaml'" in refused("check", "7b.yaml")  # a file's name, not a shape
 
 
 def test_ctrl_c_is_told_and_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch):

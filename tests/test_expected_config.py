@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 from test_recipes import GOOD, config_of, grouped
 
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.expected_config import subnet_config
 from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe
 from amoeba_plugin.subnet_classes import is_per_layer
+
+
+def test_a_subnet_whose_layers_differ_is_no_model_to_begin_with():
+    subnet = subnet_config(check_recipe(GOOD.replace('["1", "3/4"]', '["1", "3/4"], allocation: global')), config_of())
+    assert is_per_layer(subnet)
+    with pytest.raises(ArchitectureError, match="per_layer_config.*give the model that it was cut from"):
+        check_against_model(check_recipe(GOOD), subnet)
 
 
 @pytest.mark.parametrize("anchors", ["1", "[3]"])
