@@ -86,7 +86,7 @@ def require_targets(dataset: object) -> None:
 def _require_aligned(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if row.keys() != first.keys():
         raise DataError(f"a row has {', '.join(row)}, another {', '.join(first)}; give all rows the same columns")
-    if "attention_mask" in row and any(position == 0 for position in row.get("position_ids", ())[1:]):
+    if "attention_mask" in row and bool((torch.as_tensor(row.get("position_ids", ()))[1:] == 0).any()):
         raise DataError(
             "a row has packed documents (its position_ids start again) and an attention_mask, with which transformers "
             "takes it for one document; leave the attention_mask out"

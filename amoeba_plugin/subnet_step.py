@@ -107,9 +107,11 @@ class SubnetStep:
         assert isinstance(inner, PreTrainedModel)
         self._model, self._inner = model, inner
         self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
-        self.chunked = has_plain_head(self._inner)
+        self.chunked = has_plain_head(inner)
         parameters = signature(self._inner.forward).parameters
-        self.keeps_logits = "logits_to_keep" in parameters
+        # positions are where the tokens are, and a model on several devices has its last hidden states elsewhere
+        devices = set(getattr(inner, "hf_device_map", {}).values())
+        self.keeps_logits = "logits_to_keep" in parameters and len(devices) < 2
         # A cache would hold all keys and values, and makes transformers see a packed row as one document.
         self._without_cache = {"use_cache": False} if "use_cache" in parameters else {}
 

@@ -107,6 +107,12 @@ def require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise TrainingError("DeepSpeed is not supported; use DDP or FSDP2 through accelerate or torchrun")
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise TrainingError(
+            "tensor, context and sequence parallelism are not supported: subnets slice whole weights, and losses are "
+            "taken of whole sequences; leave them out of parallelism_config"
+        )
     if trainer.is_fsdp_enabled:
         _require_supported_fsdp(trainer)
     if trainer.args.label_smoothing_factor:

@@ -12,6 +12,8 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from elastic_models import random_elastic, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,7 @@ from amoeba_plugin.sampling import SandwichSampler, step_seed
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+from amoeba_plugin.training_checks import require_supported
 
 Row = dict[str, list[int]]
 VOCABULARY, LENGTH = 61, 12
@@ -569,6 +572,22 @@ def test_a_term_of_ones_own_goes_into_training_step(tmp_path: Path):
 def test_an_optimizer_that_steps_in_every_backward_is_refused(tmp_path: Path, optim: str):
     with pytest.raises(TrainingError, match=f"optim='{optim}' changes parameters in every backward"):
         make_trainer(make_elastic(), tmp_path, optim=optim)
+
+
+def test_parallelism_of_tensors_and_sequences_is_refused(tmp_path: Path):
+    trainer = make_trainer(make_elastic(), tmp_path)
+    with (
+        mock.patch.object(Accelerator, "parallelism_config", ParallelismConfig(cp_size=2)),
+        pytest.raises(TrainingError, match="context and sequence parallelism are not supported"),
+    ):
+        require_supported(trainer, PAPER)
+
+
+def test_logits_are_picked_where_they_come_out_of_a_model_on_several_devices(tmp_path: Path):
+    elastic = make_elastic()
+    assert make_trainer(elastic, tmp_path).subnets.keeps_logits
+    elastic.model.hf_device_map = {"model": 0, "lm_head": 1}
+    assert not make_trainer(elastic, tmp_path).subnets.keeps_logits
 
 
 def test_rows_of_any_lengths_are_padded_without_a_collator(tmp_path: Path):

@@ -14,6 +14,7 @@ from amoeba_plugin.recipes import check_recipe
 BAD = {
     "incomplete schedule": ("lr_scheduler_type: cosine_with_min_lr", ["'cosine_with_min_lr' is not possible"]),
     "schedule of an evaluation": ("lr_scheduler_type: reduce_lr_on_plateau", ["is not possible", "cosine"]),
+    "no warm-up": ("warmup_steps: 5", ["warmup_steps 5 does nothing", "constant_with_warmup"]),
     "sampled shape that is none": ("sampled_shapes: [3x1, wide]", ["'wide' is not a subnet shape"]),
     "sampled shape too shallow": ("sampled_shapes: [1x1]", ["shape 1x1", "min_depth 2"]),
     "sampled shape of another width": ("sampled_shapes: [3x1/2]", ["shape 3x1/2", "1, 3/4"]),

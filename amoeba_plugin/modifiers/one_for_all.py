@@ -64,7 +64,7 @@ class OneForAllDistillationModifier(Modifier):
         gradient_accumulation_steps: Micro-batches per step, each with subnets of its own. Default 4 (reference code).
         learning_rate: AdamW's. Default 2e-4 (paper).
         lr_scheduler_type: A schedule of transformers. Default ``constant`` (paper).
-        warmup_steps: Steps of linear warm-up. Default 0.
+        warmup_steps: Steps of linear warm-up; with ``constant`` there is none: ``constant_with_warmup``. Default 0.
         max_grad_norm: Gradient norm clipped to. Default 0.3 (reference code).
         train_largest: Also train the whole model, which teaches the others, on the labels. False leaves it the base
             model, bit for bit, and saves its backward pass: for text that the base already knows; SMOL only. Default
@@ -135,7 +135,7 @@ class OneForAllDistillationModifier(Modifier):
     def _can_run(self) -> OneForAllDistillationModifier:
         """Refuse here, before anything loads, what the training would refuse after the selection."""
         self.options()
-        require_schedule(self.lr_scheduler_type)
+        require_schedule(self.lr_scheduler_type, self.warmup_steps)
         require_effect(self)
         return self
 

@@ -80,8 +80,8 @@ class AdapterOptions(BaseModel):
         return self
 
 
-def require_schedule(name: str) -> None:
-    """Refuse a schedule that does not exist, or wants more than its name.
+def require_schedule(name: str, warmup_steps: int) -> None:
+    """Refuse a schedule that does not exist, wants more than its name, or does not warm up where that is asked for.
 
     Raises:
         RecipeError: It lists those that a recipe can name.
@@ -90,6 +90,11 @@ def require_schedule(name: str) -> None:
     if name not in possible:
         hint = did_you_mean(name, possible)
         raise RecipeError(f"lr_scheduler_type '{name}' is not possible.{hint} Possible: {', '.join(possible)}")
+    if name == "constant" and warmup_steps:
+        raise RecipeError(
+            f"warmup_steps {warmup_steps} does nothing with lr_scheduler_type: constant; set lr_scheduler_type: "
+            "constant_with_warmup"
+        )
 
 
 def _is_complete(schedule: SchedulerType) -> bool:

@@ -150,11 +150,11 @@ class SmolConfig(PeftConfig):
                 raise ConfigError(f"{name}={alpha!r}: the scale of the updates, give a number")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability in [0, 1) is needed")
-        if self.router_temperature <= 0:
+        if not self.router_temperature > 0:
             raise ConfigError(
                 f"router_temperature={self.router_temperature}: it divides the logits, give a number above 0"
             )
-        if self.router_load_balancing < 0:
+        if not self.router_load_balancing >= 0:
             raise ConfigError(
                 f"router_load_balancing={self.router_load_balancing}: the weight of a loss, give 0 (off) or more"
             )

@@ -23,6 +23,8 @@ from amoeba_plugin.smol import SmolConfig, host
         ({"router_hidden": 1.5}, "router_hidden=1.5"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0: a probability in \[0, 1\)"),
         ({"router_temperature": 0}, "router_temperature=0"),
+        ({"router_temperature": float("nan")}, "router_temperature=nan"),
+        ({"router_load_balancing": float("nan")}, "router_load_balancing=nan"),
         ({"router_load_balancing": -1}, "router_load_balancing=-1: the weight of a loss"),
         ({"combination": "sum"}, "combination='sum': choose one of factors, outputs"),
         ({"router_init": "depths"}, "router_init='depths': choose one of random, widths"),
