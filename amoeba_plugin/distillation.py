@@ -126,7 +126,7 @@ def distilled_loss(
     Args:
         logits: (batch * P, vocabulary), the student's, at ``positions.columns``.
         positions: Which rows count, and their labels.
-        teacher: (N, vocabulary) logits at ``positions.rows``; constant.
+        teacher: (N, vocabulary) logits at ``positions.rows``; constant. Not looked at where ``kd_weight`` is 0.
         divergence: One of :data:`DIVERGENCES`.
         temperature: Divides both logits; gradients are not multiplied by its square.
         kd_weight: w in [0, 1].
@@ -151,10 +151,13 @@ def distilled_rows(
 
     def row_loss(student: Tensor, place: slice) -> Tensor:
         # L_i = w KD_i + (1 - w) CE_i (AmoebaLLM, arXiv:2411.10606, section on distillation; the paper has w = 1)
+        if kd_weight < 1:
+            cross_entropy = _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
+        if kd_weight == 0:
+            return target_weight * cross_entropy
         distillation = divergence(student, teacher[place].to(student.dtype), temperature) / max(1, len(positions.rows))
-        if kd_weight == 1.0:
+        if kd_weight == 1:
             return distillation
-        cross_entropy = _cross_entropy(student, positions.labels[place]) / max(1, positions.num_targets)
         return kd_weight * distillation + (1 - kd_weight) * target_weight * cross_entropy
 
     return row_loss

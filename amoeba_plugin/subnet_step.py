@@ -214,7 +214,8 @@ class SubnetStep:
                 if index > 0:
                     self.elastic.set_shape(shape)
                 if index == 0:
-                    row_loss, weight = next_token_rows(positions, teacher.write), share.targets
+                    keep = teacher.write if self.options.kd_weight_at(step) else None
+                    row_loss, weight = next_token_rows(positions, keep), share.targets
                     count = positions.num_targets
                 else:
                     row_loss, weight = self._distilled_rows(positions, teacher, step, share), share.distilled

@@ -22,7 +22,7 @@ from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingErr
 from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
+from amoeba_plugin.subnet_step import KeptLogits, Share, StepHost, SubnetStep
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint
 
@@ -137,6 +137,15 @@ def test_after_distill_steps_all_learn_from_the_labels() -> None:
             model(**batch).loss.backward()
     expected = {name: value.grad for name, value in elastic.model.named_parameters()}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_teacher_is_kept_where_nothing_is_distilled() -> None:
+    elastic, batch = random_elastic(tiny_llama()), make_batch()
+    with mock.patch.object(KeptLogits, "write", side_effect=AssertionError):
+        assert run(make_step(elastic, distill_steps=3), batch, (3, 0))
+        assert run(make_step(elastic, kd_weight=0.0, distill_all_tokens=True), batch)
+        with pytest.raises(AssertionError):
+            run(make_step(elastic, distill_steps=3), batch, (2, 0))
 
 
 def test_gradient_conflict_is_the_cosine_of_gradients_taken_one_by_one() -> None:

@@ -218,6 +218,19 @@ def test_an_interrupted_recipe_goes_on_where_it_was(base: Path, tmp_path: Path) 
         run_recipe(base, recipe(tmp_path / "resumed", learning_rate=0.5, **fields))
 
 
+def test_a_recipe_in_one_process_takes_one_of_several_gpus(tmp_path: Path) -> None:
+    """Trainer would replicate the model on all of them, which one-for-all training refuses, after the selection."""
+
+    def two_gpus(self: TrainingArguments) -> torch.device:
+        vars(self).setdefault("_n_gpu", 2)
+        return torch.device("cpu")
+
+    with mock.patch.object(TrainingArguments, "_setup_devices", property(two_gpus)):
+        assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2
+        arguments = OneForAllDistillationModifier(batch_size=3)._arguments(tmp_path)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -269,7 +269,7 @@ class OneForAllDistillationModifier(Modifier):
     def _arguments(self, directory: Path) -> TrainingArguments:
         saves = self.checkpoint_dir is not None
         last = last_complete_checkpoint(directory)
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(directory),
             resume_from_checkpoint=None if last is None else str(last),
             max_steps=self.max_steps,
@@ -292,6 +292,9 @@ class OneForAllDistillationModifier(Modifier):
             remove_unused_columns=False,
             dataloader_pin_memory=torch.accelerator.is_available(),
         )
+        if arguments.n_gpu > 1:  # of one process: Trainer would put the model on all of them, by DataParallel
+            arguments._n_gpu = 1
+        return arguments
 
 
 def _give_back(model: PreTrainedModel) -> None:
