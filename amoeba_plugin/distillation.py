@@ -220,7 +220,7 @@ def kept_scale(dtype: torch.dtype) -> float:
     In fp16 those of a mean over many positions are rounded to 0, and the factor by which mixed precision scales its
     loss against that comes with the backward only.
     """
-    return 2.0**12 if dtype == torch.float16 else 1.0
+    return 2.0**10 if dtype == torch.float16 else 1.0
 
 
 def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk: int | None = None) -> Tensor:
