@@ -30,6 +30,7 @@ from amoeba_plugin.modifiers import (
     TrainingEventsMixin,
     begin_session,
 )
+from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.strategy import SubnetStrategy
 from amoeba_plugin.training import OneForAllTrainer, train_one_for_all
 
@@ -216,6 +217,29 @@ def test_an_interrupted_recipe_goes_on_where_it_was(base: Path, tmp_path: Path) 
     reset_session()
     with pytest.raises(ArtifactError, match="its learning_rate is 0.01, here it is 0.5"):
         run_recipe(base, recipe(tmp_path / "resumed", learning_rate=0.5, **fields))
+
+
+def test_a_trainer_of_ones_own_with_replicas_of_the_model_is_refused() -> None:
+    """As Trainer makes them where one process sees several GPUs."""
+    steps = ExternalSteps(mock.Mock(), mock.Mock())
+    with pytest.raises(TrainingError, match="one process with several GPUs"):
+        steps.step(torch.zeros(()), model=torch.nn.DataParallel(torch.nn.Linear(1, 1)))
+
+
+def test_the_steps_of_a_trainer_of_ones_own_count_and_not_the_recipes(base: Path, tmp_path: Path) -> None:
+    """With max_steps: 0 a recipe trains nothing itself, and what was trained is kept all the same."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    text = recipe(tmp_path / "elastic", adapter="none", max_steps=0)
+    trained = begin_session(text, model, DataLoader(rows(), batch_size=4), rows())
+    arguments = arguments_of(OneForAllDistillationModifier(**TRAIN), tmp_path / "scratch")
+    SessionTrainer(
+        model=trained, args=arguments, train_dataset=rows(), data_collator=PaddingCollator(),
+        callbacks=[TrainingEventsCallback()],
+    ).train()  # fmt: skip
+    elastic, _ = load_elastic(tmp_path / "elastic")
+    untrained = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert not torch.equal(elastic.model.lm_head.weight, untrained["lm_head.weight"])
+    assert torch.equal(elastic.model.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_recipe_in_one_process_takes_one_of_several_gpus(tmp_path: Path) -> None:

@@ -68,7 +68,15 @@ class ExternalSteps:
             micro_batches: Of an optimizer step.
             step_batches: All of them, by whose positions a distillation of all tokens weighs. None given: by targets.
             kwargs: What other modifiers may want.
+
+        Raises:
+            TrainingError: If DataParallel replicates the model, or a loss is not finite.
         """
+        if isinstance(model, nn.DataParallel):
+            raise TrainingError(
+                "DataParallel, one process with several GPUs, cuts a batch in pieces that no subnet's losses fit; let "
+                "the process see one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         positions = self.subnets.positions(self.batch_data)
         if len(positions.rows) == 0:
             return loss.detach().nan_to_num().requires_grad_()

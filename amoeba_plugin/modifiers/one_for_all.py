@@ -152,7 +152,7 @@ class OneForAllDistillationModifier(Modifier):
         if self.max_steps:
             with selection.timed("one-for-all training"):
                 selection.peft_model = self._train(elastic, selection.batches)
-        self._save_elastic(elastic, selection.peft_model)
+        self._save_elastic(elastic, selection.peft_model, self.max_steps > 0)
         if not extraction_follows(self):  # before the host's pipelines wrap the modules' forward methods
             _give_back(state.model)
         return True
@@ -176,7 +176,7 @@ class OneForAllDistillationModifier(Modifier):
         """Write what an external trainer trained; leave nothing behind where the recipe ended early."""
         if self._external is not None:
             selection, self._external = selection_for(state), None
-            self._save_elastic(selection.require_elastic(state.model), selection.peft_model)
+            self._save_elastic(selection.require_elastic(state.model), selection.peft_model, trained=True)
         _give_back(state.model)
         return True
 
@@ -191,10 +191,10 @@ class OneForAllDistillationModifier(Modifier):
         trained = elastic.model if selection.peft_model is None else selection.peft_model
         self._external = ExternalSteps(SubnetStep(trained, elastic, self.options(), self.seed, StepHost()), trained)
 
-    def _save_elastic(self, elastic: ElasticModel, peft_model: PeftModel | None) -> None:
+    def _save_elastic(self, elastic: ElasticModel, peft_model: PeftModel | None, trained: bool) -> None:
         if self.elastic_dir is None:
             return
-        trained_base = self.adapter == "none" and self.max_steps > 0
+        trained_base = trained and self.adapter == "none"
         save_elastic(elastic, peft_model, Path(self.elastic_dir), str(elastic.config.name_or_path), trained_base)
 
     def _train(self, elastic: ElasticModel, calibration: list[Batch]) -> PeftModel | None:
