@@ -31,6 +31,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import cut_factors, extract
+from amoeba_plugin.generation_defaults import keep_generation_defaults
 from amoeba_plugin.model_card import model_card, write_model_card
 from amoeba_plugin.model_files import require_weights, why_not
 from amoeba_plugin.parity import ADAPTER_DIRECTORY, PARITY_NAME, AdapterMode, Parity, measure_parity
@@ -110,7 +111,9 @@ def save_elastic(
         if rank() == 0:
             with whole_or_nothing(directory, replace=True) as partial:
                 strategy.save(partial)
-                if trained_base:  # a host's override of save_pretrained compresses
+                if trained_base:
+                    keep_generation_defaults(model)
+                    # a host's override of save_pretrained compresses
                     PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY, state_dict=state)
                     copy_tokenizer(base, partial / BASE_DIRECTORY)
                 if peft_model is not None:

@@ -28,6 +28,7 @@ from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import PackedElasticLinear, PartialLinear, dense_weight, is_packed, linear_sizes
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.generation_defaults import keep_generation_defaults
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.slicing import active_parameters, take
 from amoeba_plugin.smol import SmolModel
@@ -76,6 +77,7 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
         logger.info("subnet %s is a %s, which computes the same and holds it", shape, type(subnet).__name__)
     subnet.tie_weights()
     subnet.generation_config = elastic.model.generation_config
+    keep_generation_defaults(subnet)
     subnet.eval()
     return subnet
 

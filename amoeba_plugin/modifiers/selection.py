@@ -23,6 +23,7 @@ from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.generation_defaults import keep_generation_defaults
 from amoeba_plugin.hosted import input_device, is_offloaded
 from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.plugins import architecture_for
@@ -84,6 +85,7 @@ def selection_for(state: State) -> Selection:
         require_usable(model)
         require_own_modules(model)
         _require_extraction(state)
+        keep_generation_defaults(model)
         adapter = architecture_for(model.config.model_type)
         batches = materialise(state.data.calib)
         _SELECTIONS[model] = Selection(weakref.ref(state), adapter, model_fingerprint(model, adapter), batches)

@@ -114,12 +114,7 @@ def _require_outputs_kept(
         with norm_calibration_context(model):
             expected = model(tokens, use_cache=False).logits
             try:
-                smoothed = _smoothed(modifier, model)
-                changed = {
-                    _in_words(each, model): change
-                    for each in smoothed
-                    if (change := _change(model, tokens, expected, each)) > TOLERANCE
-                }
+                changed = _changed(model, tokens, expected, _smoothed(modifier, model))
             except (AttributeError, RuntimeError, ValueError) as error:
                 raise ArchitectureError(
                     f"{where}: {name} finds no modules to smooth in a {type(model).__name__} "
@@ -197,22 +192,38 @@ def _smoothed(modifier: Modifier, model: PreTrainedModel) -> list[Smoothed]:
     return [(each.smooth_name, each.smooth_layer, list(each.balance_layers)) for each in found]
 
 
-def _change(model: PreTrainedModel, tokens: Tensor, expected: Tensor, smoothed: Smoothed) -> float:
-    """Return by how much the logits change with one module smoothed by random scales, as a share of the largest."""
-    _, layer, readers = smoothed
-    parameters = [part for each in (layer, *readers) for part in (each.weight, getattr(each, "bias", None))]
-    before = [(part, part.clone()) for part in parameters if part is not None]
-    scales = torch.rand(readers[0].weight.shape[-1]) * 2 + 0.5
-    rows = slice(-len(scales), None)  # of a fused linear the last part is meant
-    for part in (layer.weight, getattr(layer, "bias", None)):
-        if part is not None:
+def _changed(
+    model: PreTrainedModel, tokens: Tensor, expected: Tensor, smoothed: Sequence[Smoothed]
+) -> dict[str, float]:
+    """Return what is smoothed wrongly, in words, and by how much it changes the logits."""
+    if _change(model, tokens, expected, smoothed) <= TOLERANCE:
+        return {}
+    alike: dict[str, list[Smoothed]] = {}
+    for each in smoothed:
+        alike.setdefault(_in_words(each, model), []).append(each)
+    changes = {words: _change(model, tokens, expected, some) for words, some in alike.items()}
+    return {words: change for words, change in changes.items() if change > TOLERANCE}
+
+
+def _change(model: PreTrainedModel, tokens: Tensor, expected: Tensor, smoothed: Sequence[Smoothed]) -> float:
+    """Return by how much the logits change with modules smoothed by random scales, as a share of the largest."""
+    touched = {module for _, layer, readers in smoothed for module in (layer, *readers)}
+    before = [(part, part.clone()) for module in touched for part in _parts(module)]
+    for _, layer, readers in smoothed:
+        scales = torch.rand(readers[0].weight.shape[-1]) * 2 + 0.5
+        rows = slice(-len(scales), None)  # of a fused linear the last part is meant
+        for part in _parts(layer):
             part[rows] /= scales if part.dim() == 1 else scales[:, None]
-    for each in readers:
-        each.weight.mul_(scales)
+        for each in readers:
+            each.weight.mul_(scales)
     found = model(tokens, use_cache=False).logits
     for part, value in before:
         part.copy_(value)
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _parts(module: Any) -> list[Tensor]:
+    return [part for part in (module.weight, getattr(module, "bias", None)) if part is not None]
 
 
 def _in_words(smoothed: Smoothed, model: PreTrainedModel) -> str:
