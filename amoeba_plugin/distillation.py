@@ -194,18 +194,18 @@ def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> Tens
 
     Args:
         loss: () of the subnet. A divergence, never negative, may be rounded to a little below 0: that counts as 0.
-        loss_largest: () of the largest subnet.
+        loss_largest: () of the largest subnet; 0 where there was no target, and only the teacher is learned from.
         max_ratio: The largest ratio. A divergence goes to 0 where student and teacher agree, and the ratio to infinity.
 
     Returns:
-        The ratio; 1 where both losses are 0. Only the gradient's scale changes with it.
+        The ratio; 1 where the largest subnet has no loss. Only the gradient's scale changes with it.
 
     >>> balance(torch.tensor(4.0), torch.tensor(2.0)).item()
     0.5
     """
     # stopgrad(L_1 / L_i) (arXiv:2411.10606, loss-magnitude balancing)
     numerator, denominator = loss_largest.detach(), loss.detach().clamp(min=0)  # keeps NaN
-    ratio = torch.where((numerator == 0) & (denominator == 0), torch.ones_like(denominator), numerator / denominator)
+    ratio = torch.where(numerator == 0, torch.ones_like(denominator), numerator / denominator)
     return ratio.clamp(max=max_ratio)
 
 

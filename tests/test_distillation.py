@@ -99,7 +99,7 @@ def test_balance_is_bounded_and_defined_at_zero():
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     assert balance(torch.tensor(1e-9), one, max_ratio=5.0) == 5.0
     assert balance(zero, one, max_ratio=5.0) == 5.0
-    assert balance(zero, zero) == 1.0
+    assert balance(zero, zero) == balance(one, zero) == 1.0
     assert balance(one, torch.tensor(math.nan)).isnan()
     assert balance(torch.tensor(math.nan), one).isnan()
 

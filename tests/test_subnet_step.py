@@ -139,6 +139,18 @@ def test_after_distill_steps_all_learn_from_the_labels() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_without_a_target_are_distilled_with_balancing_too() -> None:
+    """The largest subnet has no loss then, to which the others' could be scaled."""
+    batch = make_batch()
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    found = [
+        run(make_step(random_elastic(tiny_llama()), distill_all_tokens=True, loss_balancing=balanced), batch)
+        for balanced in (True, False)
+    ]
+    assert any(gradient.any() for gradient in found[0].values())
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
 def test_no_teacher_is_kept_where_nothing_is_distilled() -> None:
     elastic, batch = random_elastic(tiny_llama()), make_batch()
     with mock.patch.object(KeptLogits, "write", side_effect=AssertionError):
