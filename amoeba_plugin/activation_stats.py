@@ -17,11 +17,12 @@ from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.experts import expert_inputs
-from amoeba_plugin.hosted import input_device
+from amoeba_plugin.hosted import input_device, onloaded
 from amoeba_plugin.objectives import evaluating, model_inputs
 from amoeba_plugin.ranks import sum_over_ranks
 
 logger = logging.getLogger(__name__)
+Hook = Callable[[torch.nn.Module, tuple[Tensor, ...]], None]
 VALUES_AT_ONCE = 2**25  # 256 MiB in fp64; a few such tensors are there together
 
 
@@ -115,9 +116,11 @@ def collect_statistics(
     handles: list[RemovableHandle] = []
     try:
         for index, layer in enumerate(adapter.layers(model)):
+            hooks: dict[str, list[Hook]] = {}  # by module; experts are many groups of one
             for group in adapter.channel_groups(model.config):
-                consumer = layer.get_submodule(group.consumer.path)
-                handles.append(consumer.register_forward_pre_hook(watch.hook(group_key(index, group), group)))
+                hooks.setdefault(group.consumer.path, []).append(watch.hook(group_key(index, group), group))
+            for path, some in hooks.items():
+                handles.append(layer.get_submodule(path).register_forward_pre_hook(_together(some)))
         with evaluating(model):
             for batch in tqdm(batches, desc="activation statistics", unit="batch", disable=not progress):
                 watch.begin(batch)
@@ -141,7 +144,7 @@ class _Watch:
     def begin(self, batch: Batch) -> None:
         self.number, self.present = self.number + 1, batch["attention_mask"].bool()
 
-    def hook(self, key: str, group: ChannelGroup) -> Callable[..., None]:
+    def hook(self, key: str, group: ChannelGroup) -> Hook:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = self.present.flatten().to(args[0].device)
             if group.consumer.expert is None:
@@ -157,6 +160,19 @@ class _Watch:
             self.seen[key] = self.seen[key].merge(stats) if key in self.seen else stats
 
         return hook
+
+
+def _together(hooks: Sequence[Hook]) -> Hook:
+    """Make one hook of those of one module; what looks at its weights finds them there, offloaded or not."""
+    if len(hooks) == 1:
+        return hooks[0]
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        with onloaded([module]):
+            for each in hooks:
+                each(module, args)
+
+    return hook
 
 
 def _tell_idle(seen: Mapping[str, ActivationStats]) -> None:

@@ -30,6 +30,7 @@ from amoeba_plugin.elastic_linear import (
 )
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.experts import ElasticExperts
+from amoeba_plugin.hosted import is_offloaded
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.sharded import gathered
@@ -94,14 +95,15 @@ class ElasticModel:
 
     Raises:
         ArtifactError: If the strategy belongs to another model.
-        ArchitectureError: If the model is quantized in a form that cannot be used here, already elastic, or of an
-            unsupported architecture.
+        ArchitectureError: If the model is quantized in a form that cannot be used here, already elastic, offloaded by
+            accelerate, or of an unsupported architecture.
     """
 
     def __init__(
         self, model: PreTrainedModel, strategy: SubnetStrategy, weights: StreamedWeights | None = None
     ) -> None:
         require_usable(model)
+        _require_at_hand(model)
         self.model = model
         self.strategy = strategy
         self._weights = weights
@@ -331,6 +333,15 @@ class ElasticModel:
                 f"the space's largest shape {self.space.largest} is not the whole model ({len(self.layers)}x1); "
                 "the largest subnet is the teacher of all others: add depth and width 1 to the strategy"
             )
+
+
+def _require_at_hand(model: PreTrainedModel) -> None:
+    if is_offloaded(model):
+        raise ArchitectureError(
+            "accelerate offloads weights of this model: they would be fetched in the order they had, whatever is done "
+            "to them here. Selection runs on it; to train or cut, load the model where memory holds it whole, without "
+            "offloading. `amoeba extract` needs memory for the subnet alone"
+        )
 
 
 def _elastic_group(key: str, group: ChannelGroup, layer: nn.Module) -> ElasticGroup:

@@ -20,6 +20,7 @@ from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.gradients import loss_gradients
+from amoeba_plugin.hosted import onloaded
 from amoeba_plugin.layer_flow import layer_flow
 from amoeba_plugin.objectives import Objective, Score, better, evaluating, score_over_ranks
 from amoeba_plugin.ranks import sum_over_ranks
@@ -57,7 +58,7 @@ def angular_distances(model: PreTrainedModel, adapter: ArchitectureAdapter, batc
     total, sequences = torch.zeros(size, size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with evaluating(model):
         for batch in batches:
-            rows, last = last_tokens(batch["attention_mask"].to(model.device))
+            rows, last = last_tokens(batch["attention_mask"].cpu())  # states may be on several devices
             flow = layer_flow(model, adapter, batch)
             states = [states[rows, last].double().cpu() for states in (*(enters for enters, _ in flow), flow[-1][1])]
             directions = functional.normalize(torch.stack(states, dim=1), dim=-1)  # (rows, layers + 1, hidden)
@@ -131,7 +132,7 @@ def taylor(
 
     First-order Taylor importance of Shortened LLaMA, arXiv:2402.02834, section 2.1. Memory: see ``loss_gradients``.
     """
-    weights = _matrices(model, adapter)
+    weights = [_matrices(layer) for layer in adapter.layers(model)]
     names = {f"{index}.{name}": weight for index, layer in enumerate(weights) for name, weight in layer.items()}
     gradients = loss_gradients(model, names, batches, progress)
     # I_n = sum over k, i, j of |dL/dW_ij^{k,n} * W_ij^{k,n}|
@@ -146,18 +147,16 @@ def taylor(
 
 def magnitude(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[float]:
     """Return for each layer the sum of |weight| over the elements of its matrices (Shortened LLaMA, section 2.1)."""
-    return [
-        sum(weight.detach().abs().sum(dtype=torch.float64).item() for weight in layer.values())
-        for layer in _matrices(model, adapter)
-    ]
+    sums = []
+    for layer in adapter.layers(model):
+        with onloaded(layer.modules()):
+            sums.append(sum(each.detach().abs().sum(dtype=torch.float64).item() for each in _matrices(layer).values()))
+    return sums
 
 
-def _matrices(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[dict[str, nn.Parameter]]:
-    """Return per layer its weights by name, without norms and biases."""
-    return [
-        {name: weight for name, weight in layer.named_parameters() if weight.dim() > 1}
-        for layer in adapter.layers(model)
-    ]
+def _matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a layer's weights by name, without norms and biases."""
+    return {name: weight for name, weight in layer.named_parameters() if weight.dim() > 1}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from amoeba_plugin.allocation import RankedGroup, allocated, rounding_steps
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
+from amoeba_plugin.hosted import onloaded
 from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.strategy import WidthStrategy
 
@@ -73,11 +74,12 @@ def rank_widths(
     require_anchors(anchors, len(layers))
     if bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
         _require_statistics(model, adapter, stats, importance)
-    ranked = [
-        replace(rank_group(layer, index, group, stats, gradients or {}, importance), anchored=index in anchors)
-        for index, layer in enumerate(layers)
-        for group in adapter.channel_groups(model.config)
-    ]
+    ranked = []
+    for index, layer in enumerate(layers):
+        with onloaded(layer.modules()):
+            for group in adapter.channel_groups(model.config):
+                each = rank_group(layer, index, group, stats, gradients or {}, importance)
+                ranked.append(replace(each, anchored=index in anchors))
     units = allocated(ranked, shares, steps, allocation)
     if bias_compensation:
         _tell_where_biases_go(model.config, adapter, units[shares[-1]])

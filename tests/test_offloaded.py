@@ -1,0 +1,50 @@
+"""Models whose weights accelerate offloads: selection sees what it sees of the whole model, cutting is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from test_hosted import offloaded
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from amoeba_plugin.activation_stats import collect_statistics
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.layer_scores import angular_distances, magnitude
+from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.width import rank_widths
+
+TinyModel = Callable[..., PreTrainedModel]
+RandomBatches = Callable[..., list[dict[str, Tensor]]]
+
+
+def widths_of(model: PreTrainedModel, batches: list[dict[str, Tensor]], importance: str) -> WidthStrategy:
+    adapter = architecture_for(model.config.model_type)
+    return rank_widths(
+        model, adapter, collect_statistics(model, adapter, batches, progress=False),
+        widths=[Fraction(1), Fraction(1, 2)], importance=importance_named(importance), allocation="global",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_selection_sees_the_whole_model(
+    tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path, where: str, model_type: str
+) -> None:
+    batches, adapter = random_batches(lengths=(12, 7)), architecture_for(model_type)
+    whole, model = tiny_model(model_type), offloaded(tiny_model(model_type), where, tmp_path)
+    assert magnitude(model, adapter) == magnitude(whole, adapter)
+    assert torch.equal(angular_distances(model, adapter, batches), angular_distances(whole, adapter, batches))
+    for importance in ("flap", "group_magnitude"):
+        found, expected = widths_of(model, batches, importance), widths_of(whole, batches, importance)
+        assert found.units == expected.units
+        assert all(torch.equal(order, expected.order[key]) for key, order in found.order.items())
+    strategy = SubnetStrategy(DepthStrategy.whole(4), found, model_fingerprint(model, adapter))
+    with pytest.raises(ArchitectureError, match="accelerate offloads weights of this model"):
+        ElasticModel(model, strategy)
