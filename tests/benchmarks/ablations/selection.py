@@ -1,11 +1,12 @@
-"""Choosing layers and channels for an ablation, and the tables about choosing: the paper's Tables 3 and 5."""
+"""Choosing layers and channels for an ablation, and the tables about it: the paper's Tables 3 and 5, and widths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import get_args
 
-from results import Results, above, header, row
+from results import Losses, Results, above, header, row
 from subjects import Allocation, Subject
 from training import Space, Variant, trained, untrained
 
@@ -39,6 +40,24 @@ def table_5(subject: Subject, results: Results, seeds: Sequence[int], _: Sequenc
     """Texts to choose layers on, before and after one-for-all training on the subject's own text."""
     selectors = {name: lambda name=name: search(subject, text=name) for name in subject.calibrations}
     _before_and_after("text", "Texts to choose layers on", selectors, subject, results, seeds)
+
+
+def table_widths(subject: Subject, results: Results, *_: object) -> None:
+    """Ways to choose how much each layer keeps of attention and MLP, before any training."""
+    layers = subject.depths[0]
+    shapes = [f"{layers}x{width}" for width in subject.widths[:3]]
+    whole, *columns = shapes
+    print(header(f"Ways to choose sizes, before training ({subject.path.name})", "allocation", columns))
+    for importance in ("flap", "taylor"):
+        for allocation in get_args(Allocation):
+
+            def before(importance: str = importance, allocation: Allocation = allocation) -> Losses:
+                widths = choose_channels(subject, importance, subject.widths[:3], allocation)
+                space = Space(DepthStrategy.whole(layers), widths, (layers,), subject.widths[:3])
+                return untrained(subject, space, shapes)
+
+            losses = results.of(f"widths/{importance}/{allocation}", before)
+            print(row(f"{allocation}, {importance}", [above([losses[s]], losses[whole]) for s in columns]), flush=True)
 
 
 def _before_and_after(
