@@ -54,7 +54,8 @@ class SubnetExtractionModifier(Modifier):
         subnet = extract(elastic, shape, self.portable)
         adapter = "none" if selection.peft_model is None else "fold"
         self._card = model_card(elastic, subnet, shape, adapter, self.portable)
-        self._card["parity"] = compare_logits(elastic, shape, subnet).in_words
+        if len({parameter.device for parameter in subnet.parameters()}) == 1:  # else it may not fit where one runs
+            self._card["parity"] = compare_logits(elastic, shape, subnet).in_words
         forget_selection(state.model)
         become(state.model, subnet)
         return True
