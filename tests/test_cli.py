@@ -363,12 +363,14 @@ SHIPPED_MODELS = {
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyModel, name: str):
-    """Only the number of steps and the place of the elastic checkpoint differ from what is shipped."""
+    """Only the steps, the training text and the place of the elastic checkpoint differ from what is shipped."""
     model_type, sizes = SHIPPED_MODELS[name]
     tiny_model(model_type, intermediate_size=1024, **sizes).save_pretrained(files["model"])
     recipe = yaml.safe_load(shipped_recipes()[name].read_text())
     training = recipe["finetune_stage"]["amoeba_finetune_modifiers"]["OneForAllDistillationModifier"]
     training |= {"max_steps": 2, "elastic_dir": str(files["elastic"])}
+    if "dataset" in training:
+        training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
     result = invoke(*run_arguments(files), "--num-calibration-samples", "2")
     assert result.exit_code == 0, result.output

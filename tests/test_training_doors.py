@@ -178,6 +178,15 @@ def test_a_recipe_trains_on_the_text_it_names(base: Path, tmp_path: Path) -> Non
     assert all(tokens in windows for tokens in found)
 
 
+def test_training_on_the_calibration_data_over_and_over_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    steps = TRAIN | {"max_steps": 200}  # of 2 x 2 rows
+    OneForAllDistillationModifier(**steps)._tell_repetition(80)
+    OneForAllDistillationModifier(**steps, dataset="text.jsonl")._tell_repetition(8)
+    assert not caplog.text
+    OneForAllDistillationModifier(**steps)._tell_repetition(8)
+    assert "sees the 8 sequences of the calibration data 100 times over" in caplog.text
+
+
 def test_a_trainer_of_ones_own_with_several_processes_is_refused(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     trained = begin_session(recipe(tmp_path / "elastic"), model, DataLoader(rows(), batch_size=4), rows())

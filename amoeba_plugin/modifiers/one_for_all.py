@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from amoeba_plugin.text_data import load_batches
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
 
+logger = logging.getLogger(__name__)
+MANY_EPOCHS = 10  # over the calibration data, which is a sample for selection
 ROW_COLUMNS = ("input_ids", "attention_mask", "labels")
 # Where results go and what is looked at does not change them; the rest are fields that every modifier has.
 NOT_OF_THE_TRAINING = {"elastic_dir", "checkpoint_dir", "save_steps", "conflict_every", *Modifier.model_fields}
@@ -202,8 +205,9 @@ class OneForAllDistillationModifier(Modifier):
         peft_model = self.attach(elastic)
         trained = elastic.model if peft_model is None else peft_model
         with self._output_dir(elastic) as directory, on_main_device(elastic.model), torch.enable_grad():
-            arguments = self._arguments(directory)
-            train_one_for_all(elastic, trained, self._rows(elastic, calibration), self.options(), arguments)
+            rows = self._rows(elastic, calibration)
+            self._tell_repetition(len(rows))
+            train_one_for_all(elastic, trained, rows, self.options(), self._arguments(directory))
         return None if peft_model is None else peft_model.eval()
 
     def attach(self, elastic: ElasticModel) -> PeftModel | None:
@@ -265,6 +269,16 @@ class OneForAllDistillationModifier(Modifier):
             for batch in batches
             for row in range(len(batch["input_ids"]))
         ]
+
+    def _tell_repetition(self, rows: int) -> None:
+        epochs = self.max_steps * self.batch_size * self.gradient_accumulation_steps / rows
+        if self.dataset is None and epochs > MANY_EPOCHS:
+            logger.warning(
+                "one-for-all training sees the %d sequences of the calibration data %.0f times over; name more text in "
+                "OneForAllDistillationModifier.dataset",
+                rows,
+                epochs,
+            )
 
     def _arguments(self, directory: Path) -> TrainingArguments:
         saves = self.checkpoint_dir is not None
