@@ -35,7 +35,8 @@ class Parity:
     def in_words(self) -> str:
         """For people."""
         difference = f"{self.max_logit_difference:.1e} over {self.tokens} tokens"
-        return f"logits differ from the elastic model's by at most {difference}"
+        divergence = f"{max(self.mean_kl_divergence, 0):.1e} nats per token"  # logits of bf16 differ by their rounding
+        return f"logits differ from the elastic model's by at most {difference}, predictions by {divergence} (mean KL)"
 
 
 def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:

@@ -183,10 +183,12 @@ def test_a_stage_of_its_own_is_followed_by_quantization(model_type: str, data: D
         assert words in (quantized / "README.md").read_text(), words
     assert "quantized" not in (dense / "README.md").read_text()
     for directory, after in ((dense, ""), (quantized, ", before quantization")):
-        row = rf"\| parity \| logits differ from the elastic model's by at most (\S+) over 64 tokens{after} \|"
+        found = r"differ from the elastic model's by at most (\S+) over 64 tokens, predictions by (\S+) nats per token"
+        row = rf"\| parity \| logits {found} \(mean KL\){after} \|"
         parity = re.search(row, (directory / "README.md").read_text())
         assert parity is not None
         assert float(parity[1]) < 1e-4
+        assert 0 <= float(parity[2]) < 1e-6
     assert "SubnetExtractionModifier" in (dense / "README.md").read_text()
     expected = logits(AutoModelForCausalLM.from_pretrained(dense))
     # eight bits are near full precision: a norm that was converted once too often would not be
