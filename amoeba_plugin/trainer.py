@@ -166,8 +166,9 @@ class OneForAllTrainer(Trainer):
             train()
         inputs = self._prepare_inputs(inputs)
         positions = self.subnets.positions(inputs)
-        if len(positions.rows) == 0 and self.accelerator.num_processes == 1:
-            return torch.zeros((), device=positions.rows.device)  # of several processes, others wait for our gradients
+        alone = self.accelerator.num_processes == 1 and not self.is_fsdp_enabled
+        if len(positions.rows) == 0 and alone:  # else others, or FSDP, wait for this backward to exchange gradients
+            return torch.zeros((), device=positions.rows.device)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         share = Share.even(self._share(positions.num_targets, num_items_in_batch))
         if self._num_distilled is not None and num_items_in_batch is not None:

@@ -251,6 +251,16 @@ def test_batches_without_a_target_are_skipped(tmp_path: Path):
     assert not gradients_of(elastic.model)
 
 
+def test_batches_without_a_target_are_run_where_fsdp_waits_for_their_backward(tmp_path: Path):
+    """Of one process too: the gradients of the micro-batches before are exchanged with the step's last one."""
+    elastic = make_elastic()
+    trainer = make_trainer(elastic, tmp_path)
+    trainer.is_fsdp_enabled = True
+    with mock.patch.object(trainer.subnets, "run") as run:
+        trainer.training_step(elastic.model, PaddingCollator()(make_rows(2, targets=0)), 0)
+    run.assert_called_once()
+
+
 @pytest.mark.parametrize("shape", ["4x1", "2x1/2"])
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path, shape: str):
     elastic = make_elastic()
