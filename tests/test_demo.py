@@ -100,12 +100,12 @@ def test_the_dense_model_answers_far_more_than_chance(
 
 def test_a_shortened_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = replace(
-        QUICK, held_out_blocks=4, questions=4, training_steps=1, training_blocks=16, shapes=("12x1", "10x7/8", "8x3/4")
+        QUICK, held_out_blocks=4, questions=4, training_steps=1, training_blocks=16, shapes=("12x1", "10x3/4", "8x1/2")
     )
     monkeypatch.setattr(demo, "QUICK", short)
     run_demo(tmp_path / "out", quick=True, seed=1)
     report = read_report(tmp_path / "out/report.json")
-    assert [row.shape for row in report.shapes] == ["12x1", "10x7/8", "8x3/4"]
+    assert [row.shape for row in report.shapes] == ["12x1", "10x3/4", "8x1/2"]
     assert report.shapes[0].block_share == 1
     assert report.shapes[2].block_share == pytest.approx(0.5, abs=0.02)
     assert report.shapes[2].parameters < report.dense.parameters
