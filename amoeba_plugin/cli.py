@@ -168,7 +168,7 @@ def check(
 ) -> None:
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
-    from amoeba_plugin.expected_config import planned_config, shape_config, subnet_config
+    from amoeba_plugin.expected_config import planned_config, shape_config, sizes_unknown, subnet_config
     from amoeba_plugin.model_files import load_config
     from amoeba_plugin.preflight import check_against_model
     from amoeba_plugin.recipe_files import find_recipe
@@ -203,7 +203,11 @@ def check(
     if model is not None and target is not None:
         whole = load_config(model)
         if not is_shape:
-            subnet = subnet_config(checked, whole)
+            subnet = subnet_config(checked, whole, even_split=True)
+            if sizes_unknown(checked):
+                _warn(
+                    "the sizes of its widths are known after selection only; check the shape once more with --strategy then"
+                )
         elif strategy is not None:
             subnet = planned_config(whole, SubnetShape.parse(recipe), strategy, portable)
         else:

@@ -46,11 +46,17 @@ class _Expected:
     lost: Mapping[int, str]
 
 
-def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> PretrainedConfig:
+def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig, even_split: bool = False) -> PretrainedConfig:
     """Return the configuration that quantization will see: the subnet's where one is extracted, else the model's.
 
     Where layers will differ in size (``allocation: global``, ``anchor_layers``), how is often known after selection
     only; this one then has a layer of the least that any may keep, and whole ones.
+
+    Args:
+        recipe: Checked.
+        config: The model's.
+        even_split: Take sizes that are to be measured (``allocation: measured``) for the same share of attention and
+            MLP, not for the least that they may be.
 
     Raises:
         ArchitectureError: If the architecture is not supported, or no class holds the shape.
@@ -77,7 +83,8 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
         return config
     shape = SubnetShape.parse(extraction.shape)
     whole, smallest = units[Fraction(1)], units[shape.width]
-    if width is not None and width.allocation != "uniform" and shape.width != 1:  # sizes are not known yet
+    known = "uniform", *(("measured",) if even_split else ())
+    if width is not None and width.allocation not in known and shape.width != 1:
         smallest = rounding_steps(groups, width.round_to)
     expected = _expected(depth, width, given, shape, layers, (smallest, whole))
     biased = frozenset(whole) if width is not None and width.bias_compensation and shape.width != 1 else frozenset()
@@ -86,6 +93,14 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig) -> Pretrained
     anchored = width is not None and width.anchor_count > 0  # surely whole; other layers only may be
     padded = largest_units(expected.sizes) if anchored or not differ(expected.sizes) else smallest
     return adapter.subnet_config(config, expected.kept, padded, biased)
+
+
+def sizes_unknown(recipe: CheckedRecipe) -> bool:
+    """Tell whether a recipe's selection decides how large its widths are."""
+    from amoeba_plugin.modifiers import WidthShrinkingModifier
+
+    width = recipe.find(WidthShrinkingModifier)
+    return width is not None and width.allocation != "uniform"
 
 
 def _units_by_width(
