@@ -205,9 +205,7 @@ def check(
         if not is_shape:
             subnet = subnet_config(checked, whole, even_split=True)
             if sizes_unknown(checked):
-                _warn(
-                    "the sizes of its widths are known after selection only; check the shape once more with --strategy then"
-                )
+                _warn("its widths have sizes after selection only; check the shape again with --strategy then")
         elif strategy is not None:
             subnet = planned_config(whole, SubnetShape.parse(recipe), strategy, portable)
         else:

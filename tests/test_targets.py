@@ -149,7 +149,7 @@ def test_the_command_takes_shapes_and_recipes(tmp_path: Path):
     assert "https://github.com/vllm-project/vllm" in said
     code, said = check("llama2-7b", *on, "--target", "vllm", "--scheme", "W4A16")
     assert code == 0, said
-    assert "known after selection only" in said
+    assert "have sizes after selection only" in said
     code, said = check("llama2-7b", *on, "--target", "vllm", "--scheme", "W4A16", "--tensor-parallel", "4")
     assert code == 2
     assert "down_proj (2400 inputs)" in said
