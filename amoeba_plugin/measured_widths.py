@@ -125,8 +125,10 @@ def splits(parts: Sequence[Part], share: Fraction, most: Sizes) -> list[Sizes]:
         most: Sizes of the next wider width.
 
     Returns:
-        All that lie within half a step of the finest part; where none does, the nearest.
+        All that lie within half a step of the finest part; where none does, the nearest. Of share 1 the whole.
     """
+    if share == 1:  # a whole that is no multiple of its step may have a neighbour within half a step
+        return [{part.name: part.units for part in parts}]
     *others, last = parts
     target = share * sum(part.cost * part.units for part in parts)
     found: list[tuple[Fraction, Sizes]] = []

@@ -114,6 +114,11 @@ def test_of_many_splits_some_at_even_distances_are_tried() -> None:
     assert all(100 * sizes["attention"] + sizes["mlp"] == 6400 for sizes in found)
 
 
+def test_the_whole_stays_whole_though_something_smaller_is_as_near() -> None:
+    parts = [Part("attention", 9, 8, 1), Part("mlp", 64, 8, 1)]
+    assert splits(parts, Fraction(1), {"attention": 9, "mlp": 64}) == [{"attention": 9, "mlp": 64}]
+
+
 def test_impossible_widths_are_refused_before_anything_is_measured(tiny_model: Any, random_batches: Batches) -> None:
     with pytest.raises(RecipeError, match="widths 2 are impossible"):
         measured(tiny_model("llama"), random_batches(), widths=[Fraction(2)])
