@@ -96,11 +96,13 @@ def subnet_config(recipe: CheckedRecipe, config: PretrainedConfig, even_split: b
 
 
 def sizes_unknown(recipe: CheckedRecipe) -> bool:
-    """Tell whether a recipe's selection decides how large its widths are."""
-    from amoeba_plugin.modifiers import WidthShrinkingModifier
+    """Tell whether a recipe's selection decides the sizes of what it extracts."""
+    from amoeba_plugin.modifiers import SubnetExtractionModifier, WidthShrinkingModifier
 
-    width = recipe.find(WidthShrinkingModifier)
-    return width is not None and width.allocation != "uniform"
+    width, extraction = recipe.find(WidthShrinkingModifier), recipe.find(SubnetExtractionModifier)
+    if width is None or extraction is None:
+        return False
+    return width.allocation != "uniform" and SubnetShape.parse(extraction.shape).width != 1
 
 
 def _units_by_width(

@@ -1,26 +1,27 @@
 """Sizes that are the same in every layer, split between attention and MLP as the calibration data wants it.
 
 Scores order the units within a group well, and say little about what a head is worth in neurons. So every split that
-keeps the share of parameters asked for is tried, and the best taken.
+keeps the share of parameters asked for, and that a stock class can hold, is tried, and the best taken.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.allocation import rounding_steps, tell_equal
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
 from amoeba_plugin.sharding import shard
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
@@ -59,7 +60,8 @@ def measured_widths(
 ) -> WidthStrategy:
     """Give every width the sizes, the same in all layers, that are best of those with its share of the parameters.
 
-    Every width keeps subsets of what the wider ones keep. Biases that stand in for missing channels are not measured.
+    Every width keeps subsets of what the wider ones keep, and sizes that a stock class can hold where there are any.
+    Biases that stand in for missing channels are not measured.
 
     Args:
         model: The dense model; as it was afterwards, to the last bit.
@@ -76,15 +78,17 @@ def measured_widths(
 
     Raises:
         RecipeError: If a width or a rounding is impossible.
+        ArchitectureError: If the model cannot be made elastic, as when accelerate offloads weights of it.
     """
     objective.check(batches)
     mine = shard(batches)[0] if objective.is_separable else batches
     parts = parts_of(model, adapter, round_to)
+    has_class = _class_finder(model.config, adapter, ranked.bias_compensation)
     chosen: dict[Fraction, Sizes] = {}
     most: Sizes = {part.name: part.units for part in parts}
     with _in_order(model, adapter, ranked) as elastic:
         for share in tqdm(require_widths(widths), desc="sizes of widths", unit="width", disable=not progress):
-            tried = splits(parts, share, most)
+            tried = splits(parts, share, most, has_class)
             scores: list[Score] = []
             for sizes in tried if len(tried) > 1 else []:
                 elastic.set_units(sizes)
@@ -116,13 +120,16 @@ def parts_of(model: PreTrainedModel, adapter: ArchitectureAdapter, round_to: Map
     return sorted(parts, key=lambda part: part.cost * part.step, reverse=True)
 
 
-def splits(parts: Sequence[Part], share: Fraction, most: Sizes) -> list[Sizes]:
+def splits(
+    parts: Sequence[Part], share: Fraction, most: Sizes, possible: Callable[[Sizes], bool] = lambda _: True
+) -> list[Sizes]:
     """Return the sizes of parts whose parameters are nearest to a share of all, up to ``MOST_SPLITS`` of them.
 
     Args:
         parts: The one with the finest sizes last: it makes up for what the others keep.
         share: Of the parameters of all parts.
         most: Sizes of the next wider width.
+        possible: Tells which sizes to take where there is a choice.
 
     Returns:
         All that lie within half a step of the finest part; where none does, the nearest. Of share 1 the whole.
@@ -137,10 +144,27 @@ def splits(parts: Sequence[Part], share: Fraction, most: Sizes) -> list[Sizes]:
         size = min(last.sizes(most[last.name]), key=lambda size: abs(size * last.cost - left))
         names = (part.name for part in parts)
         found.append((abs(size * last.cost - left), dict(zip(names, (*sizes, size), strict=True))))
+    found = [each for each in found if possible(each[1])] or found
     allowed = max(Fraction(last.step * last.cost, 2), min(distance for distance, _ in found))
     near = [sizes for distance, sizes in found if distance <= allowed]
     few = min(len(near), MOST_SPLITS)
     return [near[index * (len(near) - 1) // max(few - 1, 1)] for index in range(few)]
+
+
+def _class_finder(
+    config: PretrainedConfig, adapter: ArchitectureAdapter, bias_compensation: bool
+) -> Callable[[Sizes], bool]:
+    """Return a function that tells whether a stock class holds sizes: of some, heads must divide the hidden size."""
+
+    def has_class(sizes: Sizes) -> bool:
+        biased = frozenset(sizes) if bias_compensation else frozenset()
+        try:
+            adapter.subnet_config(config, range(config.num_hidden_layers), sizes, biased)
+        except ArchitectureError:
+            return False
+        return True
+
+    return has_class
 
 
 @contextmanager

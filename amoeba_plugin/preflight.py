@@ -12,7 +12,7 @@ import torch
 from amoeba_plugin.architecture import require_alike_layers
 from amoeba_plugin.directories import is_vacant, require_writable
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
-from amoeba_plugin.expected_config import subnet_config
+from amoeba_plugin.expected_config import sizes_unknown, subnet_config
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.subnet_classes import build
@@ -159,12 +159,14 @@ def _require_divisible(
         if columns % size:
             odd[path.rpartition(".")[2]] = columns
     if odd:
-        where = ", ".join(f"{linear} ({columns} inputs)" for linear, columns in odd.items())
+        any_of = "any multiple of " if sizes_unknown(recipe) else ""
+        where = ", ".join(f"{linear} ({any_of}{columns} inputs)" for linear, columns in odd.items())
         common = max(each for each in _divisors(size) if all(columns % each == 0 for columns in odd.values()))
+        smaller = f"or group_size to {common} (in config_groups), " if common > 1 else ""
         raise RecipeError(
             f"{recipe.source}: {name} quantizes in groups of {size} input channels, which do not divide {where}; set "
-            f"WidthShrinkingModifier.round_to to a multiple of {size}, or group_size to {common} (in config_groups), "
-            "or a scheme without groups (W8A8), or add these modules to ignore"
+            f"WidthShrinkingModifier.round_to to a multiple of {size}, {smaller}or a scheme without groups (W8A8), or "
+            "add these modules to ignore"
         )
 
 

@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
     "select_stage": {
         "select_modifiers": {
             "DepthShrinkingModifier": {"min_depth": 2},
-            "WidthShrinkingModifier": {"widths": ["1", "3/4"]},
+            "WidthShrinkingModifier": {"widths": ["1", "3/4"], "allocation": "uniform"},
         }
     },
     "extract_stage": {"extract_modifiers": {"SubnetExtractionModifier": {"shape": "3x3/4"}}},

@@ -31,7 +31,7 @@ RECIPE = {
     "select_stage": {
         "a_modifiers": {
             "DepthShrinkingModifier": {"min_depth": 2},
-            "WidthShrinkingModifier": {"widths": ["1", "3/4"]},
+            "WidthShrinkingModifier": {"widths": ["1", "3/4"], "allocation": "uniform"},
         }
     },
     "finetune_stage": {

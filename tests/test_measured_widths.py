@@ -114,6 +114,23 @@ def test_of_many_splits_some_at_even_distances_are_tried() -> None:
     assert all(100 * sizes["attention"] + sizes["mlp"] == 6400 for sizes in found)
 
 
+def test_sizes_that_a_stock_class_holds_are_taken_where_there_are_any() -> None:
+    parts = [Part("attention", 8, 1, 10), Part("mlp", 80, 1, 1)]
+    most = {"attention": 8, "mlp": 80}
+    even = splits(parts, Fraction(1, 2), most, lambda sizes: sizes["attention"] % 2 == 0)
+    assert [sizes["attention"] for sizes in even] == [6, 4, 2]
+    assert splits(parts, Fraction(1, 2), most, lambda _: False) == splits(parts, Fraction(1, 2), most)
+
+
+def test_heads_divide_the_hidden_size_where_a_class_wants_it(random_batches: Batches) -> None:
+    config = CONFIGS["gemma2"] | {"hidden_size": 64, "num_key_value_heads": 8}
+    widths = [Fraction(count, 16) for count in range(15, 3, -1)]
+    strategy = measured(random_model(config), random_batches(lengths=(9,)), widths=widths)
+    heads = [strategy.units[width]["0.attention"] for width in widths]
+    assert set(heads) <= {8, 4, 2, 1}
+    assert len(set(heads)) > 1
+
+
 def test_the_whole_stays_whole_though_something_smaller_is_as_near() -> None:
     parts = [Part("attention", 9, 8, 1), Part("mlp", 64, 8, 1)]
     assert splits(parts, Fraction(1), {"attention": 9, "mlp": 64}) == [{"attention": 9, "mlp": 64}]

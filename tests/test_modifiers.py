@@ -41,7 +41,7 @@ from amoeba_plugin.questions import load_questions
 TinyModel = Callable[..., PreTrainedModel]
 
 DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "keep_last": 1}}
-WIDTH = {"WidthShrinkingModifier": {"widths": ["1", "3/4", "1/2"]}}
+WIDTH = {"WidthShrinkingModifier": {"widths": ["1", "3/4", "1/2"], "allocation": "uniform"}}
 TRAIN = {
     "OneForAllDistillationModifier": {
         "adapter": {"r": 4, "num_experts": 3},
@@ -164,9 +164,8 @@ def test_layers_of_different_sizes_are_quantized_in_the_same_recipe(
 
 
 def test_attention_and_mlp_of_different_shares_fit_a_stock_class(base: Path, data: Dataset, tmp_path: Path) -> None:
-    width = {"widths": ["1", "3/4"], "allocation": "measured"}
     text = recipe(
-        DEPTH | {"WidthShrinkingModifier": width},
+        DEPTH | {"WidthShrinkingModifier": {"widths": ["1", "3/4"]}},
         {"SubnetExtractionModifier": {"shape": "3x3/4"}},
         QUANTIZATION["w8a8"],
     )
@@ -330,6 +329,14 @@ def test_registering_twice_changes_nothing() -> None:
 def test_a_bad_field_is_refused_when_the_recipe_is_parsed(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_sizes_are_measured_unless_anchors_make_layers_differ() -> None:
+    assert WidthShrinkingModifier(widths=["1"]).allocation == "measured"
+    assert WidthShrinkingModifier(widths=["1"], anchor_layers=0).allocation == "measured"
+    assert WidthShrinkingModifier(widths=["1"], anchor_layers=[2]).allocation == "uniform"
+    with pytest.raises(ValueError, match="leave anchor_layers out, or take allocation: uniform or global"):
+        WidthShrinkingModifier(widths=["1"], anchor_layers=1, allocation="measured")
 
 
 def test_an_unknown_objective_or_importance_names_the_known_ones() -> None:

@@ -324,10 +324,15 @@ def test_splits_that_are_not_measured_yet_are_checked_at_the_least_they_may_keep
 
 
 def test_a_group_size_must_divide_the_subnets_inputs():
-    check_against_model(check_recipe(grouped(32)), config_of())  # 3 KV groups: 96 inputs of o_proj, 96 of down_proj
+    def text(size: int) -> str:
+        return grouped(size).replace('["1", "3/4"]', '["1", "3/4"], allocation: uniform')
+
+    check_against_model(check_recipe(text(32)), config_of())  # 3 KV groups: 96 inputs of o_proj, 96 of down_proj
     with pytest.raises(
         RecipeError, match=r"groups of 64 .*o_proj \(96 inputs\), down_proj \(96 inputs\).*group_size to 32"
     ):
+        check_against_model(check_recipe(text(64)), config_of())
+    with pytest.raises(RecipeError, match=r"o_proj \(any multiple of 32 inputs\), down_proj \(any multiple of 1 inputs\)"):
         check_against_model(check_recipe(grouped(64)), config_of())
 
 

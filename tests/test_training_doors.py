@@ -140,8 +140,8 @@ def test_a_trainer_of_ones_own_distils_every_token_of_a_step_alike(base: Path, t
         data_collator=PaddingCollator(), callbacks=[TrainingEventsCallback()],
     ).train()  # fmt: skip
     expected, found = (adapter_of(tmp_path / name) for name in ("recipe", "session"))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
+    for name, value in expected.items():  # rows weighed alike are 1e-2 away
+        torch.testing.assert_close(found[name], value, rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("adapter", [{"type": "lora", "r": 2}, "none"])

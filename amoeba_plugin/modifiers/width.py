@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
+from amoeba_plugin.hosted import is_offloaded
 from amoeba_plugin.importance import GroupImportance, Importance
 from amoeba_plugin.layer_scores import most_sensitive_layers
 from amoeba_plugin.measured_widths import measured_widths
@@ -39,10 +40,10 @@ class WidthShrinkingModifier(Modifier):
         importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``,
             ``group_magnitude``, ``taylor`` or ``taylor_vector`` (these two take a backward pass over the calibration
             data, and 4 bytes of main memory per weight), or a plugin's. Default ``flap``.
-        allocation: ``uniform``, the same share of attention and MLP in every layer; ``measured``, the same sizes in
-            every layer, split between attention and MLP as loses least on the calibration data; or ``global``, the
+        allocation: ``measured``, the same sizes in every layer, split between attention and MLP as loses least on the
+            calibration data; ``uniform``, the same share of attention and MLP in every layer; or ``global``, the
             paper's one threshold over all layers. Stock classes can load the first two, a per-layer class holds the
-            last. Default ``uniform``.
+            last. Default ``measured``, with ``anchor_layers`` ``uniform``.
         anchor_layers: Layers that keep full width while the others make up for them, so that widths stay shares of the
             whole model: their indices, or how many of the most sensitive ones (those without which the calibration
             loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
@@ -53,7 +54,7 @@ class WidthShrinkingModifier(Modifier):
 
     widths: list[str]
     importance: str = "flap"
-    allocation: Literal["uniform", "measured", "global"] = "uniform"
+    allocation: Literal["measured", "uniform", "global"] = "measured"
     anchor_layers: int | list[int] = 0
     round_to: int | dict[str, int] = Field(default=1)
     bias_compensation: bool = False
@@ -85,6 +86,8 @@ class WidthShrinkingModifier(Modifier):
 
     @model_validator(mode="after")
     def _measured_layers_are_equal(self) -> WidthShrinkingModifier:
+        if self.anchor_count and "allocation" not in self.model_fields_set:
+            self.allocation = "uniform"
         if self.allocation == "measured" and self.anchor_count:
             raise RecipeError(
                 "allocation: measured gives all layers the same sizes, and anchor_layers keep full width; leave "
@@ -98,7 +101,11 @@ class WidthShrinkingModifier(Modifier):
         return self.anchor_layers if isinstance(self.anchor_layers, int) else len(set(self.anchor_layers))
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Collect statistics on the dense model and rank."""
+        """Collect statistics on the dense model and rank.
+
+        Raises:
+            ArchitectureError: If accelerate offloads weights of a model that sizes are to be tried on.
+        """
         require_session_order(self)
         selection, model = selection_for(state), state.model
         with on_main_device(model), selection.timed("width ranking"):
@@ -110,6 +117,11 @@ class WidthShrinkingModifier(Modifier):
         return True
 
     def _ranked(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> WidthStrategy:
+        if self.allocation == "measured" and is_offloaded(model):
+            raise ArchitectureError(
+                "allocation: measured tries sizes on the model, and accelerate offloads its weights; set allocation: "
+                "uniform or global, or load the model where memory holds it whole"
+            )
         importance = importance_named(self.importance)
         widths = [parse_width(width) for width in self.widths]
         statistics, gradients = {}, {}
