@@ -12,7 +12,8 @@ from amoeba_plugin.registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 if TYPE_CHECKING:
-    from amoeba_plugin.checkpoint import extract_checkpoint, load_elastic, save_elastic
+    from amoeba_plugin.checkpoint import load_elastic, save_elastic
+    from amoeba_plugin.checkpoint_extraction import extract_checkpoint
     from amoeba_plugin.elastic import ElasticModel
     from amoeba_plugin.extraction import extract
     from amoeba_plugin.smol import SmolConfig, SmolModel
@@ -29,7 +30,7 @@ _LAZY = {
     "SubnetStrategy": "strategy",
     "WidthStrategy": "strategy",
     "extract": "extraction",
-    "extract_checkpoint": "checkpoint",
+    "extract_checkpoint": "checkpoint_extraction",
     "load_elastic": "checkpoint",
     "save_elastic": "checkpoint",
     "train_one_for_all": "training",

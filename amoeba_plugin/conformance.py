@@ -33,9 +33,10 @@ from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.sublayers import PARTS, StandIns
 
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))

@@ -1,4 +1,4 @@
-"""Directories of results: there as a whole or not at all."""
+"""Directories and files of results: there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -78,6 +78,19 @@ def whole_or_nothing(directory: Path, replace: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all: a sibling is written, synced, and renamed over it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _workplace(directory: Path) -> Path:

@@ -10,70 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_usable
-from amoeba_plugin.elastic_linear import (
-    ElasticLinear,
-    PackedElasticLinear,
-    PartialLinear,
-    convert_packed,
-    dense_weight,
-    is_packed,
-)
+from amoeba_plugin.elastic_group import ElasticGroup
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.experts import ElasticExperts
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.hosted import is_offloaded
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.sharded import gathered
-from amoeba_plugin.slicing import SlicedModule, joined, restore_parameters, slice_parameters
-from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import SubnetStrategy
 from amoeba_plugin.sublayers import Kept, StandIns
 
 if TYPE_CHECKING:
     from amoeba_plugin.streaming import StreamedWeights
-
-
-@dataclass(frozen=True)
-class ElasticGroup:
-    """One channel group of one layer, with its live modules; a fused linear comes once for each of its axes."""
-
-    key: str
-    group: ChannelGroup
-    layer: nn.Module
-    producers: tuple[PartialLinear, ...]
-    consumer: PartialLinear
-    norms: tuple[nn.Module, ...]
-
-    @property
-    def packed(self) -> bool:
-        """Whether a linear of it keeps its weight packed."""
-        return any(isinstance(each, PackedElasticLinear) for each in (*self.producers, self.consumer))
-
-    def reordered(self, means: Tensor, order: Tensor) -> Tensor:
-        """Return the consumer's mean inputs, (channels,), in the order that its columns were brought into."""
-        return means[self.group.consumer.channels(order)]
-
-    def set_units(self, units: int, compensation_row: int | None) -> None:
-        """Activate the first ``units`` units."""
-        blocks: dict[PartialLinear, list[slice]] = {}
-        for axis, linear in zip(self.group.producers, self.producers, strict=True):
-            blocks.setdefault(linear, []).append(axis.prefix(units))
-        for linear, rows in blocks.items():
-            linear.active_rows = joined(rows)
-        for axis, norm in zip(self.group.norms, self.norms, strict=True):
-            assert isinstance(norm, SlicedModule)
-            norm.active = {name: (0, (axis.prefix(units),)) for name in norm._parameters}
-        self.consumer.active_in = units * self.group.consumer.channels_per_unit
-        self.consumer.compensation_row = compensation_row
 
 
 class ElasticModel:
@@ -119,7 +78,7 @@ class ElasticModel:
         self._listeners: list[Callable[[SubnetShape], None]] = []
         if weights is None:
             for group in self.groups:
-                _reorder(group, strategy.width)
+                group.reorder(strategy.width)
             for experts in self.experts:
                 experts.reorder(strategy.width.order)
         else:
@@ -155,7 +114,7 @@ class ElasticModel:
             inside = set(part.modules()) if fresh else set()
             groups = [group for group in self.groups if group.consumer in inside]
             for group in groups:
-                _reorder(group, self.strategy.width)
+                group.reorder(self.strategy.width)
             for experts in self.experts:
                 if experts.module in inside:
                     experts.reorder(self.strategy.width.order)
@@ -294,11 +253,8 @@ class ElasticModel:
         for group in self.groups:
             order = self.strategy.width.order.get(group.key)
             if order is not None and (group.packed or original_order):
-                _permute(group, order.argsort())
-            for linear in {*group.producers, group.consumer}:
-                linear.restore()
-            for norm in group.norms:
-                restore_parameters(norm)
+                group.permute(order.argsort())
+            group.restore()
         for experts in self.experts:
             if original_order:
                 experts.reorder({key: order.argsort() for key, order in self.strategy.width.order.items()})
@@ -307,7 +263,7 @@ class ElasticModel:
     def _elastic_groups(self) -> tuple[ElasticGroup, ...]:
         groups = self.adapter.channel_groups(self.config)
         return tuple(
-            _elastic_group(group_key(index, group), group, layer)
+            ElasticGroup.convert(group_key(index, group), group, layer)
             for index, layer in enumerate(self.layers)
             for group in groups
             if group.consumer.expert is None
@@ -342,74 +298,3 @@ def _require_at_hand(model: PreTrainedModel) -> None:
             "to them here. Selection runs on it; to train or cut, load the model where memory holds it whole, without "
             "offloading. `amoeba extract` needs memory for the subnet alone"
         )
-
-
-def _elastic_group(key: str, group: ChannelGroup, layer: nn.Module) -> ElasticGroup:
-    linears = {path: _elastic_linear(layer, path) for path in dict.fromkeys(axis.path for axis in group.producers)}
-    norms = tuple(layer.get_submodule(axis.path) for axis in group.norms)
-    for norm in norms:
-        slice_parameters(norm)
-    producers = tuple(linears[axis.path] for axis in group.producers)
-    return ElasticGroup(key, group, layer, producers, _elastic_linear(layer, group.consumer.path), norms)
-
-
-def _elastic_linear(layer: nn.Module, path: str) -> PartialLinear:
-    linear = layer.get_submodule(path)
-    if not isinstance(linear, PartialLinear) and is_packed(linear):
-        return convert_packed(linear)
-    if type(linear) is not nn.Linear:
-        raise ArchitectureError(
-            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, neither a plain nn.Linear nor a packed "
-            "one: the model is already elastic, or carries an adapter; make it elastic before anything else"
-        )
-    return ElasticLinear.convert(linear)
-
-
-def _reorder(group: ElasticGroup, width: WidthStrategy) -> None:
-    """Bring a group's channels into the order of their importance and precompute the biases that stand in for missing
-    ones."""
-    order = width.order.get(group.key)
-    if order is None:
-        return
-    if width.bias_compensation:
-        group.consumer.register_buffer("compensation", _compensation(group, width, order), persistent=False)
-    _permute(group, order)
-
-
-@torch.no_grad()
-def _permute(group: ElasticGroup, order: Tensor) -> None:
-    """Permute the channels of a group: in place where weights are dense, of packed ones what flows in and out."""
-    for axis, module in zip(
-        (*group.group.producers, *group.group.norms), (*group.producers, *group.norms), strict=True
-    ):
-        channels = axis.channels(order)
-        run = slice(axis.first_channel, axis.first_channel + len(channels))
-        for tensor in _by_row(module):
-            tensor[run] = tensor[channels.to(tensor.device)]
-    columns = group.group.consumer.channels(order)
-    consumer = group.consumer
-    if isinstance(consumer, PackedElasticLinear):
-        consumer.column_order.copy_(consumer.column_order[columns.to(consumer.column_order.device)])
-    else:
-        weight = consumer.get_parameter("weight")
-        weight.copy_(weight[:, columns.to(weight.device)])
-
-
-def _by_row(module: nn.Module) -> list[Tensor]:
-    if isinstance(module, PackedElasticLinear):
-        return [module.row_order]
-    return [parameter for parameter in module._parameters.values() if parameter is not None]
-
-
-def _compensation(group: ElasticGroup, width: WidthStrategy, order: Tensor) -> Tensor:
-    # b = W[:, pruned] @ mu[pruned]  (FLAP, arXiv:2312.11983, eq. 5), one row per width; in fp32
-    columns = group.group.consumer.channels(order)
-    whole = dense_weight(group.consumer)
-    weight = whole.float()[:, columns.to(whole.device)]
-    mean = width.mean_input[group.key][columns].to(weight.device)
-    rows = []
-    for share in sorted(width.units, reverse=True):
-        kept = width.units[share].get(group.key, group.group.units) * group.group.consumer.channels_per_unit
-        # a copy, because the last bit of a product depends on where in memory its factors begin
-        rows.append(weight[:, kept:].contiguous() @ mean[kept:])
-    return torch.stack(rows).to(whole.dtype)

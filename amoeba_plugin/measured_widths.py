@@ -22,9 +22,10 @@ from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
 from amoeba_plugin.sharding import shard
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.width import require_widths, unit_cost
 
 logger = logging.getLogger(__name__)

@@ -51,6 +51,16 @@ def why_not(model: str, error: Exception) -> str:
     return missing + (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def copy_tokenizer(reference: str, directory: Path) -> None:
+    """Write a model's tokenizer, if it has one, beside a checkpoint."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(reference).save_pretrained(directory)
+    except (OSError, ValueError):  # a base without a tokenizer is legal; its subnet then has none either
+        return
+
+
 def require_weights(model: str) -> None:
     """Read the headers of a directory's safetensors files; weights on the hub or in other formats are not looked at.
 

@@ -206,7 +206,7 @@ def _with_named_experts(model: str, options: RunOptions, own_code: bool) -> PreT
 def _own_stage(recipe: CheckedRecipe, model: str, batches: list[Batch], directory: Path, options: RunOptions) -> None:
     from transformers import AutoModelForCausalLM
 
-    from amoeba_plugin.checkpoint import copy_tokenizer
+    from amoeba_plugin.model_files import copy_tokenizer
     from amoeba_plugin.modifiers.own_stage import run_own_stage
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype).eval()

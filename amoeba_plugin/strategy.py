@@ -11,34 +11,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.elastic_linear import is_packed
+from amoeba_plugin.directories import write_atomically
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
-from amoeba_plugin.hosted import onloaded
+from amoeba_plugin.fingerprint import Loaded, model_fingerprint, same_model
 from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, require_distinct_depths
 from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
 WHOLE_LAYERS_VERSION = 1  # written where every layer kept is whole, so that older versions of this package read it
 JSON_NAME, TENSORS_NAME = "strategy.json", "strategy.safetensors"
-FINGERPRINT_ELEMENTS = 256
-PACKED = "packed"
-Loaded = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -240,60 +235,6 @@ class SubnetStrategy:
             document["fingerprint"],
             document["provenance"],
         )
-
-
-def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter, loaded: Loaded = nullcontext) -> str:
-    """Return two digests, "WEIGHTS.FRAME": of every decoder parameter, and of what a quantization leaves as it is.
-
-    WEIGHTS: shapes and first elements; "packed" for a model with packed linears. FRAME: sizes of the channel groups,
-    and the norms. Values are rounded to bf16 first, so that loading a model in another dtype does not change its
-    fingerprint. To be taken before channels are reordered; ``loaded`` has a layer's weights in memory for a block of
-    code.
-    """
-    weights, frame = (hashlib.sha256(model.config.model_type.encode()) for _ in range(2))
-    for group in adapter.channel_groups(model.config):
-        frame.update(f"{group.name}{group.units}x{group.consumer.channels_per_unit}".encode())
-    packed = False
-    for index, layer in enumerate(adapter.layers(model)):
-        with loaded(layer), onloaded(layer.modules()):
-            for path, module in layer.named_modules():
-                packed |= is_packed(module)
-                for name, parameter in module._parameters.items():
-                    if parameter is None or is_packed(module):
-                        continue
-                    told = _told(".".join(filter(None, (str(index), path, name))), parameter)
-                    weights.update(told)
-                    if parameter.dim() == 1 and not isinstance(module, nn.Linear):
-                        frame.update(told)
-    return f"{PACKED if packed else weights.hexdigest()}.{frame.hexdigest()}"
-
-
-def _told(name: str, parameter: Tensor) -> bytes:
-    head = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
-    return f"{name}{tuple(parameter.shape)}".encode() + head.view(torch.int16).numpy().tobytes()
-
-
-def same_model(fingerprint: str, other: str) -> bool:
-    """Tell whether two fingerprints are of one model; a quantized one is known by its frame.
-
-    >>> same_model("a.b", "a.b"), same_model("a.b", "c.b"), same_model("packed.b", "c.b"), same_model("packed.b", "c.d")
-    (True, False, True, False)
-    """
-    (weights, _, frame), (other_weights, _, other_frame) = fingerprint.partition("."), other.partition(".")
-    return frame == other_frame if PACKED in (weights, other_weights) else weights == other_weights
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all: a sibling is written, synced, and renamed over it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -29,9 +29,10 @@ from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for, importance_named
 from amoeba_plugin.run import RunOptions, run_recipe
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.width import rank_widths
 
 OFFSET_NORMS = ["gemma2", "gemma3_text"]

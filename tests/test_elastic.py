@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticLinear, ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 TinyModel = Callable[..., PreTrainedModel]
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]

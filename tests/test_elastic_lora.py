@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol, extract_checkpoint, load_elastic, save_elastic
+from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError

@@ -16,9 +16,10 @@ from amoeba_plugin.conformance import KEPT, random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.plugins import architecture_for, importance_named
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.width import coupled_parameters, rank_group, rank_widths
 
 TYPES = ["mixtral", "qwen3_moe"]

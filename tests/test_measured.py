@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.measured import NAMES, MeasuredTable
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.ranks import from_first_rank
-from amoeba_plugin.strategy import DepthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

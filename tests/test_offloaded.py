@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.layer_scores import angular_distances, magnitude
 from amoeba_plugin.plugins import architecture_for, importance_named
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.width import rank_widths
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin import extraction
-from amoeba_plugin.checkpoint import attach_smol, extract_checkpoint, load_elastic, save_elastic
+from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction import extract

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for, depth_selector_named, objective_named
 from amoeba_plugin.report import DepthRow
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 PUBLISHED = {
     "block_influence": "Block Influence",

@@ -33,10 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from amoeba_plugin.architecture import group_key
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer
 
 WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(5, 8))

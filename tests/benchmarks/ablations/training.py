@@ -16,10 +16,11 @@ from transformers import TrainingArguments
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for, objective_named
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy, model_fingerprint
+from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 
 ONE_FOR_ALL = {"num_experts": 3, "top_k": 3, "router_noise": False, "router_init": "widths"}  # as the demo's recipe

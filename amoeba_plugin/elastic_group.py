@@ -1,0 +1,136 @@
+"""One channel group of one layer of an elastic model: its size, and the order of its channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from amoeba_plugin.architecture import ChannelGroup
+from amoeba_plugin.elastic_linear import (
+    ElasticLinear,
+    PackedElasticLinear,
+    PartialLinear,
+    convert_packed,
+    dense_weight,
+    is_packed,
+)
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.slicing import SlicedModule, joined, restore_parameters, slice_parameters
+from amoeba_plugin.strategy import WidthStrategy
+
+
+@dataclass(frozen=True)
+class ElasticGroup:
+    """One channel group of one layer, with its live modules; a fused linear comes once for each of its axes."""
+
+    key: str
+    group: ChannelGroup
+    layer: nn.Module
+    producers: tuple[PartialLinear, ...]
+    consumer: PartialLinear
+    norms: tuple[nn.Module, ...]
+
+    @classmethod
+    def convert(cls, key: str, group: ChannelGroup, layer: nn.Module) -> ElasticGroup:
+        """Make a group's modules elastic in place.
+
+        Raises:
+            ArchitectureError: If a linear is of a class that cannot be.
+        """
+        linears = {path: _elastic_linear(layer, path) for path in dict.fromkeys(axis.path for axis in group.producers)}
+        norms = tuple(layer.get_submodule(axis.path) for axis in group.norms)
+        for norm in norms:
+            slice_parameters(norm)
+        producers = tuple(linears[axis.path] for axis in group.producers)
+        return cls(key, group, layer, producers, _elastic_linear(layer, group.consumer.path), norms)
+
+    def restore(self) -> None:
+        """Give the modules their hosts' classes back."""
+        for linear in {*self.producers, self.consumer}:
+            linear.restore()
+        for norm in self.norms:
+            restore_parameters(norm)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a linear of it keeps its weight packed."""
+        return any(isinstance(each, PackedElasticLinear) for each in (*self.producers, self.consumer))
+
+    def set_units(self, units: int, compensation_row: int | None) -> None:
+        """Activate the first ``units`` units."""
+        blocks: dict[PartialLinear, list[slice]] = {}
+        for axis, linear in zip(self.group.producers, self.producers, strict=True):
+            blocks.setdefault(linear, []).append(axis.prefix(units))
+        for linear, rows in blocks.items():
+            linear.active_rows = joined(rows)
+        for axis, norm in zip(self.group.norms, self.norms, strict=True):
+            assert isinstance(norm, SlicedModule)
+            norm.active = {name: (0, (axis.prefix(units),)) for name in norm._parameters}
+        self.consumer.active_in = units * self.group.consumer.channels_per_unit
+        self.consumer.compensation_row = compensation_row
+
+    def reorder(self, width: WidthStrategy) -> None:
+        """Bring the channels into the order of their importance and precompute the biases that stand in for missing
+        ones."""
+        order = width.order.get(self.key)
+        if order is None:
+            return
+        if width.bias_compensation:
+            self.consumer.register_buffer("compensation", self._compensation(width, order), persistent=False)
+        self.permute(order)
+
+    def reordered(self, means: Tensor, order: Tensor) -> Tensor:
+        """Return the consumer's mean inputs, (channels,), in the order that its columns were brought into."""
+        return means[self.group.consumer.channels(order)]
+
+    @torch.no_grad()
+    def permute(self, order: Tensor) -> None:
+        """Permute the channels by units: in place where weights are dense, of packed ones what flows in and out."""
+        for axis, module in zip(
+            (*self.group.producers, *self.group.norms), (*self.producers, *self.norms), strict=True
+        ):
+            channels = axis.channels(order)
+            run = slice(axis.first_channel, axis.first_channel + len(channels))
+            for tensor in _by_row(module):
+                tensor[run] = tensor[channels.to(tensor.device)]
+        columns = self.group.consumer.channels(order)
+        if isinstance(self.consumer, PackedElasticLinear):
+            column_order = self.consumer.column_order
+            column_order.copy_(column_order[columns.to(column_order.device)])
+        else:
+            weight = self.consumer.get_parameter("weight")
+            weight.copy_(weight[:, columns.to(weight.device)])
+
+    def _compensation(self, width: WidthStrategy, order: Tensor) -> Tensor:
+        # b = W[:, pruned] @ mu[pruned]  (FLAP, arXiv:2312.11983, eq. 5), one row per width; in fp32
+        consumer = self.group.consumer
+        columns = consumer.channels(order)
+        whole = dense_weight(self.consumer)
+        weight = whole.float()[:, columns.to(whole.device)]
+        mean = width.mean_input[self.key][columns].to(weight.device)
+        rows = []
+        for share in sorted(width.units, reverse=True):
+            kept = width.units[share].get(self.key, self.group.units) * consumer.channels_per_unit
+            # a copy, because the last bit of a product depends on where in memory its factors begin
+            rows.append(weight[:, kept:].contiguous() @ mean[kept:])
+        return torch.stack(rows).to(whole.dtype)
+
+
+def _elastic_linear(layer: nn.Module, path: str) -> PartialLinear:
+    linear = layer.get_submodule(path)
+    if not isinstance(linear, PartialLinear) and is_packed(linear):
+        return convert_packed(linear)
+    if type(linear) is not nn.Linear:
+        raise ArchitectureError(
+            f"{path} is a {type(linear).__module__}.{type(linear).__name__}, neither a plain nn.Linear nor a packed "
+            "one: the model is already elastic, or carries an adapter; make it elastic before anything else"
+        )
+    return ElasticLinear.convert(linear)
+
+
+def _by_row(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, PackedElasticLinear):
+        return [module.row_order]
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
