@@ -83,7 +83,7 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
     Raises:
         ArchitectureError: If the architecture is not supported, the model quantized, no stock class holds the shape, or
             SmoothQuant or AWQ would change what the model computes.
-        RecipeError: If layers named, ``min_depth``, ``round_to`` or a group size do not fit the model.
+        RecipeError: If layers or linears named, ``min_depth``, ``round_to`` or a group size do not fit the model.
         ShapeError: If the shape to extract is outside the space.
     """
     require_alike_layers(config)
@@ -95,6 +95,7 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
     whole = config
     if recipe.is_structural:
         config = subnet_config(recipe, config)
+    _check_targets(recipe, whole)
     quantizing = [
         (type(modifier).__name__, modifier.resolve_quantization_config())
         for modifier in recipe.modifiers
@@ -103,6 +104,25 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
     if quantizing:
         _check_quantization(recipe, quantizing, config)
     _check_smoothing(recipe, [each for _, each in quantizing], config, whole)
+
+
+def _check_targets(recipe: CheckedRecipe, config: PretrainedConfig) -> None:
+    """Refuse names that no linear has: PEFT passes over them where others fit, and complains after selection else."""
+    from amoeba_plugin.modifiers import OneForAllDistillationModifier
+
+    training = recipe.find(OneForAllDistillationModifier)
+    if training is None or training.adapter == "none" or training.adapter.target_modules is None:
+        return
+    linears = [path for path, module in weightless(config).named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [
+        name for name in training.adapter.target_modules if not any(f".{path}".endswith(f".{name}") for path in linears)
+    ]
+    if unknown:
+        possible = dict.fromkeys(path.rpartition(".")[2] for path in linears)
+        raise RecipeError(
+            f"{recipe.source}: adapter.target_modules names {', '.join(unknown)}, and the model has no such linear; "
+            f"possible are {', '.join(possible)}"
+        )
 
 
 def has_experts(config: PretrainedConfig) -> bool:

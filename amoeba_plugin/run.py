@@ -104,10 +104,9 @@ def calibration_batches(
         return None
     from amoeba_plugin.modifiers import DepthShrinkingModifier
     from amoeba_plugin.plugins import objective_named
-    from amoeba_plugin.text_data import load_batches, require_file
+    from amoeba_plugin.text_data import load_batches
 
-    for each in _own_data_sets(recipe):
-        require_file(each)
+    _require_own_data(recipe)
     batches = load_batches(
         dataset,
         load_tokenizer(model),
@@ -124,14 +123,16 @@ def calibration_batches(
     return batches
 
 
-def _own_data_sets(recipe: CheckedRecipe) -> list[str]:
-    """Return the data sets that modifiers of the recipe name, which are read after selection only."""
+def _require_own_data(recipe: CheckedRecipe) -> None:
+    """Open what modifiers read after selection has taken its hours."""
     from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier
+    from amoeba_plugin.text_data import read_text, require_file
 
     depth, training = recipe.find(DepthShrinkingModifier), recipe.find(OneForAllDistillationModifier)
-    questions = None if depth is None else depth.questions
-    named = (None if training is None else training.dataset, None if questions is None else questions.dataset)
-    return [each for each in named if each is not None]
+    if depth is not None and depth.questions is not None:
+        require_file(depth.questions.dataset)  # read first thing
+    if training is not None and training.dataset is not None and training.max_steps:
+        read_text(training.dataset, training.dataset_split, training.text_column)
 
 
 def _oneshot(

@@ -58,19 +58,16 @@ def load_batches(
     Raises:
         DataError: If the data set cannot be read, is empty or too short, or lacks the column.
     """
-    rows = read_rows(dataset, split)
-    if len(rows) == 0:
-        raise DataError(f"data set {dataset}, split {split}, is empty; name a split with rows")
+    rows, column = read_text(dataset, split, text_column)
     if min(num_samples, batch_size) < 1 or max_seq_length < 2:
         raise DataError(
             f"{num_samples} samples of {max_seq_length} tokens in batches of {batch_size} are impossible; "
             "take 1 or more samples, batches of 1 or more, and 2 tokens or more"
         )
     rng = random.Random(seed)
-    if "input_ids" in rows.column_names:
+    if column is None:
         chosen = _tokenised_rows(rows, num_samples, max_seq_length, rng)
     else:
-        column = _text_column(rows, dataset, text_column)
         chosen = _text_blocks(rows, column, dataset, tokenizer, num_samples, max_seq_length, rng)
     if len(chosen) < num_samples:
         logger.warning("data set %s gives %d samples where %d were asked for", dataset, len(chosen), num_samples)
@@ -78,6 +75,18 @@ def load_batches(
     return materialise(
         collated(chosen[start : start + batch_size], collate) for start in range(0, len(chosen), batch_size)
     )
+
+
+def read_text(dataset: str, split: str, text_column: str | None) -> tuple[Any, str | None]:
+    """Open one split of a data set and find its text; returned as rows, and their column, or none of tokens.
+
+    Raises:
+        DataError: If it cannot be read, is empty, or lacks the column.
+    """
+    rows = read_rows(dataset, split)
+    if len(rows) == 0:
+        raise DataError(f"data set {dataset}, split {split}, is empty; name a split with rows")
+    return rows, None if "input_ids" in rows.column_names else _text_column(rows, dataset, text_column)
 
 
 def read_rows(dataset: str, split: str) -> Any:

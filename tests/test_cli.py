@@ -239,6 +239,29 @@ class TestBeforeAnythingLoads:
         (files["elastic"] / "thesis.txt").write_text("years of work")
         assert "no elastic checkpoint" in refused(*run_arguments(files))
 
+    def test_linears_that_the_model_has_not_are_refused(self, files: Files):
+        known = 'target_modules: ["q_proj", "mlp.up_proj", "lm_head"]'
+        text = files["recipe"].read_text()
+        files["recipe"].write_text(text.replace("r: 2", f"r: 2\n        {known}"))
+        assert invoke("check", files["recipe"], "--model", files["model"]).exit_code == 0
+        files["recipe"].write_text(files["recipe"].read_text().replace('"mlp.up_proj"', '"mlp.up", "proj"'))
+        message = refused(*run_arguments(files))
+        assert "target_modules names mlp.up, proj, and the model has no such linear" in message
+        assert "possible are q_proj, k_proj" in message
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ("dataset: nobody/nothing", "data set nobody/nothing, split train, cannot be read: it is no path here"),
+            ("dataset: TEXT\n      text_column: body", "no column 'body' of strings; its columns are text"),
+        ],
+    )
+    def test_training_text_is_opened_before_selection(self, files: Files, fields: str, message: str):
+        training = f"max_steps: 1\n      {fields}".replace("TEXT", str(files["text"]))
+        files["recipe"].write_text(files["recipe"].read_text().replace("max_steps: 1", training))
+        assert message in refused(*run_arguments(files))
+        assert not files["out"].exists()
+
     def test_one_directory_for_two_things_is_refused(self, files: Files):
         assert "name two directories" in refused(*run_arguments(files, out=files["elastic"]))
         assert "elastic_dir" in refused(*run_arguments(files, out=files["elastic"] / "out"))
