@@ -13,7 +13,7 @@ from elastic_models import random_elastic, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin import checkpoint
+from amoeba_plugin import checkpoint, checkpoint_extraction
 from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
@@ -114,7 +114,7 @@ def test_an_adapter_of_another_model_or_choice_of_layers_is_refused(elastic: Ela
 def test_a_shape_outside_is_refused_before_the_base_is_loaded(
     elastic: ElasticModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load_elastic", None)
+    monkeypatch.setattr(checkpoint_extraction, "load_elastic", None)
     with pytest.raises(ShapeError, match="outside the space"):
         extract_checkpoint(tmp_path / "elastic", "4x1/4", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ from elastic_models import KEPT, random_elastic, random_strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticLinear, ElasticModel
+from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.plugins import architecture_for

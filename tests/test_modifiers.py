@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.checkpoint import load_elastic
-from amoeba_plugin.elastic import ElasticLinear
+from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError, PluginError, RecipeError
 from amoeba_plugin.modifiers import (
     DepthShrinkingModifier,

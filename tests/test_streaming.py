@@ -234,7 +234,7 @@ def test_an_output_below_a_file_is_refused_before_the_base_is_loaded(
 ) -> None:
     model = tiny_model("llama")
     directory = write_elastic(model, random_strategy(model), tmp_path)
-    monkeypatch.setattr("amoeba_plugin.checkpoint.load_elastic", None)
+    monkeypatch.setattr("amoeba_plugin.checkpoint_extraction.load_elastic", None)
     (tmp_path / "file").write_text("years of work")
     with pytest.raises(ArtifactError, match="Not a directory"):
         extract_checkpoint(directory, SHAPE, tmp_path / "file" / "out")

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
-from amoeba_plugin.elastic import ElasticLinear
+from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
 from amoeba_plugin.smol.config import COMBINATIONS
