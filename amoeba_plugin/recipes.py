@@ -125,7 +125,7 @@ def asked_shapes(recipe: CheckedRecipe) -> list[SubnetShape]:
     from amoeba_plugin.modifiers import OneForAllDistillationModifier, SubnetExtractionModifier
 
     extraction, training = recipe.find(SubnetExtractionModifier), recipe.find(OneForAllDistillationModifier)
-    sampled = [] if training is None or training.sampled_shapes == "all" else training.sampled_shapes
+    sampled = [] if training is None or isinstance(training.sampled_shapes, str) else training.sampled_shapes
     return [SubnetShape.parse(each) for each in ([] if extraction is None else [extraction.shape]) + sampled]
 
 

@@ -6,7 +6,7 @@ forward and backward before the next one is active, so that only one subnet's ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -32,7 +32,7 @@ from amoeba_plugin.distillation import (
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import DataError, TrainingError
 from amoeba_plugin.sampling import SandwichSampler, step_seed
-from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol.router import RouterWeights
 from amoeba_plugin.subnet_log import GradientConflict, SubnetMeans
 from amoeba_plugin.training_options import OneForAllOptions
@@ -98,10 +98,8 @@ class SubnetStep:
         host: StepHost,
     ) -> None:
         self.elastic, self.options, self.seed, self.host = elastic, options, seed, host
-        space, listed = elastic.space, options.sampled_shapes
-        # the largest and the smallest are in every step anyway
-        shapes = [*space][1:-1] if listed == "all" else [space.require(shape) for shape in listed]
-        self.sampler = SandwichSampler(space, options.num_random, seed, tuple(shapes))
+        space = elastic.space
+        self.sampler = SandwichSampler(space, options.num_random, seed, _sampled(space, options.sampled_shapes))
         self.means = SubnetMeans()
         inner = text_model(model)
         assert isinstance(inner, PreTrainedModel)
@@ -322,6 +320,15 @@ class KeptLogits:
             # Losses see fp32 copies of half-precision logits; nothing is lost on the way back.
             self.values = logits.new_empty((self._rows, logits.shape[-1]), dtype=self._dtype)
         self.values[place] = logits
+
+
+def _sampled(space: ShapeSpace, asked: Sequence[str]) -> tuple[SubnetShape, ...]:
+    """Return the shapes to draw from; none where depth and width are drawn apart."""
+    if asked == "independent":
+        return ()
+    if asked == "all":
+        return tuple(space)[1:-1]  # the largest and the smallest are in every step anyway
+    return tuple(space.require(shape) for shape in asked)
 
 
 def _at(logits: Tensor, positions: Positions) -> Tensor:

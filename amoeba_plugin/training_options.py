@@ -28,8 +28,8 @@ class OneForAllOptions:
         distill_steps: Optimizer steps with distillation; after them all subnets learn from the labels alone. None: all.
         num_random: Random shapes per micro-batch, beside largest and smallest.
         sampled_shapes: Shapes that the random ones are drawn from, depth and width together: ``("24x7/8", ...)``, or
-            "all": every shape between largest and smallest. Empty: depth and width are drawn apart (the reference
-            code), the depth from all but the largest: narrow subnets of all layers are never trained.
+            "all": every shape between largest and smallest. "independent": depth and width are drawn apart, the depth
+            from all but the largest (the reference code): narrow subnets of all layers are never trained.
         train_largest: False: the largest subnet only teaches; it gets no backward pass. For an adapter that leaves the
             whole model alone (``SmolConfig.adapt_largest=False``).
         conflict_every: Optimizer steps between two measurements of gradient conflict, the cosines between the subnets'
@@ -47,7 +47,7 @@ class OneForAllOptions:
     distill_all_tokens: bool = False
     distill_steps: int | None = None
     num_random: int = 2
-    sampled_shapes: tuple[str, ...] | Literal["all"] = ()
+    sampled_shapes: tuple[str, ...] | Literal["all", "independent"] = "all"
     train_largest: bool = True
     conflict_every: int = 0
 
@@ -72,9 +72,9 @@ class OneForAllOptions:
         if self.num_random < 0:
             raise RecipeError(f"num_random {self.num_random}: give 0 or more (the paper: 2)")
         if isinstance(self.sampled_shapes, str):
-            if self.sampled_shapes == "all":
+            if self.sampled_shapes in ("all", "independent"):
                 return
-            raise RecipeError(f"sampled_shapes '{self.sampled_shapes}': give a list of shapes, or all")
+            raise RecipeError(f"sampled_shapes '{self.sampled_shapes}': give a list of shapes, all, or independent")
         try:
             for shape in self.sampled_shapes:
                 SubnetShape.parse(shape)

@@ -106,14 +106,14 @@ def test_a_listed_shape_outside_the_space_is_refused() -> None:
 
 def test_all_draws_every_shape_but_the_ends_which_are_there_anyway() -> None:
     elastic = random_elastic(tiny_llama())
-    sampler = make_step(elastic, sampled_shapes="all").sampler
+    sampler = make_step(elastic).sampler
     drawn = {shape for step in range(200) for shape in sampler.shapes(step)[1:-1]}
     assert drawn == set(elastic.space) - {elastic.space.largest, elastic.space.smallest}
 
 
 def test_the_reference_draws_no_narrow_subnet_of_all_layers() -> None:
     elastic = random_elastic(tiny_llama())
-    sampler = make_step(elastic).sampler
+    sampler = make_step(elastic, sampled_shapes="independent").sampler
     drawn = {shape for step in range(200) for shape in sampler.shapes(step)[1:]}
     assert max(shape.depth for shape in drawn) < elastic.space.largest.depth
 

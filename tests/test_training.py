@@ -41,7 +41,7 @@ from amoeba_plugin.training_checks import require_supported
 
 Row = dict[str, list[int]]
 VOCABULARY, LENGTH = 61, 12
-PAPER = OneForAllOptions()
+PAPER = OneForAllOptions(sampled_shapes="independent")
 
 
 def make_elastic(seed: int = 0, **config: Any) -> ElasticModel:
@@ -176,7 +176,7 @@ def test_step_gradients_equal_a_plain_implementation(tmp_path: Path, adapter: st
     loss = trainer.training_step(model, dict(batch), num_items_in_batch=16)
     found = gradients_of(model)
     model.zero_grad()
-    shapes = SandwichSampler(elastic.space, options.num_random, 42).shapes(0)
+    shapes = trainer.subnets.sampler.shapes(0)
     plain_step(elastic, model, batch, shapes, options)
     expected = gradients_of(model)
     assert found.keys() == expected.keys()

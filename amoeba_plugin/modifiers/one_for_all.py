@@ -73,8 +73,9 @@ class OneForAllDistillationModifier(Modifier):
             model, bit for bit, and saves its backward pass: for text that the base already knows; SMOL only. Default
             true (paper).
         num_random: Random subnets between largest and smallest in each micro-batch. Default 2 (reference code).
-        sampled_shapes: Shapes that the random ones are drawn from, depth and width together; ``all``: every shape.
-            Default: depth and width are drawn apart, the depth from all but the largest (reference code).
+        sampled_shapes: Shapes that the random ones are drawn from, depth and width together; ``all``: every shape;
+            ``independent``: depth and width apart, the depth from all but the largest (reference code). Default
+            ``all``.
         loss: ``soft_cross_entropy`` (reference code), or another of :mod:`amoeba_plugin.distillation`.
         temperature: T softens teacher and student. Losses are not multiplied by T^2 (nor are the reference code's), so
             that their gradients shrink by about T^2; balancing would undo such a factor. Default 1.
@@ -108,7 +109,7 @@ class OneForAllDistillationModifier(Modifier):
     max_grad_norm: float = Field(default=0.3, ge=0)
     train_largest: bool = True
     num_random: int = Field(default=2, ge=0)
-    sampled_shapes: list[str] | Literal["all"] = Field(default_factory=list)  # a tuple has no place in plain YAML
+    sampled_shapes: list[str] | Literal["all", "independent"] = "all"  # a tuple has no place in plain YAML
     loss: str = "soft_cross_entropy"
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     kd_weight: float = Field(default=1.0, ge=0, le=1)

@@ -24,6 +24,7 @@ from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 
 ONE_FOR_ALL = {"num_experts": 3, "top_k": 3, "router_noise": False, "router_init": "widths"}  # as the demo's recipe
+AS_THE_REFERENCE_DRAWS = {"sampled_shapes": "independent"}
 ONE_LORA = {"num_experts": 1, "top_k": 1, "router_noise": False}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STUDENTS = 3  # subnets that learn in one step of one-for-all training: two random ones and the smallest
@@ -140,7 +141,7 @@ def measure(elastic: ElasticModel, shapes: Sequence[str], batches: Sequence[Batc
 def _train(subject: Subject, variant: Variant, elastic: ElasticModel, steps: int, seed: int, rate: float) -> None:
     torch.manual_seed(seed)
     rank = subject.rank * variant.rank_factor
-    options = {"train_largest": False, "num_random": variant.students - 1, **variant.options}
+    options = {"train_largest": False, "num_random": variant.students - 1} | AS_THE_REFERENCE_DRAWS | variant.options
     config = SmolConfig(
         r=rank, lora_alpha=rank, adapt_largest=options["train_largest"], router_seed=seed,
         target_modules=LINEARS, task_type="CAUSAL_LM", **variant.adapter,
