@@ -107,7 +107,7 @@ def measure(settings: argparse.Namespace) -> dict[str, float]:
         arguments = TrainingArguments(
             output_dir=directory, report_to="none", use_cpu=DEVICE == "cpu", disable_tqdm=True
         )
-        trainer = OneForAllTrainer(model, elastic, OneForAllOptions(), args=arguments)
+        trainer = OneForAllTrainer(model, elastic, OneForAllOptions(sampled_shapes="independent"), args=arguments)
     num_items = int((batch["labels"][:, 1:] != -100).sum())
     if settings.checkpointing:
         elastic.model.gradient_checkpointing_enable({"use_reentrant": False})
