@@ -37,7 +37,7 @@ class AdapterOptions(BaseModel):
         num_experts: LoRAs per linear. Default 5 (reference code).
         top_k: Experts mixed at each shape. Default 2 (reference code).
         lora_dropout: Dropout before the adapter. Default 0.
-        combination: ``factors`` (reference code) or ``outputs`` (the paper's figure). Default ``factors``.
+        combination: ``outputs`` (the paper's figure) or ``factors`` (reference code). Default ``outputs``.
         target_modules: Names of the linears that get an adapter. Default: all linears of every decoder layer.
         router_noise: Noise on the router's logits in training. Default true (reference code).
         router_init: ``random`` (reference code), or ``widths``: every width starts with experts of its own, so that
@@ -56,7 +56,7 @@ class AdapterOptions(BaseModel):
     num_experts: int = Field(default=5, ge=1)
     top_k: int = Field(default=2, ge=1)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    combination: Literal["factors", "outputs"] = "factors"
+    combination: Literal["outputs", "factors"] = "outputs"
     target_modules: list[str] | None = None
     router_noise: bool = True
     router_init: Literal["random", "widths"] = "random"

@@ -41,8 +41,8 @@ class SmolConfig(PeftConfig):
             or "2.attention" for a layer that keeps only that. A depth that is missing here drops its deepest layers but
             the very last: 6 layers at depth 4 keep 0, 1, 2, 5.
         num_layers: Decoder layers of the base model; None: read from the model.
-        combination: "factors": ``dW = s (sum g_k B_k)(sum g_k A_k)``, rank r (the reference code); "outputs":
-            ``dW = s sum g_k B_k A_k``, rank k*r (the paper's figure), computed as one LoRA of rank k*r.
+        combination: "outputs": ``dW = s sum g_k B_k A_k``, rank k*r (the paper's figure), computed as one LoRA of rank
+            k*r; "factors": ``dW = s (sum g_k B_k)(sum g_k A_k)``, rank r (the reference code).
         router_noise: Noisy top-k: add noise to the router's logits, in training only.
         router_hidden: Width of the router's hidden layer.
         router_seed: Seed of the router's own noise generator, in a training loop of one's own. One-for-all training
@@ -88,7 +88,7 @@ class SmolConfig(PeftConfig):
     depths: list[float] | None = field(default=None, metadata={"help": "Depths of the shape space."})
     kept_layers: dict[str, list[Kept]] | None = field(default=None, metadata={"help": "Depth -> layers that stay."})
     num_layers: int | None = field(default=None, metadata={"help": "Decoder layers of the base model."})
-    combination: str = field(default="factors", metadata={"help": "'factors' or 'outputs'."})
+    combination: str = field(default="outputs", metadata={"help": "'outputs' or 'factors'."})
     router_noise: bool = field(default=True, metadata={"help": "Noise on the router's logits in training."})
     router_hidden: int = field(default=16, metadata={"help": "Width of the router's hidden layer."})
     router_seed: int = field(default=0, metadata={"help": "Seed of the router's noise, in one's own loop."})

@@ -74,8 +74,9 @@ def adapted(elastic: ElasticModel) -> Any:
     """Return the elastic model with SMOL on all its linears."""
     torch.manual_seed(0)
     config = SmolConfig(
-        r=16, num_experts=3, adapt_largest=False, target_modules=linear_names(elastic.layers), task_type="CAUSAL_LM"
-    )
+        r=16, num_experts=3, combination="factors", adapt_largest=False, target_modules=linear_names(elastic.layers),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     return attach_smol(elastic, config)
 
 

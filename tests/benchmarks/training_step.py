@@ -157,7 +157,7 @@ def build(settings: argparse.Namespace) -> tuple[ElasticModel, PeftModel]:
     kept = {depth: (*range(depth - 1), settings.layers - 1) for depth in depths}
     strategy = SubnetStrategy(DepthStrategy(kept), WidthStrategy(units), model_fingerprint(model, adapter))
     elastic = ElasticModel(model, strategy)
-    smol = SmolConfig(r=16, init_weights=False, router_noise=False, target_modules="all-linear")
+    smol = SmolConfig(r=16, combination="factors", init_weights=False, router_noise=False, target_modules="all-linear")
     return elastic, attach_smol(elastic, smol)
 
 

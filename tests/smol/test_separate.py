@@ -103,13 +103,13 @@ def test_the_lora_is_an_ordinary_one_of_the_subnet(trained: Callable[..., Elasti
     config = PeftConfig.from_pretrained(str(output / "adapter"))
     assert type(config) is LoraConfig
     assert config.base_model_name_or_path == str(output.resolve())
-    assert config.r == 3
+    assert config.r == 6  # two experts of rank 3
     tensors = load_file(output / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2
     base = load_file(output / "model.safetensors")
     for name, tensor in tensors.items():
         weight = base[name.removeprefix("base_model.model.").replace("lora_A.", "").replace("lora_B.", "")]
-        assert tensor.shape == ((3, weight.shape[1]) if "lora_A" in name else (weight.shape[0], 3))
+        assert tensor.shape == ((6, weight.shape[1]) if "lora_A" in name else (weight.shape[0], 6))
 
 
 def test_modules_trained_in_full_are_folded(

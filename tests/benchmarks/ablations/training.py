@@ -23,7 +23,8 @@ from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 
-ONE_FOR_ALL = {"num_experts": 3, "top_k": 3, "router_noise": False, "router_init": "widths"}  # as the demo's recipe
+FACTORS = {"combination": "factors"}  # the reference code's mixture
+ONE_FOR_ALL = {"num_experts": 3, "top_k": 3, "router_noise": False, "router_init": "widths"} | FACTORS
 AS_THE_REFERENCE_DRAWS = {"sampled_shapes": "independent"}
 ONE_LORA = {"num_experts": 1, "top_k": 1, "router_noise": False}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from results import Losses, Results, above, header, row
 from selection import OURS, choose_channels, search
 from subjects import Subject
-from training import ONE_FOR_ALL, ONE_LORA, STUDENTS, Space, Variant, trained, untrained
+from training import FACTORS, ONE_FOR_ALL, ONE_LORA, STUDENTS, Space, Variant, trained, untrained
 
 EXPERTS = ONE_FOR_ALL["num_experts"]
 RANDOM_START = ONE_FOR_ALL | {"router_init": "random"}
@@ -16,7 +16,7 @@ ONE_TRAINING = (
     OURS,
     Variant("one-for-all, SMOL (outputs)", adapter=ONE_FOR_ALL | {"combination": "outputs"}),
     Variant("one-for-all, SMOL, random start", adapter=RANDOM_START),
-    Variant("one-for-all, SMOL as published", adapter={"num_experts": 5, "top_k": 2}),
+    Variant("one-for-all, SMOL as published", adapter={"num_experts": 5, "top_k": 2} | FACTORS),
     Variant("one-for-all, LoRA of rank r", adapter=ONE_LORA),
     Variant("one-for-all, LoRA of rank 3r", adapter=ONE_LORA, rank_factor=EXPERTS),
     Variant("one-for-all, no balancing", options={"loss_balancing": False}),
