@@ -75,6 +75,8 @@ class OneForAllOptions:
             if self.sampled_shapes in ("all", "independent"):
                 return
             raise RecipeError(f"sampled_shapes '{self.sampled_shapes}': give a list of shapes, all, or independent")
+        if not self.sampled_shapes:
+            raise RecipeError("sampled_shapes is empty: give a list of shapes, all, or independent")
         try:
             for shape in self.sampled_shapes:
                 SubnetShape.parse(shape)

@@ -17,6 +17,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.layer_scores import angular_distances, magnitude
+from amoeba_plugin.modifiers import WidthShrinkingModifier
 from amoeba_plugin.plugins import architecture_for, importance_named
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.width import rank_widths
@@ -49,3 +50,15 @@ def test_selection_sees_the_whole_model(
     strategy = SubnetStrategy(DepthStrategy.whole(4), found, model_fingerprint(model, adapter))
     with pytest.raises(ArchitectureError, match="accelerate offloads weights of this model"):
         ElasticModel(model, strategy)
+
+
+def test_sizes_are_not_tried_on_it(tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path) -> None:
+    model = offloaded(tiny_model("llama"), "cpu", tmp_path)
+    modifier = WidthShrinkingModifier(widths=["1", "1/2"])
+    with pytest.raises(ArchitectureError, match="set allocation: uniform or global"):
+        modifier._ranked(model, architecture_for("llama"), random_batches())
+    assert (
+        WidthShrinkingModifier(widths=["1", "1/2"], allocation="uniform")
+        ._ranked(model, architecture_for("llama"), random_batches())
+        .units
+    )

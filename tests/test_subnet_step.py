@@ -121,6 +121,8 @@ def test_the_reference_draws_no_narrow_subnet_of_all_layers() -> None:
 def test_sampled_shapes_that_are_neither_a_list_nor_all_are_refused() -> None:
     with pytest.raises(RecipeError, match="sampled_shapes 'every'"):
         OneForAllOptions(sampled_shapes="every")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="sampled_shapes is empty"):
+        OneForAllOptions(sampled_shapes=())
 
 
 # Objective
