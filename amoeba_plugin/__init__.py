@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.errors import AmoebaError
-from amoeba_plugin.registration import register_with_hosts
+from amoeba_plugin.plugins.host_registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 if TYPE_CHECKING:

@@ -217,7 +217,7 @@ def check(
 
 
 def _check_target(model_type: str, subnet: PretrainedConfig, target: str, scheme: str | None, devices: int) -> None:
-    from amoeba_plugin.plugins import architecture_for
+    from amoeba_plugin.models.registry import architecture_for
     from amoeba_plugin.targets import candidate, require_loadable, targets
 
     subject = candidate(subnet, architecture_for(model_type), target, scheme, devices)

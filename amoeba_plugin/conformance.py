@@ -34,7 +34,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.sublayers import PARTS, StandIns

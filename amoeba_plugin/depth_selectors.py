@@ -17,7 +17,6 @@ from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.hookspecs import hookimpl
 from amoeba_plugin.layer_scores import angular_distances, block_influence, magnitude, scores_without, taylor
 from amoeba_plugin.objectives import Objective
 from amoeba_plugin.strategy import DepthStrategy
@@ -211,31 +210,3 @@ def _removed_in_order(task: DepthTask, name: str, order: Sequence[int]) -> Depth
         for depth in range(layers, task.min_depth - 1, -1)
     }
     return DepthStrategy(kept, name)
-
-
-@hookimpl
-def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:
-    """Return the dynamic program and the published selectors."""
-    built_in = (
-        DepthSelector(
-            "dynamic_program",
-            dynamic_program,
-            options=("beam", "exchanges", "granularity", "cache_gib", "resume_dir"),
-            description="the paper's search",
-        ),
-        DepthSelector(
-            "block_influence", least_block_influence, description="1 - cosine of input and output (ShortGPT)"
-        ),
-        DepthSelector("one_shot", one_shot, description="the objective without each layer alone (Shortened LLaMA)"),
-        DepthSelector("taylor", least_taylor, description="sum of |gradient x weight| (Shortened LLaMA)"),
-        DepthSelector("taylor_plus", least_taylor_plus, description="taylor, first 4 and last 2 layers kept"),
-        DepthSelector("magnitude", least_magnitude, description="sum of |weight| (Shortened LLaMA)"),
-        DepthSelector("magnitude_plus", least_magnitude_plus, description="magnitude, first 4 and last 2 layers kept"),
-        DepthSelector(
-            "angular_distance",
-            least_angular_distance,
-            description="the run that turns states least (Gromov et al.)",
-        ),
-        DepthSelector("last_layers", last_layers, description="the deepest layers but the last go"),
-    )
-    return {selector.name: selector for selector in built_in}

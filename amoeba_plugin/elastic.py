@@ -25,7 +25,7 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.experts import ElasticExperts
 from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.hosted import is_offloaded
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.sharded import gathered
 from amoeba_plugin.strategy import SubnetStrategy

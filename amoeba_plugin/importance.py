@@ -14,7 +14,6 @@ import torch_pruning
 from torch import Tensor, nn
 
 from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
-from amoeba_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from amoeba_plugin.activation_stats import ActivationStats
@@ -155,37 +154,3 @@ def _by_unit(
 def _on(weight: Tensor, statistic: Tensor) -> Tensor:
     # fp64: an 8-bit bf16 significand would leave ranks to ties, and squares of fp32 can underflow
     return statistic.to(weight.device).double()
-
-
-@hookimpl
-def amoeba_importances() -> Mapping[str, Importance | GroupImportance]:
-    """Return FLAP's three metrics, Wanda, magnitude and Taylor."""
-    built_in: tuple[Importance | GroupImportance, ...] = (
-        Importance(
-            "flap",
-            weighted_input_fluctuation,
-            square_attention=True,
-            description="input variance x weight norm^2 (WIFV)",
-        ),
-        Importance("flap_ifv", input_fluctuation, square_attention=True, description="input variance (IFV)"),
-        Importance(
-            "flap_wifn", weighted_input_norm, square_attention=True, description="mean |weight| x input norm (WIFN)"
-        ),
-        Importance(
-            "wanda", weighted_input_norm, description="mean |weight| x input norm, heads not squared (Wanda-sp)"
-        ),
-        Importance(
-            "magnitude", column_norm, needs_statistics=False, description="weight norm of the consumer's column"
-        ),
-        GroupImportance("group_magnitude", group_magnitude, description="squared norm of all weights of a unit"),
-        GroupImportance(
-            "taylor", group_taylor, needs_gradients=True, description="sum of |gradient x weight| (ELMS, LLM-Pruner)"
-        ),
-        GroupImportance(
-            "taylor_vector",
-            group_taylor_vector,
-            needs_gradients=True,
-            description="|sum of gradient x weight| per row and column (LLM-Pruner)",
-        ),
-    )
-    return {importance.name: importance for importance in built_in}

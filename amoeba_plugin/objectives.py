@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import text_model
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.hookspecs import hookimpl
 from amoeba_plugin.hosted import answering, input_device
 from amoeba_plugin.ranks import gather
 
@@ -301,9 +300,3 @@ def _row_nats(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _column(batches: Sequence[Batch], name: str) -> list[int]:
     return [int(value) for batch in batches for value in batch[name].flatten().tolist()]
-
-
-@hookimpl
-def amoeba_objectives() -> Mapping[str, Objective]:
-    """Return ``loss``, ``perplexity`` and ``accuracy``."""
-    return {objective.name: objective for objective in (PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy())}

@@ -103,7 +103,7 @@ def calibration_batches(
             )
         return None
     from amoeba_plugin.modifiers import DepthShrinkingModifier
-    from amoeba_plugin.plugins import objective_named
+    from amoeba_plugin.selection.registry import objective_named
     from amoeba_plugin.text_data import load_batches
 
     _require_own_data(recipe)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 
 
 class PackedLinear(nn.Linear):

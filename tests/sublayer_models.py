@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.conformance import random_strategy
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.sublayers import Kept, read_kept
 

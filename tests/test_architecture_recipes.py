@@ -30,8 +30,9 @@ from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.run import RunOptions, run_recipe
+from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.width import rank_widths
 

@@ -14,7 +14,7 @@ from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.audit import audit_sizes, require_sizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -26,8 +26,8 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import PackedElasticLinear, dense_weight
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import OneForAllDistillationModifier, TrainingEventsCallback, begin_session
-from amoeba_plugin.plugins import architecture_for
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 TinyModel = Callable[..., PreTrainedModel]

@@ -14,7 +14,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -18,7 +18,8 @@ from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.width import coupled_parameters, rank_group, rank_widths
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.errors import ArchitectureError, DataError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_scores import taylor
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.width import coupled_parameters
 
 TinyModel = Callable[..., PreTrainedModel]

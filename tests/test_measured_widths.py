@@ -20,7 +20,8 @@ from amoeba_plugin.architecture import group_key
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.measured_widths import MOST_SPLITS, Part, measured_widths, splits
-from amoeba_plugin.plugins import architecture_for, importance_named, objective_named
+from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import rank_widths
 

@@ -17,8 +17,9 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.layer_scores import angular_distances, magnitude
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import WidthShrinkingModifier
-from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.width import rank_widths
 

@@ -27,7 +27,8 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.plugins import architecture_for, importance_named, objective_named
+from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.width import coupled_parameters, rank_widths

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import amoeba_plugin
-from amoeba_plugin import hookspecs, modifiers
+from amoeba_plugin import modifiers
+from amoeba_plugin.plugins.manager import modules_named
 from amoeba_plugin.recipe_files import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,12 @@ def test_exported_names_exist_and_are_sorted(module: str):
 
 
 def test_every_hook_is_documented():
-    hooks = [name for name in vars(hookspecs) if name.startswith("amoeba_")]
+    hooks = [
+        name
+        for module in modules_named("hooks")
+        for name in vars(importlib.import_module(module))
+        if name.startswith("amoeba_")
+    ]
     assert hooks
     for hook in hooks:
         assert f"### `{hook}`" in README

@@ -22,7 +22,7 @@ from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_scores import angular_distances, block_influence, most_sensitive_layers, scores_without
 from amoeba_plugin.objectives import Objective, PerTokenLoss
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.width import coupled_parameters
 root, rank, ranks = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if ranks > 1:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.expected_config import kept_units
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.preflight import weightless
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 

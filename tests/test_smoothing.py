@@ -20,8 +20,8 @@ from tiny_architectures import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from amoeba_plugin.errors import ArchitectureError, RecipeError
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_kept
-from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe
 from amoeba_plugin.run import RunOptions, run_recipe

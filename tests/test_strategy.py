@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArtifactError, RecipeError
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.strategy import (
     JSON_NAME,
     TENSORS_NAME,

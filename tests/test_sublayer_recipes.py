@@ -20,7 +20,7 @@ from amoeba_plugin.checkpoint import load_elastic
 from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.expected_config import shape_config, subnet_config
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe
 from amoeba_plugin.shape import SubnetShape

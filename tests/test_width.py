@@ -22,7 +22,8 @@ from amoeba_plugin.architecture import ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import Importance
-from amoeba_plugin.plugins import architecture_for, importance_named
+from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths, standardised, unit_cost
 

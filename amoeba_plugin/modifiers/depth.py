@@ -17,8 +17,8 @@ from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.layer_scores import keeping
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
-from amoeba_plugin.plugins import depth_selector_named, objective_named
 from amoeba_plugin.questions import QuestionColumns, load_questions
+from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 from amoeba_plugin.shape import require_distinct_depths
 from amoeba_plugin.strategy import DepthStrategy
 

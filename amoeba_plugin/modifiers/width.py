@@ -22,7 +22,7 @@ from amoeba_plugin.layer_scores import most_sensitive_layers
 from amoeba_plugin.measured_widths import measured_widths
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import on_main_device, selection_for
-from amoeba_plugin.plugins import importance_named, objective_named
+from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.shape import parse_width
 from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths

@@ -33,8 +33,8 @@ from amoeba_plugin.depth import search_depths
 from amoeba_plugin.lockstep import WHOLE, Removed, walk
 from amoeba_plugin.lockstep_check import Contract, check_contract
 from amoeba_plugin.measured import MeasuredTable
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import PerTokenLoss, Score, evaluating
-from amoeba_plugin.plugins import architecture_for
 from amoeba_plugin.recurrence import Search, Table
 from amoeba_plugin.strategy import DepthStrategy
 from amoeba_plugin.sublayers import StandIns

@@ -28,7 +28,7 @@ from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 

@@ -35,7 +35,8 @@ from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for, importance_named, objective_named
+from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all

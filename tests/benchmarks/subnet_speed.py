@@ -32,7 +32,7 @@ from amoeba_plugin.architecture import group_key
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(1, 2))

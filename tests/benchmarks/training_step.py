@@ -34,7 +34,7 @@ from amoeba_plugin.architecture import group_key
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- support:start -->\n).*?(?=<!-- support:end -->)", re.DOTALL)

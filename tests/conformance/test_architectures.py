@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from amoeba_plugin.architectures.builtin import amoeba_architectures
 from tiny_architectures import CONFIGS, MULTIPLIERS, NO_ROPE, TYPES
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architectures.builtin import amoeba_architectures
 from amoeba_plugin.conformance import WIDTHS, ArchitectureConformance, random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.plugins import architecture_for
+from amoeba_plugin.models.registry import architecture_for
 
 
 class LayerTypes(ArchitectureConformance):

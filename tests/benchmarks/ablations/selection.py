@@ -17,7 +17,8 @@ from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance
 from amoeba_plugin.measured_widths import measured_widths
-from amoeba_plugin.plugins import architecture_for, depth_selector_named, importance_named, objective_named
+from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
 from amoeba_plugin.strategy import DepthStrategy, WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -11,22 +12,17 @@ import pluggy
 import pytest
 from torch import Tensor
 
-from amoeba_plugin import hookspecs
 from amoeba_plugin.activation_stats import ActivationStats
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.depth_selectors import DepthSelector
 from amoeba_plugin.errors import ArchitectureError, PluginError
-from amoeba_plugin.hookspecs import hookimpl
 from amoeba_plugin.importance import Importance
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import Objective, PerTokenLoss
-from amoeba_plugin.plugins import (
-    architecture_for,
-    depth_selector_named,
-    importance_named,
-    objective_named,
-    plugin_manager,
-)
+from amoeba_plugin.plugins.hooks import PROJECT, hookimpl
+from amoeba_plugin.plugins.manager import collected, modules_named, plugin_manager
+from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
 from amoeba_plugin.strategy import DepthStrategy
 
 
@@ -97,8 +93,21 @@ def test_hook_amoeba_depth_selectors(install: Callable[..., None]) -> None:
     assert depth_selector_named("dynamic_program").options
 
 
+def test_hook_amoeba_commands(install: Callable[..., None]) -> None:
+    def greet(name: str) -> None:
+        """Greet."""
+
+    install("their_package", amoeba_commands=lambda: {"greet": greet})
+    assert collected("command", "amoeba_commands")["greet"] is greet
+
+
 def test_every_hook_has_a_test_and_a_contract() -> None:
-    specs = {name: each for name, each in vars(hookspecs).items() if hasattr(each, f"{hookspecs.PROJECT}_spec")}
+    specs = {
+        name: each
+        for module in modules_named("hooks")
+        for name, each in vars(importlib.import_module(module)).items()
+        if hasattr(each, f"{PROJECT}_spec")
+    }
     assert specs
     assert {f"test_hook_{name}" for name in specs} <= globals().keys()
     assert all(inspect.getdoc(spec) for spec in specs.values())
@@ -127,7 +136,7 @@ def test_a_name_given_twice_is_refused_with_both_givers(install: Callable[..., N
     with pytest.raises(PluginError, match="importance 'flap' is registered twice, by .* and by ") as raised:
         importance_named("wanda")
     assert "their_package" in str(raised.value)
-    assert "amoeba_plugin.importance" in str(raised.value)
+    assert "amoeba_plugin.selection.builtin" in str(raised.value)
 
 
 def test_a_plugin_with_a_misspelt_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.architectures.moe import MixtureOfExperts
 from amoeba_plugin.architectures.olmo2 import Olmo2
 from amoeba_plugin.architectures.phi3 import Phi3
-from amoeba_plugin.hookspecs import hookimpl
+from amoeba_plugin.plugins.hooks import hookimpl
 
 
 @hookimpl

@@ -1,30 +1,16 @@
-"""The hooks by which architectures, importances, objectives and depth selectors are handed over.
-
-Built-in ones use the same door. A plugin is a module with functions of these names, marked ``@hookimpl`` and announced
-as an entry point of the group ``amoeba_plugin``. A function may leave out arguments it does not need.
-"""
+"""The hooks by which objectives, importances and depth selectors are handed over; built-in ones use the same door."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import pluggy
+from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
-    from amoeba_plugin.architecture import ArchitectureAdapter
     from amoeba_plugin.depth_selectors import DepthSelector
     from amoeba_plugin.importance import GroupImportance, Importance
     from amoeba_plugin.objectives import Objective
-
-PROJECT = "amoeba_plugin"
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
-
-
-@hookspec
-def amoeba_architectures() -> Sequence[ArchitectureAdapter]:  # type: ignore[empty-body]
-    """Return adapters; each names the ``model_types`` it serves."""
 
 
 @hookspec

@@ -1,0 +1,79 @@
+"""The objectives, importances and depth selectors that come with the package: a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from amoeba_plugin.depth_selectors import (
+    DepthSelector,
+    dynamic_program,
+    last_layers,
+    least_angular_distance,
+    least_block_influence,
+    least_magnitude,
+    least_magnitude_plus,
+    least_taylor,
+    least_taylor_plus,
+    one_shot,
+)
+from amoeba_plugin.importance import (
+    GroupImportance,
+    Importance,
+    column_norm,
+    group_magnitude,
+    group_taylor,
+    group_taylor_vector,
+    input_fluctuation,
+    weighted_input_fluctuation,
+    weighted_input_norm,
+)
+from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss
+from amoeba_plugin.plugins.hooks import hookimpl
+
+SEARCH_OPTIONS = ("beam", "exchanges", "granularity", "cache_gib", "resume_dir")
+
+OBJECTIVES: tuple[Objective, ...] = (PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy())
+
+# fmt: off
+IMPORTANCES: tuple[Importance | GroupImportance, ...] = (
+    Importance("flap", weighted_input_fluctuation, True, description="input variance x weight norm^2 (WIFV)"),
+    Importance("flap_ifv", input_fluctuation, True, description="input variance (IFV)"),
+    Importance("flap_wifn", weighted_input_norm, True, description="mean |weight| x input norm (WIFN)"),
+    Importance("wanda", weighted_input_norm, description="mean |weight| x input norm, heads not squared (Wanda-sp)"),
+    Importance("magnitude", column_norm, needs_statistics=False, description="weight norm of the consumer's column"),
+    GroupImportance("group_magnitude", group_magnitude, description="squared norm of all weights of a unit"),
+    GroupImportance("taylor", group_taylor, True, "sum of |gradient x weight| (ELMS, LLM-Pruner)"),
+    GroupImportance("taylor_vector", group_taylor_vector, True,
+                    "|sum of gradient x weight| per row and column (LLM-Pruner)"),
+)
+
+DEPTH_SELECTORS: tuple[DepthSelector, ...] = (
+    DepthSelector("dynamic_program", dynamic_program, SEARCH_OPTIONS, "the paper's search"),
+    DepthSelector("block_influence", least_block_influence, (), "1 - cosine of input and output (ShortGPT)"),
+    DepthSelector("one_shot", one_shot, (), "the objective without each layer alone (Shortened LLaMA)"),
+    DepthSelector("taylor", least_taylor, (), "sum of |gradient x weight| (Shortened LLaMA)"),
+    DepthSelector("taylor_plus", least_taylor_plus, (), "taylor, first 4 and last 2 layers kept"),
+    DepthSelector("magnitude", least_magnitude, (), "sum of |weight| (Shortened LLaMA)"),
+    DepthSelector("magnitude_plus", least_magnitude_plus, (), "magnitude, first 4 and last 2 layers kept"),
+    DepthSelector("angular_distance", least_angular_distance, (), "the run that turns states least (Gromov et al.)"),
+    DepthSelector("last_layers", last_layers, (), "the deepest layers but the last go"),
+)
+# fmt: on
+
+
+@hookimpl
+def amoeba_objectives() -> Mapping[str, Objective]:
+    """Return the objectives by name."""
+    return {objective.name: objective for objective in OBJECTIVES}
+
+
+@hookimpl
+def amoeba_importances() -> Mapping[str, Importance | GroupImportance]:
+    """Return the importances by name."""
+    return {importance.name: importance for importance in IMPORTANCES}
+
+
+@hookimpl
+def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:
+    """Return the depth selectors by name."""
+    return {selector.name: selector for selector in DEPTH_SELECTORS}
