@@ -17,9 +17,9 @@ from amoeba_plugin.architecture import ArchitectureAdapter, ChannelGroup, group_
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.experts import expert_inputs
-from amoeba_plugin.hosted import input_device, onloaded
-from amoeba_plugin.objectives import evaluating, model_inputs
-from amoeba_plugin.ranks import sum_over_ranks
+from amoeba_plugin.objectives import model_inputs
+from amoeba_plugin.runtime.module_calls import evaluating, input_device, onloaded
+from amoeba_plugin.runtime.ranks import sum_over_ranks
 
 logger = logging.getLogger(__name__)
 Hook = Callable[[torch.nn.Module, tuple[Tensor, ...]], None]

@@ -169,10 +169,10 @@ def check(
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
     from amoeba_plugin.expected_config import planned_config, shape_config, sizes_unknown, subnet_config
-    from amoeba_plugin.model_files import load_config
     from amoeba_plugin.preflight import check_against_model
     from amoeba_plugin.recipe_files import find_recipe
     from amoeba_plugin.recipes import check_recipe
+    from amoeba_plugin.runtime.model_files import load_config
     from amoeba_plugin.shape import SubnetShape
 
     is_shape = re.fullmatch(r"[0-9][0-9.]*(x.*)?", recipe.lower()) is not None and not Path(recipe).exists()

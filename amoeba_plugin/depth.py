@@ -24,10 +24,11 @@ from amoeba_plugin.layer_flow import where_not_finite
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
 from amoeba_plugin.lockstep_check import Contract, OneByOne, check_contract
 from amoeba_plugin.measured import MeasuredTable
-from amoeba_plugin.memory import peak_memory, reset_peak_memory
-from amoeba_plugin.objectives import Objective, Score, evaluating
-from amoeba_plugin.ranks import agreed, gather, rank
+from amoeba_plugin.objectives import Objective, Score
 from amoeba_plugin.recurrence import NEAR, Search, Table, evaluations, exchange_evaluations
+from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.runtime.peak_memory import peak_memory, reset_peak_memory
+from amoeba_plugin.runtime.ranks import agreed, gather, rank
 from amoeba_plugin.shape import half_steps
 from amoeba_plugin.sharding import shard
 from amoeba_plugin.strategy import DepthStrategy

@@ -28,7 +28,7 @@ from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import PackedElasticLinear, PartialLinear, dense_weight, is_packed, linear_sizes
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.generation_defaults import keep_generation_defaults
+from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.slicing import active_parameters, take
 from amoeba_plugin.smol import SmolModel

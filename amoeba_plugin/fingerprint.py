@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.elastic_linear import is_packed
-from amoeba_plugin.hosted import onloaded
+from amoeba_plugin.runtime.module_calls import onloaded
 
 FINGERPRINT_ELEMENTS = 256
 PACKED = "packed"

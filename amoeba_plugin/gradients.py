@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError, DataError
-from amoeba_plugin.hosted import is_offloaded
-from amoeba_plugin.objectives import evaluating, target_counts, target_losses
-from amoeba_plugin.ranks import sum_over_ranks
+from amoeba_plugin.objectives import target_counts, target_losses
+from amoeba_plugin.runtime.module_calls import evaluating, is_offloaded
+from amoeba_plugin.runtime.ranks import sum_over_ranks
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch

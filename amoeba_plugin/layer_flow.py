@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.hosted import input_device
-from amoeba_plugin.objectives import evaluating, model_inputs
+from amoeba_plugin.objectives import model_inputs
+from amoeba_plugin.runtime.module_calls import evaluating, input_device
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch

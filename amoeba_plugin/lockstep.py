@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.hosted import answering, input_device, is_offloaded, onloaded
-from amoeba_plugin.memory import StateStore
 from amoeba_plugin.objectives import Objective, model_inputs
+from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
+from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.shape import half_steps
 from amoeba_plugin.sublayers import OTHER, PARTS, StandIns
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
-from amoeba_plugin.hosted import input_device
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
-from amoeba_plugin.objectives import MODEL_INPUTS, Objective, Score, evaluating, model_inputs
+from amoeba_plugin.objectives import MODEL_INPUTS, Objective, Score, model_inputs
+from amoeba_plugin.runtime.module_calls import evaluating, input_device
 from amoeba_plugin.shape import half_steps
 from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, removed_names
 

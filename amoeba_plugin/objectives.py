@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import text_model
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.hosted import answering, input_device
-from amoeba_plugin.ranks import gather
+from amoeba_plugin.runtime.module_calls import answering, evaluating, input_device
+from amoeba_plugin.runtime.ranks import gather
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch
@@ -118,19 +117,6 @@ def better(objective: Objective, a: Score, b: Score) -> bool:
 def _badness(objective: Objective, score: Score) -> tuple[float, float]:
     value = -score.value if objective.larger_is_better else score.value
     return (value if math.isfinite(value) else math.inf, score.loss if math.isfinite(score.loss) else math.inf)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in evaluation mode; every module gets its own mode back in the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

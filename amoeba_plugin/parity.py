@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.objectives import evaluating
+from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from amoeba_plugin.directories import whole_or_nothing
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.model_files import load_config, load_tokenizer, require_weights
 from amoeba_plugin.preflight import (
     check_against_model,
     has_experts,
@@ -19,6 +17,8 @@ from amoeba_plugin.preflight import (
 )
 from amoeba_plugin.recipe_files import find_recipe
 from amoeba_plugin.recipes import CheckedRecipe, check_recipe
+from amoeba_plugin.runtime.files import whole_or_nothing
+from amoeba_plugin.runtime.model_files import load_config, load_tokenizer, require_weights
 from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
 if TYPE_CHECKING:
@@ -207,8 +207,8 @@ def _with_named_experts(model: str, options: RunOptions, own_code: bool) -> PreT
 def _own_stage(recipe: CheckedRecipe, model: str, batches: list[Batch], directory: Path, options: RunOptions) -> None:
     from transformers import AutoModelForCausalLM
 
-    from amoeba_plugin.model_files import copy_tokenizer
     from amoeba_plugin.modifiers.own_stage import run_own_stage
+    from amoeba_plugin.runtime.model_files import copy_tokenizer
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype).eval()
     run_own_stage(whole, recipe.structural, batches, directory)

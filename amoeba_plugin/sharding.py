@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amoeba_plugin.ranks import gather, rank, world_size
+from amoeba_plugin.runtime.ranks import gather, rank, world_size
 
 Batch = dict[str, Tensor]
 

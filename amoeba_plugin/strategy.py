@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.directories import write_atomically
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.fingerprint import Loaded, model_fingerprint, same_model
+from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, require_distinct_depths
 from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 

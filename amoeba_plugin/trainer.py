@@ -26,8 +26,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from amoeba_plugin.batching import PaddingCollator, require_targets
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.sampling import SandwichSampler
-from amoeba_plugin.sharded import exchange_gradients, gathered
 from amoeba_plugin.subnet_log import routing_log
 from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
 from amoeba_plugin.training_checkpoints import could_not_write, is_complete, last_complete_checkpoint

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from amoeba_plugin.directories import write_atomically
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.runtime.files import write_atomically
 
 SETTINGS_NAME = "one_for_all.json"
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")  # in its messages about files

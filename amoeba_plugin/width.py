@@ -21,8 +21,8 @@ from amoeba_plugin.allocation import RankedGroup, allocated, rounding_steps
 from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
-from amoeba_plugin.hosted import onloaded
 from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
+from amoeba_plugin.runtime.module_calls import onloaded
 from amoeba_plugin.strategy import WidthStrategy
 
 logger = logging.getLogger(__name__)

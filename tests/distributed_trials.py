@@ -39,7 +39,7 @@ from amoeba_plugin.checkpoint import attach_smol, save_elastic
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import TrainingError
-from amoeba_plugin.sharded import all_finite
+from amoeba_plugin.runtime.fsdp import all_finite
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 

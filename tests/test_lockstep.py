@@ -22,9 +22,10 @@ from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.lockstep import WHOLE, Lockstep, walk
 from amoeba_plugin.lockstep_check import check_contract
-from amoeba_plugin.memory import StateStore
-from amoeba_plugin.objectives import Objective, PerTokenLoss, Score, evaluating
+from amoeba_plugin.objectives import Objective, PerTokenLoss, Score
 from amoeba_plugin.recurrence import Search
+from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
 
 Batch = dict[str, Tensor]

@@ -23,7 +23,7 @@ from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.measured import NAMES, MeasuredTable
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
-from amoeba_plugin.ranks import from_first_rank
+from amoeba_plugin.runtime.ranks import from_first_rank
 from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]

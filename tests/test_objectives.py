@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin import objectives
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.objectives import MultipleChoiceAccuracy, Perplexity, PerTokenLoss, Score, better, evaluating
+from amoeba_plugin.objectives import MultipleChoiceAccuracy, Perplexity, PerTokenLoss, Score, better
+from amoeba_plugin.runtime.module_calls import evaluating
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -30,12 +30,12 @@ from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.multiple_choice import multiple_choice
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.memory import peak_memory
 from amoeba_plugin.profiling import DECODE_TOKENS, PROMPT_TOKENS, Latency, measure_latency
 from amoeba_plugin.recipe_files import find_recipe
 from amoeba_plugin.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
 from amoeba_plugin.report_page import write_report
 from amoeba_plugin.report_tables import print_report
+from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.shape import SubnetShape
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import TrainingError
-from amoeba_plugin.ranks import world_size
+from amoeba_plugin.runtime.ranks import world_size
 from amoeba_plugin.subnet_step import Share, SubnetStep
 
 

@@ -28,7 +28,7 @@ from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptions, require_effect, require_schedule
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
-from amoeba_plugin.ranks import rank
+from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.subnet_step import StepHost, SubnetStep
 from amoeba_plugin.text_data import load_batches

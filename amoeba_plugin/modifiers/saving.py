@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.directories import write_atomically
 from amoeba_plugin.model_card import RECIPE_NAME, write_model_card
-from amoeba_plugin.ranks import rank
+from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.ranks import rank
 
 
 def save_as_it_is(model: PreTrainedModel, facts: Mapping[str, str]) -> None:

@@ -24,10 +24,10 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.fingerprint import model_fingerprint
-from amoeba_plugin.generation_defaults import keep_generation_defaults
-from amoeba_plugin.hosted import input_device, is_offloaded
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.own_stage import require_own_modules
+from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
+from amoeba_plugin.runtime.module_calls import input_device, is_offloaded
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 

@@ -32,7 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from amoeba_plugin.hosted import answering
+from amoeba_plugin.runtime.module_calls import answering
 from amoeba_plugin.smol import SmolConfig
 
 RANK, EXPERTS, TOP_K = 64, 5, 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from amoeba_plugin.directories import write_atomically
+from amoeba_plugin.runtime.files import write_atomically
 
 Losses = dict[str, float]  # loss in nats per token, by shape
 

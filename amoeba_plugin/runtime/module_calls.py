@@ -1,4 +1,4 @@
-"""How hosts run a module: another answer for a while, where inputs go, offloaded weights held while they are used."""
+"""How hosts run a module: its mode and its answer for a while, where inputs go, offloaded weights held meanwhile."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = before
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block without gradients and in evaluation mode; every module gets its own mode back in the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def input_device(model: Any) -> torch.device:

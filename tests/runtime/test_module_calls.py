@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook
 from transformers import PreTrainedModel
 
-from amoeba_plugin.hosted import answering, input_device, is_offloaded, onloaded
+from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -1,10 +1,8 @@
-"""Hidden states within a budget of memory, and the most memory that was in use."""
+"""Tensors within a budget of memory: what exceeds it is held in files."""
 
 from __future__ import annotations
 
 import itertools
-import platform
-import resource
 import tempfile
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -94,18 +92,3 @@ class StateStore:
     def _place(self, size: int, device: torch.device) -> str:
         places = ("cpu",) if device.type == "cpu" else ("accelerator", "cpu")
         return next((place for place in places if self._bytes[place] + size <= self.budget), "disk")
-
-
-def reset_peak_memory() -> None:
-    """Forget the accelerator's peak; the process's cannot be forgotten."""
-    if torch.accelerator.is_available():
-        torch.accelerator.reset_peak_memory_stats()
-
-
-def peak_memory() -> dict[str, int]:
-    """Return bytes: of the ``process`` since it began, and of the ``accelerator`` since it was last reset."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = {"process": resident if platform.system() == "Darwin" else resident * 1024}  # macOS counts bytes, Linux KiB
-    if torch.accelerator.is_available():
-        peak["accelerator"] = torch.accelerator.max_memory_allocated()
-    return peak

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from amoeba_plugin.ranks import sum_over_ranks
+from amoeba_plugin.runtime.ranks import sum_over_ranks
 
 MEASURE = """
 import sys, torch

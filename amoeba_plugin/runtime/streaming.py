@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from amoeba_plugin.stored_tensors import CheckpointTensors, NativeTensors
+from amoeba_plugin.runtime.stored_tensors import CheckpointTensors, NativeTensors
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.runtime.streaming import streamed_model
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import SubnetStrategy
-from amoeba_plugin.streaming import streamed_model
 
 TinyModel = Callable[..., PreTrainedModel]
 SHAPE = "3x3/4"

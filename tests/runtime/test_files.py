@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from amoeba_plugin.directories import PARTIAL, is_vacant, require_writable, whole_or_nothing
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.runtime.files import PARTIAL, is_vacant, require_writable, whole_or_nothing
 
 
 def fill(directory: Path, content: str = "new", replace: bool = False) -> None:
