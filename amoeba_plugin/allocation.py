@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.models.adapter import ChannelGroup
 
 logger = logging.getLogger(__name__)
 EXPERT_NEURONS = 8  # 16 bytes of bfloat16

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.models.adapter import ChannelGroup
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.fingerprint import PACKED, model_fingerprint
 from amoeba_plugin.layer_flow import where_not_finite
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
 from amoeba_plugin.lockstep_check import Contract, OneByOne, check_contract
 from amoeba_plugin.measured import MeasuredTable
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.fingerprint import PACKED, model_fingerprint
+from amoeba_plugin.models.kept import PARTS, kept_without, removed_names
+from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import Objective, Score
 from amoeba_plugin.recurrence import NEAR, Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.runtime.module_calls import evaluating
@@ -32,7 +34,6 @@ from amoeba_plugin.runtime.ranks import agreed, gather, rank
 from amoeba_plugin.shape import half_steps
 from amoeba_plugin.sharding import shard
 from amoeba_plugin.strategy import DepthStrategy
-from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, removed_names
 
 logger = logging.getLogger(__name__)
 GIB = 2**30

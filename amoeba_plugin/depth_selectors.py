@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.layer_scores import angular_distances, block_influence, magnitude, scores_without, taylor
+from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.objectives import Objective
 from amoeba_plugin.strategy import DepthStrategy
 

@@ -19,17 +19,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ChannelGroup, copy_config, group_key, require_usable
 from amoeba_plugin.elastic_group import ElasticGroup
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.experts import ElasticExperts
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.adapter import ChannelGroup, copy_config, group_key, require_usable
+from amoeba_plugin.models.fingerprint import model_fingerprint
+from amoeba_plugin.models.kept import Kept
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.fsdp import gathered
 from amoeba_plugin.runtime.module_calls import is_offloaded
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.strategy import SubnetStrategy
-from amoeba_plugin.sublayers import Kept, StandIns
 
 if TYPE_CHECKING:
     from amoeba_plugin.runtime.streaming import StreamedWeights

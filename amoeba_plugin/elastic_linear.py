@@ -8,73 +8,18 @@ and the order of channels that it would see of a dense linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from amoeba_plugin.errors import AdapterError
-from amoeba_plugin.slicing import Rows, count, take
-
-UNITS_AT_ONCE = 1024
-NOT_MERGED = (
-    "so that no adapter of an elastic model can be merged into it; take extract(elastic, shape), or save_elastic and "
-    "`amoeba extract`"
-)
-DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class PartialLinear(nn.Module):
-    """A linear of which some rows and the first columns are active; mixed into its class.
-
-    Attributes:
-        active_rows: Blocks of rows; one for an ordinary linear, several for a fused one.
-        active_in: Columns.
-        compensation: (widths, out_features) or ``None``; the row ``compensation_row`` is added to the output: what the
-            missing input channels contributed on average.
-    """
-
-    in_features: int
-    out_features: int
-    active_rows: Rows
-    active_in: int
-    compensation: Tensor | None
-    compensation_row: int | None
-
-    @property
-    def active_out(self) -> int:
-        """Active rows."""
-        return count(self.active_rows)
-
-    def extra_repr(self) -> str:
-        """Show the active size beside the whole one."""
-        return f"{super().extra_repr()}, active={self.active_out}x{self.active_in}"
-
-    def restore(self) -> None:
-        """Turn it into the linear it was made from, of its whole size, in place."""
-        raise NotImplementedError
-
-    def _activate_all(self) -> None:
-        self.active_rows, self.active_in = (slice(0, self.out_features),), self.in_features
-        self.register_buffer("compensation", None, persistent=False)
-        self.compensation_row = None
-
-    def _compensated(self, output: Tensor) -> Tensor:
-        if self.compensation is None or self.compensation_row is None:
-            return output
-        return output + take(self.compensation[self.compensation_row], self.active_rows).to(output.dtype)
-
-    def _forget(self, *buffers: str) -> None:
-        for name in ("compensation", *buffers):
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
-        del self.active_rows, self.active_in, self.compensation_row
+from amoeba_plugin.models.packed_linear import linear_device, linear_sizes
+from amoeba_plugin.models.partial_linear import NOT_MERGED, PartialLinear
+from amoeba_plugin.models.slices import take
 
 
 class ElasticLinear(PartialLinear, nn.Linear):
@@ -118,6 +63,7 @@ class PackedElasticLinear(PartialLinear):
         column_order: (in_features,) int64, the same of the columns.
     """
 
+    keeps_packed = True
     row_order: Tensor
     column_order: Tensor
 
@@ -131,9 +77,14 @@ class PackedElasticLinear(PartialLinear):
         # gather and scatter, because index_select and index_copy take several times as long on a CPU
         columns = self.column_order[: self.active_in].expand(input.shape)
         whole = input.new_zeros(*input.shape[:-1], linear_sizes(self)[0]).scatter(-1, columns, input)
-        output: Tensor = super().forward(whole)  # the host's
+        output = self.host_forward(whole)
         rows = take(self.row_order, self.active_rows)
         return self._compensated(output.gather(-1, rows.expand(*output.shape[:-1], -1)))
+
+    def host_forward(self, input: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features), in the host's order of channels."""
+        output: Tensor = super().forward(input)
+        return output
 
     def restore(self) -> None:
         """Turn it into the host's linear again, in place; its channels are where they always were."""
@@ -149,70 +100,10 @@ def convert_packed(linear: nn.Module) -> PackedElasticLinear:
     if not hasattr(linear, "in_features"):
         linear.in_features, linear.out_features = into, out
     linear._activate_all()
-    device = _device(linear)
+    device = linear_device(linear)
     linear.register_buffer("row_order", torch.arange(out, device=device), persistent=False)
     linear.register_buffer("column_order", torch.arange(into, device=device), persistent=False)
     return linear
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Tell whether a module is a linear that has no dense weight; an adapter around one is not."""
-    if isinstance(module, PackedElasticLinear):
-        return True
-    if hasattr(module, "base_layer") or not any(hasattr(module, name) for name in ("in_features", "infeatures")):
-        return False
-    weight = module._parameters.get("weight")
-    plain = type(weight) is nn.Parameter or isinstance(weight, DTensor)
-    return not (isinstance(module, nn.Linear) and plain and weight.dtype in DENSE)  # type: ignore[union-attr]
-
-
-def linear_sizes(linear: Any) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear, dense or packed."""
-    if hasattr(linear, "in_features"):
-        return linear.in_features, linear.out_features
-    return linear.infeatures, linear.outfeatures  # GPTQ's
-
-
-def dense_weight(linear: Any) -> Tensor:
-    """Return a linear's weight, (out_features, in_features), detached, in the host's order of channels.
-
-    A packed one is unpacked by what every host has, its forward: unit vectors give the weight's columns. Where it
-    quantizes its inputs too, the columns are as exact as those.
-    """
-    if not is_packed(linear):
-        weight: Tensor = linear.weight.detach()
-        return weight
-    into, device, dtype = linear_sizes(linear)[0], _device(linear), _compute_dtype(linear)
-    forward = super(PackedElasticLinear, linear).forward if isinstance(linear, PackedElasticLinear) else linear.forward
-    columns = []
-    # With a gradient, because without one bitsandbytes repacks for a CPU kernel that rounds to bf16.
-    with _without_bias(linear), torch.enable_grad():
-        for some in torch.arange(into, device=device).split(UNITS_AT_ONCE):
-            units = functional.one_hot(some, into).to(dtype).requires_grad_()
-            columns.append(forward(units).detach())
-    return torch.cat(columns).T.contiguous()
-
-
-@contextmanager
-def _without_bias(linear: Any) -> Iterator[None]:
-    bias = getattr(linear, "bias", None)
-    if bias is None:
-        yield
-        return
-    linear.bias = None
-    try:
-        yield
-    finally:
-        linear.bias = bias
-
-
-def _device(linear: nn.Module) -> torch.device | None:
-    return next(each.device for each in (*linear._parameters.values(), *linear._buffers.values()) if each is not None)
-
-
-def _compute_dtype(linear: nn.Module) -> torch.dtype:
-    stored = getattr(linear, "weight", None)
-    return stored.dtype if isinstance(stored, Tensor) and stored.dtype in DENSE else torch.float32
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -6,10 +6,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from amoeba_plugin.compressed_linear import CompressedLinear
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import ElasticLinear, PartialLinear
+from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.models.compressed_linear import CompressedLinear
+from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.shape import SubnetShape
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from amoeba_plugin.allocation import RankedGroup, other_share, rounding_steps, uniform_units
-from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import RecipeError, ShapeError
+from amoeba_plugin.models.adapter import ChannelGroup
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe, asked_shapes
 from amoeba_plugin.shape import SubnetShape, parse_width

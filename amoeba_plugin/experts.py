@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amoeba_plugin.architecture import ChannelGroup
 from amoeba_plugin.errors import ArchitectureError, ShapeError
-from amoeba_plugin.slicing import SlicedModule, joined, restore_parameters, slice_parameters
+from amoeba_plugin.models.adapter import ChannelGroup
+from amoeba_plugin.models.slices import SlicedModule, joined, restore_parameters, slice_parameters
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Channels are cut by torch-pruning, the adapter is folded in, and the result is b
 it. Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
 
 Layers of different sizes (``allocation: global``), or without attention or MLP (``granularity: sublayer``), become a
-class of :mod:`amoeba_plugin.modeling_per_layer`, which travels with the checkpoint, or, ``portable``, a stock class of
-the largest layer's sizes with zeros in the others.
+class of ``modeling_per_layer.py``, which travels with the checkpoint, or, ``portable``, a stock class of the largest
+layer's sizes with zeros in the others.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import PackedElasticLinear, PartialLinear, dense_weight, is_packed, linear_sizes
+from amoeba_plugin.elastic_linear import PackedElasticLinear
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
+from amoeba_plugin.models.partial_linear import PartialLinear
+from amoeba_plugin.models.slices import active_parameters, take
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.slicing import active_parameters, take
 from amoeba_plugin.smol import SmolModel
 from amoeba_plugin.smol.export import LoraPair
 from amoeba_plugin.subnet_classes import build, largest_units, layer_units, lost_sublayers, subnet_config

@@ -13,7 +13,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
+from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup
 
 if TYPE_CHECKING:
     from amoeba_plugin.activation_stats import ActivationStats

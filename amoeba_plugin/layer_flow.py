@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
+from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.objectives import model_inputs
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
 

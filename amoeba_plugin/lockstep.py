@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.kept import OTHER, PARTS
+from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import Objective, model_inputs
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
 from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.shape import half_steps
-from amoeba_plugin.sublayers import OTHER, PARTS, StandIns
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch

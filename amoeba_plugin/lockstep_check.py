@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
+from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
+from amoeba_plugin.models.kept import PARTS, kept_without, removed_names
+from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import MODEL_INPUTS, Objective, Score, model_inputs
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
 from amoeba_plugin.shape import half_steps
-from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, removed_names
 
 if TYPE_CHECKING:
     from amoeba_plugin.calibration import Batch

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import text_model
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.runtime.module_calls import answering, evaluating, input_device
 from amoeba_plugin.runtime.ranks import gather
 

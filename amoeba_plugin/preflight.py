@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from amoeba_plugin.architecture import require_alike_layers
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.expected_config import sizes_unknown, subnet_config
+from amoeba_plugin.models.adapter import require_alike_layers
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.runtime.files import is_vacant, require_writable

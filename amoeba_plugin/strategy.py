@@ -24,12 +24,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
-from amoeba_plugin.fingerprint import Loaded, model_fingerprint, same_model
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.fingerprint import Loaded, model_fingerprint, same_model
+from amoeba_plugin.models.kept import Kept, read_kept, write_kept
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, require_distinct_depths
-from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
 WHOLE_LAYERS_VERSION = 1  # written where every layer kept is whole, so that older versions of this package read it

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, group_key
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.models.adapter import ArchitectureAdapter, group_key
+from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.subnet_plan import SubnetPlan
 

@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import text_model
 from amoeba_plugin.chunked_head import chunked_head, has_plain_head
 from amoeba_plugin.distillation import (
     DIVERGENCES,
@@ -31,6 +30,7 @@ from amoeba_plugin.distillation import (
 )
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import DataError, TrainingError
+from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.sampling import SandwichSampler, step_seed
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol.router import RouterWeights

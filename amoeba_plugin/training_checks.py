@@ -11,8 +11,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.training_args import OptimizerNames
 
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import ElasticLinear, PartialLinear
+from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.runtime.fsdp import all_finite
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training_options import OneForAllOptions

@@ -29,7 +29,7 @@ from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.run import RunOptions, run_recipe
 from amoeba_plugin.selection.registry import importance_named

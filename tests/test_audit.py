@@ -10,10 +10,10 @@ from elastic_models import random_elastic
 from transformers import PreTrainedModel
 
 from amoeba_plugin import extraction
-from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.audit import audit_sizes, require_sizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.models.registry import architecture_for
 
 TinyModel = Callable[..., PreTrainedModel]

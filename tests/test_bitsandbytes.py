@@ -23,9 +23,10 @@ from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import PackedElasticLinear, dense_weight
+from amoeba_plugin.elastic_linear import PackedElasticLinear
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.models.packed_linear import dense_weight
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import OneForAllDistillationModifier, TrainingEventsCallback, begin_session
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import ArchitectureError, ShapeError
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 

@@ -11,13 +11,13 @@ from tiny_architectures import CONFIGS
 from torch.nn import functional
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.architecture import group_key
 from amoeba_plugin.conformance import KEPT, random_model, random_strategy
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.gradients import loss_gradients
+from amoeba_plugin.models.adapter import group_key
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy

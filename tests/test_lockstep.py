@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin import depth, lockstep
-from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.lockstep import WHOLE, Lockstep, walk
 from amoeba_plugin.lockstep_check import check_contract
+from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.objectives import Objective, PerTokenLoss, Score
 from amoeba_plugin.recurrence import Search
 from amoeba_plugin.runtime.module_calls import evaluating

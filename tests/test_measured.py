@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.measured import NAMES, MeasuredTable
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 from amoeba_plugin.runtime.ranks import from_first_rank

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.fingerprint import model_fingerprint
 from amoeba_plugin.layer_scores import angular_distances, magnitude
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import WidthShrinkingModifier
 from amoeba_plugin.selection.registry import importance_named

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.architecture import linear_names
 from amoeba_plugin.calibration import materialise
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.conformance import WIDTHS, random_model
@@ -27,6 +26,7 @@ from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction import extract
+from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.smol import SmolConfig

@@ -16,7 +16,7 @@ from amoeba_plugin.conformance import random_model, reload_plainly
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.sublayers import read_kept
+from amoeba_plugin.models.kept import read_kept
 
 SHAPE = "2.5x1/2"  # an attention is gone, and a layer
 

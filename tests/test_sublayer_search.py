@@ -27,12 +27,13 @@ from amoeba_plugin.depth_selectors import DepthTask
 from amoeba_plugin.errors import ArtifactError, RecipeError
 from amoeba_plugin.lockstep import WHOLE, Lockstep
 from amoeba_plugin.lockstep_check import Contract, check_contract
+from amoeba_plugin.models.kept import PARTS, kept_without, write_kept
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import PerTokenLoss
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.selection.registry import depth_selector_named
 from amoeba_plugin.strategy import DepthStrategy
-from amoeba_plugin.sublayers import PARTS, StandIns, kept_without, write_kept
 
 Batch = dict[str, Tensor]
 Removed = frozenset[int]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
-    from amoeba_plugin.architecture import ArchitectureAdapter
+    from amoeba_plugin.models.adapter import ArchitectureAdapter
 
 
 @hookspec

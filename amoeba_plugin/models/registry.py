@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.plugins.manager import collected
 
 

@@ -18,12 +18,12 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from amoeba_plugin.architecture import linear_names
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptions, require_effect, require_schedule
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order

@@ -18,12 +18,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, require_usable
 from amoeba_plugin.calibration import Batch, materialise
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import is_packed
 from amoeba_plugin.errors import RecipeError
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable
+from amoeba_plugin.models.fingerprint import model_fingerprint
+from amoeba_plugin.models.packed_linear import is_packed
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults

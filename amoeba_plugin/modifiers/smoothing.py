@@ -25,9 +25,9 @@ from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTR
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter, copy_config
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
+from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.subnet_classes import build, is_per_layer, per_layer_config
 
 VOCABULARY, POSITIONS = 32, 16

@@ -12,13 +12,13 @@ from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance, Importance
 from amoeba_plugin.layer_scores import most_sensitive_layers
 from amoeba_plugin.measured_widths import measured_widths
+from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import on_main_device, selection_for
 from amoeba_plugin.runtime.module_calls import is_offloaded

@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftConfig
 
 from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
+from amoeba_plugin.models.kept import Kept, read_kept, write_kept
 from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, parse_width
 from amoeba_plugin.smol import host
 from amoeba_plugin.smol.host import extend_peft_type
-from amoeba_plugin.sublayers import Kept, read_kept, write_kept
 
 FORMAT_VERSION = 1
 COMBINATIONS = ("factors", "outputs")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from amoeba_plugin.compressed_linear import CompressedLinear
 from amoeba_plugin.errors import AdapterError
-from amoeba_plugin.slicing import Rows, take
+from amoeba_plugin.models.compressed_linear import CompressedLinear
+from amoeba_plugin.models.slices import Rows, take
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.host import (
     check_adapters_to_merge,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from amoeba_plugin.compressed_linear import keep_packed
-from amoeba_plugin.elastic_linear import NOT_MERGED, PackedElasticLinear, PartialLinear
 from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.models.compressed_linear import keep_packed
+from amoeba_plugin.models.kept import Kept
+from amoeba_plugin.models.partial_linear import NOT_MERGED, PartialLinear
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.export import LoraPair, write_lora
@@ -28,7 +29,6 @@ from amoeba_plugin.smol.host import (
 )
 from amoeba_plugin.smol.layer import SmolLinear
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer, importance_loss
-from amoeba_plugin.sublayers import Kept
 
 ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
 
@@ -210,7 +210,7 @@ class SmolModel(BaseTuner):
         for name, module in self.model.named_modules():
             if not isinstance(module, SmolLinear):
                 continue
-            if isinstance(module.get_base_layer(), PackedElasticLinear):
+            if getattr(module.get_base_layer(), "keeps_packed", False):
                 raise AdapterError(f"'{name}' keeps its weight packed, {NOT_MERGED}")
             backend = module.quantization_backend
             if backend is not None and not getattr(backend, "supports_merge", True):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amoeba_plugin.compressed_linear import CompressedLinear, unpack
+from amoeba_plugin.models.compressed_linear import CompressedLinear, unpack
 from amoeba_plugin.smol.host import QuantizationBackend
 
 

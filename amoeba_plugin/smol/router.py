@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
+from amoeba_plugin.models.kept import Kept, read_kept
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig, check_kept_layers
 from amoeba_plugin.smol.host import BaseTunerLayer
-from amoeba_plugin.sublayers import Kept, read_kept
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,

@@ -34,11 +34,11 @@ from amoeba_plugin.lockstep import WHOLE, Removed, walk
 from amoeba_plugin.lockstep_check import Contract, check_contract
 from amoeba_plugin.measured import MeasuredTable
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import PerTokenLoss, Score
 from amoeba_plugin.recurrence import Search, Table
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.strategy import DepthStrategy
-from amoeba_plugin.sublayers import StandIns
 
 BATCH_SIZE = 8
 MOST_SETS, SETS_AT_ONCE = 20_000, 500

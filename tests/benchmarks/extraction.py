@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from amoeba_plugin.architecture import group_key
 from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.adapter import group_key
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy

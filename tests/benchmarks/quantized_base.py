@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import amoeba_plugin
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.architecture import group_key, linear_names
 from amoeba_plugin.calibration import materialise
 from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.adapter import group_key, linear_names
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.smol import SmolConfig

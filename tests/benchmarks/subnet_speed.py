@@ -28,10 +28,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from amoeba_plugin.architecture import group_key
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.adapter import group_key
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from amoeba_plugin.architecture import ArchitectureAdapter
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.registry import architecture_for
 
 README = Path(__file__).parents[2] / "README.md"

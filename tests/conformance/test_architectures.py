@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from amoeba_plugin.architectures.builtin import amoeba_architectures
+from amoeba_plugin.models.architectures.builtin import amoeba_architectures
 from tiny_architectures import CONFIGS, MULTIPLIERS, NO_ROPE, TYPES
 from transformers import PreTrainedModel
 

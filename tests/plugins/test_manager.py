@@ -13,11 +13,11 @@ import pytest
 from torch import Tensor
 
 from amoeba_plugin.activation_stats import ActivationStats
-from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.architectures.llama import LlamaFamily
 from amoeba_plugin.depth_selectors import DepthSelector
 from amoeba_plugin.errors import ArchitectureError, PluginError
 from amoeba_plugin.importance import Importance
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import Objective, PerTokenLoss
 from amoeba_plugin.plugins.hooks import PROJECT, hookimpl

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from amoeba_plugin.calibration import Batch
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.fingerprint import model_fingerprint
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.shape import SubnetShape

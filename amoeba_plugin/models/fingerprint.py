@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.architecture import ArchitectureAdapter
-from amoeba_plugin.elastic_linear import is_packed
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.packed_linear import is_packed
 from amoeba_plugin.runtime.module_calls import onloaded
 
 FINGERPRINT_ELEMENTS = 256

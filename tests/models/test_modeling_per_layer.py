@@ -20,7 +20,7 @@ from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.strategy import SubnetStrategy
 from amoeba_plugin.subnet_classes import per_layer_class

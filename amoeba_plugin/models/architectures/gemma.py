@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PretrainedConfig
 
-from amoeba_plugin.architectures.gated import GatedDecoder, require_divisible_hidden
+from amoeba_plugin.models.architectures.gated import GatedDecoder, require_divisible_hidden
 
 
 class Gemma(GatedDecoder):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from transformers import MistralConfig, PretrainedConfig, SeedOssConfig
 
-from amoeba_plugin.architectures.gated import GatedDecoder
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.models.architectures.gated import GatedDecoder
 
 # Fields that mean the same in every class of the family and move along when a subnet changes its class.
 SHARED_FIELDS = (

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import PretrainedConfig
 
-from amoeba_plugin.architecture import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config
-from amoeba_plugin.sublayers import Sublayer
+from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelAxis, ChannelGroup, copy_config
+from amoeba_plugin.models.sublayers import Sublayer
 
 
 class GPTNeoX(ArchitectureAdapter):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.compressed_linear import CompressedLinear, keep_packed
-from amoeba_plugin.elastic_linear import dense_weight, is_packed, linear_sizes
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.sublayers import Sublayer
+from amoeba_plugin.models.compressed_linear import CompressedLinear, keep_packed
+from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
+from amoeba_plugin.models.sublayers import Sublayer
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
-from amoeba_plugin.architectures.gated import GatedDecoder, head_size, queries_per_unit
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup
+from amoeba_plugin.models.architectures.gated import GatedDecoder, head_size, queries_per_unit
 
 
 @dataclass(frozen=True)

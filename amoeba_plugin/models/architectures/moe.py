@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
-from amoeba_plugin.architectures.gated import GatedDecoder
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.sublayers import Sublayer
+from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup
+from amoeba_plugin.models.architectures.gated import GatedDecoder
+from amoeba_plugin.models.sublayers import Sublayer
 
 EXPERTS = "mlp.experts"
 

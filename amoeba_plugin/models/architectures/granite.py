@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from amoeba_plugin.architectures.gated import GatedDecoder
+from amoeba_plugin.models.architectures.gated import GatedDecoder
 
 
 class SwitchedBiases(GatedDecoder):

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
+from amoeba_plugin.models.kept import PARTS, Kept, kept_without, read_kept, write_kept
 from amoeba_plugin.strategy import DepthStrategy
-from amoeba_plugin.sublayers import PARTS, Kept, kept_without, read_kept, write_kept
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,8 +138,8 @@ def test_one_depth_written_in_two_ways_is_refused(twice: str) -> None:
 
 
 def test_an_adapter_that_names_no_sublayers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from amoeba_plugin.architecture import ArchitectureAdapter
-    from amoeba_plugin.architectures.gated import GatedDecoder
+    from amoeba_plugin.models.adapter import ArchitectureAdapter
+    from amoeba_plugin.models.architectures.gated import GatedDecoder
 
     monkeypatch.setattr(GatedDecoder, "sublayers", ArchitectureAdapter.sublayers)
     with pytest.raises(ArchitectureError, match="set granularity: layer"):

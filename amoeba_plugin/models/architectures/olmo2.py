@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from amoeba_plugin.architecture import ChannelAxis, ChannelGroup
-from amoeba_plugin.architectures.gated import GatedDecoder
+from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup
+from amoeba_plugin.models.architectures.gated import GatedDecoder
 
 
 class Olmo2(GatedDecoder):
