@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from amoeba_plugin.calibration import Batch
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.layer_scores import angular_distances, block_influence, magnitude, scores_without, taylor

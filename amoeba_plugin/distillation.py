@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amoeba_plugin.batching import IGNORED
+from amoeba_plugin.data.batch import IGNORED
 
 # Logits per chunk: 16 MiB in fp32; on a CPU 4 MiB, which stay in its caches and in memory that need not be mapped anew.
 CHUNK_ELEMENTS = {"cpu": 2**20}

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from amoeba_plugin.data.batch import Batch, target_counts
 from amoeba_plugin.errors import ArchitectureError, DataError
-from amoeba_plugin.objectives import target_counts, target_losses
+from amoeba_plugin.objectives import target_losses
 from amoeba_plugin.runtime.module_calls import evaluating, is_offloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
-
-if TYPE_CHECKING:
-    from amoeba_plugin.calibration import Batch
 
 
 def loss_gradients(

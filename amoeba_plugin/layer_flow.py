@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amoeba_plugin.data.batch import Batch, model_inputs
 from amoeba_plugin.models.adapter import ArchitectureAdapter
-from amoeba_plugin.objectives import model_inputs
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
-
-if TYPE_CHECKING:
-    from amoeba_plugin.calibration import Batch
 
 
 @contextmanager

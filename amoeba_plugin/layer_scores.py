@@ -16,7 +16,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from amoeba_plugin.calibration import Batch
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.layer_flow import layer_flow
@@ -25,7 +26,6 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
 from amoeba_plugin.runtime.module_calls import evaluating, onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
-from amoeba_plugin.sharding import shard
 
 
 def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:

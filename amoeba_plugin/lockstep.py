@@ -9,23 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amoeba_plugin.data.batch import Batch, model_inputs
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.kept import OTHER, PARTS
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import Objective, model_inputs
+from amoeba_plugin.objectives import Objective
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
 from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.shape import half_steps
-
-if TYPE_CHECKING:
-    from amoeba_plugin.calibration import Batch
 
 Removed = frozenset[int]
 Call = Callable[[Tensor], Any]  # a decoder layer with all its arguments but the states

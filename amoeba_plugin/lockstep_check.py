@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.data.batch import MODEL_INPUTS, Batch, model_inputs
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.kept import PARTS, kept_without, removed_names
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import MODEL_INPUTS, Objective, Score, model_inputs
+from amoeba_plugin.objectives import Objective, Score
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
 from amoeba_plugin.shape import half_steps
-
-if TYPE_CHECKING:
-    from amoeba_plugin.calibration import Batch
 
 ROWS, POSITIONS = 2, 64  # of the first batch: what is checked does not depend on the data
 TOLERANCE = 16  # times the resolution of the dtype, relative to the largest state

@@ -1,34 +1,26 @@
-"""Objectives: one number with a unit and a direction, measured on a model and materialised batches.
-
-A calibration batch is a dict of tensors: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, positions)
-int64, ``labels`` being -100 where nothing is predicted. Logits at position t predict the label at t + 1.
-"""
+"""Objectives: one number with a unit and a direction, measured on a model and materialised batches."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.runtime.module_calls import answering, evaluating, input_device
 from amoeba_plugin.runtime.ranks import gather
 
-if TYPE_CHECKING:
-    from amoeba_plugin.calibration import Batch
-
-IGNORED = -100  # the label of a position that is no target; the convention of torch and transformers
 LOGITS_AT_ONCE = 2**25  # 128 MB in fp32: a whole batch of a 150k vocabulary would take gigabytes
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -119,11 +111,6 @@ def _badness(objective: Objective, score: Score) -> tuple[float, float]:
     return (value if math.isfinite(value) else math.inf, score.loss if math.isfinite(score.loss) else math.inf)
 
 
-def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Select from a batch what a model's ``forward`` takes, moved to its device; labels and bookkeeping stay behind."""
-    return {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
-
-
 def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the cross-entropy of every target token.
 
@@ -166,11 +153,6 @@ def _states(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor
         return made[0]
 
     return output.last_hidden_state, logits
-
-
-def target_counts(batch: Batch) -> Tensor:
-    """Return how many tokens of each row are predicted: (batch,), int64."""
-    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
 
 
 class PerTokenLoss(Objective):

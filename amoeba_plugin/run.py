@@ -24,7 +24,7 @@ from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from amoeba_plugin.calibration import Batch
+    from amoeba_plugin.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def calibration_batches(
                 f"{recipe.source} measures the model on text, and there is no calibration data; give --dataset"
             )
         return None
+    from amoeba_plugin.data.text import load_batches
     from amoeba_plugin.modifiers import DepthShrinkingModifier
     from amoeba_plugin.selection.registry import objective_named
-    from amoeba_plugin.text_data import load_batches
 
     _require_own_data(recipe)
     batches = load_batches(
@@ -125,8 +125,8 @@ def calibration_batches(
 
 def _require_own_data(recipe: CheckedRecipe) -> None:
     """Open what modifiers read after selection has taken its hours."""
+    from amoeba_plugin.data.text import read_text, require_file
     from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier
-    from amoeba_plugin.text_data import read_text, require_file
 
     depth, training = recipe.find(DepthShrinkingModifier), recipe.find(OneForAllDistillationModifier)
     if depth is not None and depth.questions is not None:

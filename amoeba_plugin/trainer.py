@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from amoeba_plugin.batching import PaddingCollator, require_targets
+from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
@@ -63,7 +63,7 @@ class OneForAllTrainer(Trainer):
         elastic: Switches its shape.
         options: Of the objective and the sampling.
         trainer_kwargs: Of ``transformers.Trainer``: ``args``, ``train_dataset``, ... Without a ``data_collator``, rows
-            are padded by :class:`~amoeba_plugin.batching.PaddingCollator`.
+            are padded by :class:`~amoeba_plugin.data.collator.PaddingCollator`.
 
     Raises:
         TrainingError: If the arguments ask for what this training cannot do, or the adapter does not follow the shape.

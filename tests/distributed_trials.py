@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import attach_smol, save_elastic
+from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import TrainingError

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.checkpoint import load_elastic
+from amoeba_plugin.data.multiple_choice import load_questions
 from amoeba_plugin.elastic_linear import ElasticLinear
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError, PluginError, RecipeError
 from amoeba_plugin.modifiers import (
@@ -36,7 +37,6 @@ from amoeba_plugin.modifiers import (
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.selection import on_main_device
 from amoeba_plugin.objectives import MultipleChoiceAccuracy
-from amoeba_plugin.questions import load_questions
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.calibration import materialise
 from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.conformance import WIDTHS, random_model
+from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TrainingArguments
 
-from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingError
 from amoeba_plugin.sampling import SandwichSampler

@@ -28,8 +28,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import follow_lora
 from amoeba_plugin.errors import DataError, RecipeError, TrainingError

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.batching import PaddingCollator
 from amoeba_plugin.checkpoint import load_elastic
+from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import ArtifactError, DataError, TrainingError
 from amoeba_plugin.modifiers import (

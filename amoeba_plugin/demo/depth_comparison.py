@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from amoeba_plugin.calibration import Batch
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.models.fingerprint import model_fingerprint

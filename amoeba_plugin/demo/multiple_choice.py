@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from amoeba_plugin.calibration import Batch
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.demo.corpus import SourceFile
 
 CHOICES = 4

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from amoeba_plugin.calibration import Batch, materialise, require_disjoint
 from amoeba_plugin.checkpoint import load_elastic
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import materialise, require_disjoint
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.multiple_choice import multiple_choice

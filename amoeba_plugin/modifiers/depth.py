@@ -10,14 +10,15 @@ from llmcompressor.modifiers import Modifier
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from amoeba_plugin.calibration import Batch, require_disjoint
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import require_disjoint
+from amoeba_plugin.data.multiple_choice import QuestionColumns, load_questions
 from amoeba_plugin.depth import Granularity
 from amoeba_plugin.depth_selectors import DepthTask
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.layer_scores import keeping
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
-from amoeba_plugin.questions import QuestionColumns, load_questions
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 from amoeba_plugin.shape import require_distinct_depths
 from amoeba_plugin.strategy import DepthStrategy
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class QuestionOptions(BaseModel):
-    """A multiple-choice data set for the objective ``accuracy``; see :mod:`amoeba_plugin.questions`.
+    """A multiple-choice data set for the objective ``accuracy``; see :mod:`amoeba_plugin.data.multiple_choice`.
 
     Attributes:
         dataset: A directory, a file or a hub id. No default.

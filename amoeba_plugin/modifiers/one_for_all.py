@@ -18,8 +18,9 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from amoeba_plugin.calibration import Batch
 from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.elastic_lora import attach_lora
 from amoeba_plugin.errors import RecipeError
@@ -31,7 +32,6 @@ from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_ma
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.subnet_step import StepHost, SubnetStep
-from amoeba_plugin.text_data import load_batches
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
 

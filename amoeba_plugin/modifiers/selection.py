@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from amoeba_plugin.calibration import Batch
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.modifiers.selection import selection_for
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.calibration import Batch
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance, Importance

@@ -28,7 +28,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from amoeba_plugin import demo, depth
-from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.lockstep import WHOLE, Removed, walk
 from amoeba_plugin.lockstep_check import Contract, check_contract

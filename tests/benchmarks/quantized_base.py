@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import amoeba_plugin
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.calibration import materialise
 from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.extraction import extract

@@ -14,7 +14,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.run import MODEL as DEMO_MODEL
 

@@ -13,8 +13,8 @@ from results import Losses, Results
 from subjects import Subject
 from transformers import TrainingArguments
 
-from amoeba_plugin.calibration import Batch
 from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic import ElasticModel
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for

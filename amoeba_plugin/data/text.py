@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from amoeba_plugin.batching import PaddingCollator
-from amoeba_plugin.calibration import SEQUENCE_COLUMNS, Batch, materialise
+from amoeba_plugin.data.batch import IGNORED, SEQUENCE_COLUMNS, Batch
+from amoeba_plugin.data.calibration import materialise
+from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.objectives import IGNORED
 
 logger = logging.getLogger(__name__)
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}

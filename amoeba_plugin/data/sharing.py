@@ -6,11 +6,9 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.runtime.ranks import gather, rank, world_size
-
-Batch = dict[str, Tensor]
 
 
 def shard(batches: Sequence[Batch]) -> tuple[list[Batch], str]:

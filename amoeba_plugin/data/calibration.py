@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amoeba_plugin.data.batch import IGNORED, SEQUENCE_COLUMNS, Batch, target_counts
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.objectives import IGNORED, target_counts
 
-Batch = dict[str, Tensor]
-SEQUENCE_COLUMNS = ("input_ids", "attention_mask", "labels")
 logger = logging.getLogger(__name__)
 
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from amoeba_plugin import activation_stats
 from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
-from amoeba_plugin.calibration import materialise
+from amoeba_plugin.data.calibration import materialise
+from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import MultipleChoiceAccuracy
-from amoeba_plugin.text_data import load_batches
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

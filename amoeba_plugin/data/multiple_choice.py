@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from amoeba_plugin.batching import PaddingCollator
-from amoeba_plugin.calibration import Batch, materialise
+from amoeba_plugin.data.batch import IGNORED, Batch
+from amoeba_plugin.data.calibration import materialise
+from amoeba_plugin.data.collator import PaddingCollator
+from amoeba_plugin.data.text import collated, read_rows
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.objectives import IGNORED
-from amoeba_plugin.text_data import collated, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amoeba_plugin.data.batch import IGNORED
 from amoeba_plugin.errors import DataError
-
-IGNORED = -100  # the label of a token that is no target, as everywhere in transformers
 
 
 @dataclass(frozen=True)

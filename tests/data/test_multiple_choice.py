@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from amoeba_plugin.calibration import require_disjoint
+from amoeba_plugin.data.calibration import require_disjoint
+from amoeba_plugin.data.multiple_choice import Question, QuestionColumns, load_questions, stratified
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.modifiers import DepthShrinkingModifier, QuestionOptions
 from amoeba_plugin.objectives import MultipleChoiceAccuracy
-from amoeba_plugin.questions import Question, QuestionColumns, load_questions, stratified
 
 COLOURS = ["red", "green", "blue", "none"]
 MMLU = [{"question": f"question {i} ?", "choices": COLOURS, "answer": i % 4, "subject": f"s{i % 3}"} for i in range(12)]
