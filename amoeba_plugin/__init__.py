@@ -12,27 +12,27 @@ from amoeba_plugin.plugins.host_registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 if TYPE_CHECKING:
-    from amoeba_plugin.checkpoint import load_elastic, save_elastic
     from amoeba_plugin.checkpoint_extraction import extract_checkpoint
-    from amoeba_plugin.elastic import ElasticModel
+    from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
+    from amoeba_plugin.elastic.model import ElasticModel
+    from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
     from amoeba_plugin.extraction import extract
     from amoeba_plugin.smol import SmolConfig, SmolModel
-    from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
     from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
 
 _LAZY = {
-    "DepthStrategy": "strategy",
-    "ElasticModel": "elastic",
+    "DepthStrategy": "elastic.strategy",
+    "ElasticModel": "elastic.model",
     "OneForAllOptions": "training",
     "OneForAllTrainer": "training",
     "SmolConfig": "smol",
     "SmolModel": "smol",
-    "SubnetStrategy": "strategy",
-    "WidthStrategy": "strategy",
+    "SubnetStrategy": "elastic.strategy",
+    "WidthStrategy": "elastic.strategy",
     "extract": "extraction",
     "extract_checkpoint": "checkpoint_extraction",
-    "load_elastic": "checkpoint",
-    "save_elastic": "checkpoint",
+    "load_elastic": "elastic.checkpoint",
+    "save_elastic": "elastic.checkpoint",
     "train_one_for_all": "training",
 }
 

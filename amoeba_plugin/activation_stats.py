@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch, model_inputs
+from amoeba_plugin.elastic.experts import expert_inputs
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.experts import expert_inputs
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.runtime.module_calls import evaluating, input_device, onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks

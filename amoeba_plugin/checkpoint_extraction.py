@@ -10,18 +10,18 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 
-from amoeba_plugin.checkpoint import load_elastic
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import ADAPTER_DIRECTORY, load_elastic
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction import cut_factors, extract
 from amoeba_plugin.model_card import model_card, write_model_card
-from amoeba_plugin.parity import ADAPTER_DIRECTORY, PARITY_NAME, AdapterMode, Parity, measure_parity
+from amoeba_plugin.parity import PARITY_NAME, AdapterMode, Parity, measure_parity
 from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing, write_atomically
 from amoeba_plugin.runtime.model_files import copy_tokenizer
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig, SmolModel
 from amoeba_plugin.smol.export import write_lora
-from amoeba_plugin.strategy import SubnetStrategy
 
 
 def extract_checkpoint(

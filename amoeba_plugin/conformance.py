@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.checkpoint import attach_smol
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.adapter import ArchitectureAdapter, group_key
@@ -38,7 +39,6 @@ from amoeba_plugin.models.kept import PARTS
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
 # Neither nested nor a prefix, and the first layer goes: an index that is not renumbered shows.

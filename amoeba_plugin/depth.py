@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.sharing import shard
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.layer_flow import where_not_finite
 from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
@@ -33,7 +34,6 @@ from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.peak_memory import peak_memory, reset_peak_memory
 from amoeba_plugin.runtime.ranks import agreed, gather, rank
 from amoeba_plugin.shape import half_steps
-from amoeba_plugin.strategy import DepthStrategy
 
 logger = logging.getLogger(__name__)
 GIB = 2**30

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.depth import search_depths
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.layer_scores import angular_distances, block_influence, magnitude, scores_without, taylor
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.objectives import Objective
-from amoeba_plugin.strategy import DepthStrategy
 
 PROTECTED_FIRST, PROTECTED_LAST = 4, 2  # what the "+" of Shortened LLaMA means (arXiv:2402.02834, section 2.2)
 

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.audit import require_sizes
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import PackedElasticLinear
+from amoeba_plugin.elastic.linear import PackedElasticLinear
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.subnet_config import build, largest_units, layer_units, lost_sublayers, subnet_config
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
 from amoeba_plugin.models.partial_linear import PartialLinear
@@ -35,7 +36,6 @@ from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolModel
 from amoeba_plugin.smol.export import LoraPair
-from amoeba_plugin.subnet_classes import build, largest_units, layer_units, lost_sublayers, subnet_config
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from amoeba_plugin.allocation import rounding_steps, tell_equal
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.sharing import shard
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.width import require_widths, unit_cost
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin._version import __version__
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE, largest_units, layer_units
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.subnet_classes import PER_LAYER_FILE, largest_units, layer_units
 
 CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.batch import IGNORED, Batch, model_inputs, target_counts
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.runtime.module_calls import answering, evaluating, input_device

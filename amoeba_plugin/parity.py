@@ -11,12 +11,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import ADAPTER_DIRECTORY
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.subnet_classes import PER_LAYER_FILE
 
-ADAPTER_DIRECTORY, PARITY_NAME = "adapter", "parity.json"  # in the checkpoint
+PARITY_NAME = "parity.json"  # in the checkpoint
 PARITY_TOKENS = 64
 AdapterMode = Literal["fold", "separate"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.expected_config import sizes_unknown, subnet_config
 from amoeba_plugin.models.adapter import require_alike_layers
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.runtime.files import is_vacant, require_writable
-from amoeba_plugin.subnet_classes import build
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
@@ -49,7 +49,7 @@ def require_elastic_dir(recipe: CheckedRecipe, output_dir: Path) -> None:
         RecipeError: If a directory that the recipe names is the output directory or in it, or the elastic checkpoint
             would hold the output directory: these two are written whole or not at all.
     """
-    from amoeba_plugin.checkpoint import require_replaceable
+    from amoeba_plugin.elastic.checkpoint import require_replaceable
     from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier
 
     depth, training = recipe.find(DepthShrinkingModifier), recipe.find(OneForAllDistillationModifier)
@@ -192,12 +192,6 @@ def _require_divisible(
 
 def _divisors(number: int) -> Iterator[int]:
     return (each for each in range(1, number + 1) if number % each == 0)
-
-
-def weightless(config: PretrainedConfig) -> PreTrainedModel:
-    """Return a model of a configuration without weights."""
-    with torch.device("meta"):
-        return build(config)
 
 
 def _is_ours(path: Path) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.shape import SubnetShape
 
 

@@ -28,7 +28,7 @@ from amoeba_plugin.distillation import (
     sum_over_rows,
     target_positions,
 )
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, TrainingError
 from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.sampling import SandwichSampler, step_seed

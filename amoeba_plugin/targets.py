@@ -15,11 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.elastic.subnet_config import is_per_layer, per_layer_class, weightless
 from amoeba_plugin.errors import ArchitectureError, RecipeError, did_you_mean
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.architectures.gated import head_size
-from amoeba_plugin.preflight import weightless
-from amoeba_plugin.subnet_classes import is_per_layer, per_layer_class
 
 RULES = Path(__file__).with_name("targets.yaml")
 

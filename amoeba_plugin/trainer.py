@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from amoeba_plugin.data.collator import PaddingCollator, require_targets
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.sampling import SandwichSampler

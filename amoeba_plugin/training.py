@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.progress import SubnetProgress
 from amoeba_plugin.sampling import SandwichSampler

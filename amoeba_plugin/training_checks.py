@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import ElasticLinear
+from amoeba_plugin.elastic.linear import ElasticLinear
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.runtime.fsdp import all_finite

@@ -34,10 +34,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.checkpoint import attach_smol, save_elastic
 from amoeba_plugin.data.collator import PaddingCollator
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.elastic.checkpoint import attach_smol, save_elastic
+from amoeba_plugin.elastic.lora import attach_lora
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import all_finite
 from amoeba_plugin.smol import SmolConfig

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from amoeba_plugin.conformance import KEPT, WIDTHS, random_strategy
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
 
 __all__ = ["KEPT", "WIDTHS", "random_elastic", "random_strategy", "tiny_llama"]
 

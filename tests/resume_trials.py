@@ -17,8 +17,8 @@ import torch
 from elastic_models import random_elastic, tiny_llama
 from transformers import TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.data.collator import PaddingCollator  # noqa: F401  # imported before the fork, once
+from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.training_checkpoints import last_complete_checkpoint

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import random_model
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.run import RunOptions, run_recipe
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.width import rank_widths
 
 OFFSET_NORMS = ["gemma2", "gemma3_text"]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.depth import search_depths
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
 from amoeba_plugin.recurrence import Search, Table, evaluations, exchange_evaluations
-from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

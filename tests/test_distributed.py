@@ -13,7 +13,7 @@ import torch
 from distributed_trials import MODES, SHAPE, STEPS
 from safetensors.torch import load_file
 
-from amoeba_plugin.checkpoint import load_elastic
+from amoeba_plugin.elastic.checkpoint import load_elastic
 
 
 @pytest.fixture(scope="module")

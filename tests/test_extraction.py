@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.checkpoint import attach_smol
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction import become, extract
 from amoeba_plugin.smol import SmolConfig

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin import depth, lockstep
 from amoeba_plugin.depth import search_depths
+from amoeba_plugin.elastic.strategy import SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.lockstep import WHOLE, Lockstep, walk
 from amoeba_plugin.lockstep_check import check_contract
@@ -26,7 +27,6 @@ from amoeba_plugin.objectives import Objective, PerTokenLoss, Score
 from amoeba_plugin.recurrence import Search
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.state_store import StateStore
-from amoeba_plugin.strategy import SubnetStrategy, WidthStrategy
 
 Batch = dict[str, Tensor]
 Removed = frozenset[int]

@@ -18,13 +18,13 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.depth import search_depths
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.measured import NAMES, MeasuredTable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 from amoeba_plugin.runtime.ranks import from_first_rank
-from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

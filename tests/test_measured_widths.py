@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import random_model
+from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.measured_widths import MOST_SPLITS, Part, measured_widths, splits
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import importance_named, objective_named
-from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import rank_widths
 
 Batches = Callable[..., list[dict[str, Tensor]]]

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.checkpoint import load_elastic
 from amoeba_plugin.data.multiple_choice import load_questions
-from amoeba_plugin.elastic_linear import ElasticLinear
+from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.linear import ElasticLinear
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError, PluginError, RecipeError
 from amoeba_plugin.modifiers import (
     DepthShrinkingModifier,

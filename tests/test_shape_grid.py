@@ -11,12 +11,12 @@ import torch
 from elastic_models import random_strategy
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
+from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.expected_config import kept_units
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.preflight import weightless
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 TinyModel = Callable[..., PreTrainedModel]
 WHOLE = {

@@ -19,13 +19,13 @@ from test_architecture_recipes import logits, save_base
 from tiny_architectures import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from amoeba_plugin.elastic.subnet_config import per_layer_config
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_kept
 from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe
 from amoeba_plugin.run import RunOptions, run_recipe
-from amoeba_plugin.subnet_classes import per_layer_config
 
 WITHOUT_TABLE = {("SmoothQuantModifier", name) for name in ("gpt_neox", "opt", "olmo2")} | {
     ("AWQModifier", name) for name in ("gpt_neox", "opt")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.conformance import random_model, reload_plainly
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.kept import read_kept

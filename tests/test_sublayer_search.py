@@ -24,6 +24,7 @@ from amoeba_plugin import depth
 from amoeba_plugin.conformance import random_model
 from amoeba_plugin.depth import search_depths
 from amoeba_plugin.depth_selectors import DepthTask
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArtifactError, RecipeError
 from amoeba_plugin.lockstep import WHOLE, Lockstep
 from amoeba_plugin.lockstep_check import Contract, check_contract
@@ -33,7 +34,6 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import PerTokenLoss
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.selection.registry import depth_selector_named
-from amoeba_plugin.strategy import DepthStrategy
 
 Batch = dict[str, Tensor]
 Removed = frozenset[int]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.data.collator import PaddingCollator
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingError
 from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.shape import ShapeSpace, SubnetShape

@@ -28,10 +28,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.data.collator import PaddingCollator
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_lora import follow_lora
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.lora import follow_lora
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, TrainingError
 from amoeba_plugin.sampling import SandwichSampler, step_seed
 from amoeba_plugin.shape import ShapeSpace, SubnetShape

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.checkpoint import load_elastic
 from amoeba_plugin.data.collator import PaddingCollator
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError, DataError, TrainingError
 from amoeba_plugin.modifiers import (
     OneForAllDistillationModifier,
@@ -31,7 +32,6 @@ from amoeba_plugin.modifiers import (
     begin_session,
 )
 from amoeba_plugin.modifiers.external import ExternalSteps
-from amoeba_plugin.strategy import SubnetStrategy
 from amoeba_plugin.training import OneForAllTrainer, train_one_for_all
 
 TinyModel = Callable[..., PreTrainedModel]

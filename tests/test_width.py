@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
 from amoeba_plugin.allocation import global_prefix, nearest_size, other_share
+from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import Importance
 from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths, standardised, unit_cost
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.depth_selectors import DepthTask, random_depths
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.report import DepthRow
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 PUBLISHED = {
     "block_influence": "Block Influence",

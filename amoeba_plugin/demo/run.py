@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from amoeba_plugin.checkpoint import load_elastic
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise, require_disjoint
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.multiple_choice import multiple_choice
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.profiling import DECODE_TOKENS, PROMPT_TOKENS, Latency, measure_latency
 from amoeba_plugin.recipe_files import find_recipe

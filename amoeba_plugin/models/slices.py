@@ -1,6 +1,6 @@
 """Active parts of parameters: row blocks of a linear, and modules whose ``forward`` shall see slices of parameters.
 
-Nothing here knows of models; :mod:`amoeba_plugin.elastic` says what is active.
+Nothing here knows of models; :mod:`amoeba_plugin.elastic.model` says what is active.
 """
 
 from __future__ import annotations

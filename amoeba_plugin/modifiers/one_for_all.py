@@ -18,11 +18,11 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.text import load_batches
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.elastic.checkpoint import attach_smol, require_replaceable, save_elastic
+from amoeba_plugin.elastic.lora import attach_lora
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.modifiers.external import ExternalSteps

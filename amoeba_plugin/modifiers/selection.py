@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
@@ -29,7 +30,6 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.runtime.module_calls import input_device, is_offloaded
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 
 @dataclass

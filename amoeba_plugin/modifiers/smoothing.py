@@ -25,10 +25,10 @@ from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTR
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.elastic.subnet_config import build, is_per_layer, per_layer_config
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
-from amoeba_plugin.subnet_classes import build, is_per_layer, per_layer_config
 
 VOCABULARY, POSITIONS = 32, 16
 TOLERANCE = 1e-3  # of the largest logit; rounding in fp32 makes 1e-6, a module left out 1e-1

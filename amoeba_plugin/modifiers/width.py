@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.importance import GroupImportance, Importance
@@ -24,7 +25,6 @@ from amoeba_plugin.modifiers.selection import on_main_device, selection_for
 from amoeba_plugin.runtime.module_calls import is_offloaded
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.shape import parse_width
-from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import coupled_parameters, rank_widths
 
 

@@ -31,6 +31,7 @@ from amoeba_plugin import demo, depth
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.depth import search_depths
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.lockstep import WHOLE, Removed, walk
 from amoeba_plugin.lockstep_check import Contract, check_contract
 from amoeba_plugin.measured import MeasuredTable
@@ -39,7 +40,6 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.objectives import PerTokenLoss, Score
 from amoeba_plugin.recurrence import Search, Table
 from amoeba_plugin.runtime.module_calls import evaluating
-from amoeba_plugin.strategy import DepthStrategy
 
 BATCH_SIZE = 8
 MOST_SETS, SETS_AT_ONCE = 20_000, 500

@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.checkpoint_extraction import extract_checkpoint
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(1, 2))
 WAYS = ("nothing", "load and save the base", "extract, base in memory", "extract, base on disk", "with parity")

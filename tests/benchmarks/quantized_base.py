@@ -28,17 +28,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import amoeba_plugin
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.adapter import group_key, linear_names
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 from amoeba_plugin.width import rank_widths
 

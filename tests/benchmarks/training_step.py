@@ -30,14 +30,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer
 
 WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(5, 8))

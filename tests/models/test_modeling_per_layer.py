@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.checkpoint import attach_smol
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import SubnetStrategy
+from amoeba_plugin.elastic.subnet_config import per_layer_class
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import SubnetStrategy
-from amoeba_plugin.subnet_classes import per_layer_class
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 TinyModel = Callable[..., PreTrainedModel]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from amoeba_plugin.elastic_linear import ElasticLinear
+from amoeba_plugin.elastic.linear import ElasticLinear
 from amoeba_plugin.models.slices import active_parameters, count, joined, restore_parameters, slice_parameters, take
 
 KEPT = st.sets(st.integers(0, 11), min_size=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amoeba_plugin.activation_stats import ActivationStats
 from amoeba_plugin.depth_selectors import DepthSelector
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArchitectureError, PluginError
 from amoeba_plugin.importance import Importance
 from amoeba_plugin.models.adapter import ArchitectureAdapter
@@ -23,7 +24,6 @@ from amoeba_plugin.objectives import Objective, PerTokenLoss
 from amoeba_plugin.plugins.hooks import PROJECT, hookimpl
 from amoeba_plugin.plugins.manager import collected, modules_named, plugin_manager
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
-from amoeba_plugin.strategy import DepthStrategy
 
 
 class Stranger(LlamaFamily):

@@ -18,14 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin import extraction
-from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.checkpoint_extraction import extract_checkpoint
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.runtime.streaming import streamed_model
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import SubnetStrategy
 
 TinyModel = Callable[..., PreTrainedModel]
 SHAPE = "3x3/4"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor
 
-from amoeba_plugin.checkpoint import attach_smol, load_elastic, save_elastic
-from amoeba_plugin.elastic_linear import ElasticLinear
+from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.elastic.linear import ElasticLinear
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
 from amoeba_plugin.smol.config import COMBINATIONS

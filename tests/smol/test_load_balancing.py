@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol
+from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.smol.router import importance_loss
 from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 from amoeba_plugin.conformance import random_strategy
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.elastic.lora import attach_lora
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.models.compressed_linear import CompressedLinear, is_compressed
 from amoeba_plugin.smol import SmolConfig, SmolLinear

@@ -11,10 +11,10 @@ from selection import OURS, choose_channels, choose_layers, search
 from subjects import Subject
 from training import ONE_LORA, Space, Variant, evaluated, on_validation, trained, untrained
 
+from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.strategy import WidthStrategy
 from amoeba_plugin.width import unit_cost
 
 TUNED = (

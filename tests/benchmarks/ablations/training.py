@@ -13,15 +13,15 @@ from results import Losses, Results
 from subjects import Subject
 from transformers import TrainingArguments
 
-from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
 
 FACTORS = {"combination": "factors"}  # the reference code's mixture

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic_group import ElasticGroup
+from amoeba_plugin.elastic.experts import ElasticExperts
+from amoeba_plugin.elastic.group import ElasticGroup
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.experts import ElasticExperts
 from amoeba_plugin.models.adapter import ChannelGroup, copy_config, group_key, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import Kept
@@ -30,7 +31,6 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.fsdp import gathered
 from amoeba_plugin.runtime.module_calls import is_offloaded
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
-from amoeba_plugin.strategy import SubnetStrategy
 
 if TYPE_CHECKING:
     from amoeba_plugin.runtime.streaming import StreamedWeights

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amoeba_plugin.elastic_linear import ElasticLinear, PackedElasticLinear, convert_packed
+from amoeba_plugin.elastic.linear import ElasticLinear, PackedElasticLinear, convert_packed
+from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ChannelGroup
 from amoeba_plugin.models.packed_linear import dense_weight, is_packed
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.models.slices import SlicedModule, joined, restore_parameters, slice_parameters
-from amoeba_plugin.strategy import WidthStrategy
 
 
 @dataclass(frozen=True)

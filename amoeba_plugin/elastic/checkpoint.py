@@ -24,10 +24,10 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_lora import follow_lora
+from amoeba_plugin.elastic.lora import follow_lora
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import AdapterError, ArtifactError
-from amoeba_plugin.parity import ADAPTER_DIRECTORY
 from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing, write_atomically
 from amoeba_plugin.runtime.fsdp import whole_state_dict
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
@@ -36,11 +36,10 @@ from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.runtime.streaming import StreamedWeights, streamed_model
 from amoeba_plugin.shape import ShapeSpace, parse_width
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.strategy import SubnetStrategy
 
 FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
 ELASTIC_NAME = "elastic.json"
-BASE_DIRECTORY = "base"
+BASE_DIRECTORY, ADAPTER_DIRECTORY = "base", "adapter"
 
 
 def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:

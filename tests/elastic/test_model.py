@@ -10,12 +10,12 @@ from elastic_models import KEPT, random_elastic, random_strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import ElasticLinear
+from amoeba_plugin.elastic.linear import ElasticLinear
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 
 TinyModel = Callable[..., PreTrainedModel]
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]

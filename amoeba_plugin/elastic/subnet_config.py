@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticModel
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.subnet_plan import SubnetPlan
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, group_key
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.subnet_plan import SubnetPlan
 
 PER_LAYER_FILE = "modeling_per_layer.py"  # beside a checkpoint whose layers differ in size
 
@@ -151,3 +152,9 @@ def build(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     else:
         model = AutoModelForCausalLM.from_config(config, **options)
     return model
+
+
+def weightless(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model of a configuration without weights."""
+    with torch.device("meta"):
+        return build(config)

@@ -6,8 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_linear import ElasticLinear
+from amoeba_plugin.elastic.linear import ElasticLinear
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.models.compressed_linear import CompressedLinear
 from amoeba_plugin.models.partial_linear import PartialLinear

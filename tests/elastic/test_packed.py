@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
 
 from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.checkpoint import attach_smol
 from amoeba_plugin.conformance import WIDTHS, random_model
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.depth import search_depths
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.elastic_lora import attach_lora
+from amoeba_plugin.elastic.checkpoint import attach_smol
+from amoeba_plugin.elastic.lora import attach_lora
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.adapter import linear_names

@@ -14,10 +14,8 @@ import torch
 from elastic_models import random_strategy
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic import ElasticModel
-from amoeba_plugin.errors import ArtifactError, RecipeError
-from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.strategy import (
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import (
     JSON_NAME,
     TENSORS_NAME,
     DepthStrategy,
@@ -25,6 +23,8 @@ from amoeba_plugin.strategy import (
     model_fingerprint,
     write_atomically,
 )
+from amoeba_plugin.errors import ArtifactError, RecipeError
+from amoeba_plugin.models.registry import architecture_for
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -8,10 +8,10 @@ from fractions import Fraction
 
 from transformers import PretrainedConfig
 
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
-from amoeba_plugin.strategy import SubnetStrategy
 
 
 @dataclass(frozen=True)
