@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from amoeba_plugin.allocation import RankedGroup, other_share, rounding_steps, uniform_units
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.elastic.subnet_config import differ, largest_units, per_layer_config
 from amoeba_plugin.elastic.subnet_config import subnet_config as elastic_config
@@ -20,8 +19,9 @@ from amoeba_plugin.errors import RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ChannelGroup
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe, asked_shapes
+from amoeba_plugin.selection.width.allocation import RankedGroup, other_share, rounding_steps, uniform_units
+from amoeba_plugin.selection.width.ranking import require_anchors
 from amoeba_plugin.shape import SubnetShape, parse_width
-from amoeba_plugin.width import require_anchors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -36,7 +36,7 @@ from amoeba_plugin.modifiers import (
 )
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.selection import on_main_device
-from amoeba_plugin.objectives import MultipleChoiceAccuracy
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 
 TinyModel = Callable[..., PreTrainedModel]
 
@@ -249,7 +249,7 @@ def test_the_adapter_was_trained_and_folded_in(base: Path, data: Dataset) -> Non
 def test_a_saved_recipe_repeats_its_depths_without_searching(
     base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amoeba_plugin.depth_selectors.search_depths", None)
+    monkeypatch.setattr("amoeba_plugin.selection.depth.selectors.search_depths", None)
     kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
     given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
     assert run(base, recipe(given, {"SubnetExtractionModifier": {"shape": "2x1"}}), data).config.num_hidden_layers == 2

@@ -8,12 +8,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.report import DepthRow
+from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 
 PUBLISHED = {

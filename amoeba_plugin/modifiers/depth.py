@@ -13,13 +13,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import require_disjoint
 from amoeba_plugin.data.multiple_choice import QuestionColumns, load_questions
-from amoeba_plugin.depth import Granularity
-from amoeba_plugin.depth_selectors import DepthTask
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import RecipeError
-from amoeba_plugin.layer_scores import keeping
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
+from amoeba_plugin.selection.depth.layer_importance import keeping
+from amoeba_plugin.selection.depth.search import Granularity
+from amoeba_plugin.selection.depth.selectors import DepthTask
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 from amoeba_plugin.shape import require_distinct_depths
 

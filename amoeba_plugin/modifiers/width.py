@@ -11,21 +11,21 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
-from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.importance import GroupImportance, Importance
-from amoeba_plugin.layer_scores import most_sensitive_layers
-from amoeba_plugin.measured_widths import measured_widths
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import on_main_device, selection_for
 from amoeba_plugin.runtime.module_calls import is_offloaded
+from amoeba_plugin.selection.activation_stats import collect_statistics
+from amoeba_plugin.selection.depth.layer_importance import most_sensitive_layers
+from amoeba_plugin.selection.gradients import loss_gradients
+from amoeba_plugin.selection.importance import GroupImportance, Importance
 from amoeba_plugin.selection.registry import importance_named, objective_named
+from amoeba_plugin.selection.width.measured_split import measured_widths
+from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.shape import parse_width
-from amoeba_plugin.width import coupled_parameters, rank_widths
 
 
 class WidthShrinkingModifier(Modifier):

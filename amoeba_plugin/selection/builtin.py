@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from amoeba_plugin.depth_selectors import (
+from amoeba_plugin.plugins.hooks import hookimpl
+from amoeba_plugin.selection.depth.selectors import (
     DepthSelector,
     dynamic_program,
     last_layers,
@@ -16,7 +17,7 @@ from amoeba_plugin.depth_selectors import (
     least_taylor_plus,
     one_shot,
 )
-from amoeba_plugin.importance import (
+from amoeba_plugin.selection.importance import (
     GroupImportance,
     Importance,
     column_norm,
@@ -27,8 +28,7 @@ from amoeba_plugin.importance import (
     weighted_input_fluctuation,
     weighted_input_norm,
 )
-from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss
-from amoeba_plugin.plugins.hooks import hookimpl
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss
 
 SEARCH_OPTIONS = ("beam", "exchanges", "granularity", "cache_gib", "resume_dir")
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
-    from amoeba_plugin.depth_selectors import DepthSelector
-    from amoeba_plugin.importance import GroupImportance, Importance
-    from amoeba_plugin.objectives import Objective
+    from amoeba_plugin.selection.depth.selectors import DepthSelector
+    from amoeba_plugin.selection.importance import GroupImportance, Importance
+    from amoeba_plugin.selection.objectives import Objective
 
 
 @hookspec

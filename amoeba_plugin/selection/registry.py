@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from amoeba_plugin.depth_selectors import DepthSelector
-from amoeba_plugin.importance import GroupImportance, Importance
-from amoeba_plugin.objectives import Objective
 from amoeba_plugin.plugins.manager import named
+from amoeba_plugin.selection.depth.selectors import DepthSelector
+from amoeba_plugin.selection.importance import GroupImportance, Importance
+from amoeba_plugin.selection.objectives import Objective
 
 
 def importance_named(name: str) -> Importance | GroupImportance:

@@ -27,19 +27,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from amoeba_plugin import demo, depth
+from amoeba_plugin import demo
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
-from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic.strategy import DepthStrategy
-from amoeba_plugin.lockstep import WHOLE, Removed, walk
-from amoeba_plugin.lockstep_check import Contract, check_contract
-from amoeba_plugin.measured import MeasuredTable
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import PerTokenLoss, Score
-from amoeba_plugin.recurrence import Search, Table
 from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.selection.depth import search as depth
+from amoeba_plugin.selection.depth.dynamic_program import Search, Table
+from amoeba_plugin.selection.depth.lockstep import WHOLE, Removed, walk
+from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
+from amoeba_plugin.selection.depth.score_table import MeasuredTable
+from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.objectives import PerTokenLoss, Score
 
 BATCH_SIZE = 8
 MOST_SETS, SETS_AT_ONCE = 20_000, 500

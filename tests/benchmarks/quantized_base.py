@@ -27,7 +27,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, TrainingArguments
 
 import amoeba_plugin
-from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
@@ -37,10 +36,11 @@ from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.adapter import group_key, linear_names
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named, objective_named
+from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
-from amoeba_plugin.width import rank_widths
 
 FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))

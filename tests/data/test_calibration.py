@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from amoeba_plugin import activation_stats
-from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.objectives import MultipleChoiceAccuracy
+from amoeba_plugin.selection import activation_stats
+from amoeba_plugin.selection.activation_stats import ActivationStats, collect_statistics
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -18,7 +18,7 @@ from amoeba_plugin.data.calibration import require_disjoint
 from amoeba_plugin.data.multiple_choice import Question, QuestionColumns, load_questions, stratified
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.modifiers import DepthShrinkingModifier, QuestionOptions
-from amoeba_plugin.objectives import MultipleChoiceAccuracy
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 
 COLOURS = ["red", "green", "blue", "none"]
 MMLU = [{"question": f"question {i} ?", "choices": COLOURS, "answer": i % 4, "subject": f"s{i % 3}"} for i in range(12)]

@@ -10,18 +10,18 @@ import torch
 from tiny_architectures import CONFIGS
 from torch.nn import functional
 
-from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import KEPT, random_model, random_strategy
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction import extract
-from amoeba_plugin.gradients import loss_gradients
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.activation_stats import collect_statistics
+from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.width import coupled_parameters, rank_group, rank_widths
+from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_group, rank_widths
 
 TYPES = ["mixtral", "qwen3_moe"]
 

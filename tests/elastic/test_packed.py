@@ -17,10 +17,8 @@ from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
 
-from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.conformance import WIDTHS, random_model
 from amoeba_plugin.data.calibration import materialise
-from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
@@ -28,10 +26,12 @@ from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.activation_stats import collect_statistics
+from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.registry import importance_named, objective_named
+from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training import OneForAllOptions, train_one_for_all
-from amoeba_plugin.width import coupled_parameters, rank_widths
 
 TinyModel = Callable[..., PreTrainedModel]
 COMPENSATED = {"gpt_neox", "granite", "llama", "opt", "smollm3", "phi3"}  # at least elastically

@@ -12,17 +12,17 @@ import pluggy
 import pytest
 from torch import Tensor
 
-from amoeba_plugin.activation_stats import ActivationStats
-from amoeba_plugin.depth_selectors import DepthSelector
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArchitectureError, PluginError
-from amoeba_plugin.importance import Importance
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.objectives import Objective, PerTokenLoss
 from amoeba_plugin.plugins.hooks import PROJECT, hookimpl
 from amoeba_plugin.plugins.manager import collected, modules_named, plugin_manager
+from amoeba_plugin.selection.activation_stats import ActivationStats
+from amoeba_plugin.selection.depth.selectors import DepthSelector
+from amoeba_plugin.selection.importance import Importance
+from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
 
 

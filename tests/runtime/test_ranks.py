@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import distributed
 sys.path.insert(0, sys.argv[1])
 from conftest import make_random_batches, make_tiny_model
-from amoeba_plugin.activation_stats import collect_statistics
-from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.layer_scores import angular_distances, block_influence, most_sensitive_layers, scores_without
-from amoeba_plugin.objectives import Objective, PerTokenLoss
+from amoeba_plugin.selection.activation_stats import collect_statistics
+from amoeba_plugin.selection.gradients import loss_gradients
+from amoeba_plugin.selection.depth.layer_importance import angular_distances, block_influence, most_sensitive_layers, scores_without
+from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.width import coupled_parameters
+from amoeba_plugin.selection.width.ranking import coupled_parameters
 root, rank, ranks = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if ranks > 1:
     distributed.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=ranks)

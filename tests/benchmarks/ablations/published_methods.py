@@ -14,8 +14,8 @@ from training import ONE_LORA, Space, Variant, evaluated, on_validation, trained
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.width.ranking import unit_cost
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.width import unit_cost
 
 TUNED = (
     Variant("tuned on labels", adapter=ONE_LORA, options={"kd_weight": 0.0, "loss_balancing": False}, students=1),

@@ -10,17 +10,17 @@ from results import Losses, Results, above, header, row
 from subjects import Allocation, Subject
 from training import Space, Variant, trained, untrained
 
-from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.demo.depth_comparison import PUBLISHED
-from amoeba_plugin.depth_selectors import DepthTask, random_depths
 from amoeba_plugin.elastic.strategy import DepthStrategy, WidthStrategy
 from amoeba_plugin.errors import RecipeError
-from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.importance import GroupImportance
-from amoeba_plugin.measured_widths import measured_widths
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.activation_stats import collect_statistics
+from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
+from amoeba_plugin.selection.gradients import loss_gradients
+from amoeba_plugin.selection.importance import GroupImportance
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
-from amoeba_plugin.width import coupled_parameters, rank_widths
+from amoeba_plugin.selection.width.measured_split import measured_widths
+from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 
 OURS = Variant("one-for-all, SMOL (factors)")
 

@@ -12,16 +12,16 @@ from test_hosted import offloaded
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.activation_stats import collect_statistics
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.layer_scores import angular_distances, magnitude
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import WidthShrinkingModifier
+from amoeba_plugin.selection.activation_stats import collect_statistics
+from amoeba_plugin.selection.depth.layer_importance import angular_distances, magnitude
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.width import rank_widths
+from amoeba_plugin.selection.width.ranking import rank_widths
 
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[dict[str, Tensor]]]

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.activation_stats import ActivationStats, collect_statistics
-from amoeba_plugin.allocation import global_prefix, nearest_size, other_share
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.importance import Importance
 from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.activation_stats import ActivationStats, collect_statistics
+from amoeba_plugin.selection.gradients import loss_gradients
+from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.width import coupled_parameters, rank_widths, standardised, unit_cost
+from amoeba_plugin.selection.width.allocation import global_prefix, nearest_size, other_share
+from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths, standardised, unit_cost
 
 TinyModel = Callable[..., PreTrainedModel]
 Batches = Callable[..., list[dict[str, Tensor]]]

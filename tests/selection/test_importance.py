@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amoeba_plugin.activation_stats import ActivationStats
-from amoeba_plugin.importance import Importance, amoeba_importances
+from amoeba_plugin.selection.activation_stats import ActivationStats
+from amoeba_plugin.selection.importance import Importance, amoeba_importances
 
 IMPORTANCES = {name: each for name, each in amoeba_importances().items() if isinstance(each, Importance)}
 

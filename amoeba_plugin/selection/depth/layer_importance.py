@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.layer_flow import layer_flow
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
 from amoeba_plugin.runtime.module_calls import evaluating, onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
+from amoeba_plugin.selection.gradients import loss_gradients
+from amoeba_plugin.selection.hidden_states import layer_flow
+from amoeba_plugin.selection.objectives import Objective, Score, better, score_over_ranks
 
 
 def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:

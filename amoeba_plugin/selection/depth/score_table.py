@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.objectives import Score
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.runtime.ranks import from_first_rank, rank
+from amoeba_plugin.selection.objectives import Score
 
 Removed = frozenset[int]
 FORMAT, VERSION = "amoeba_plugin.DepthSearch", 1

@@ -16,17 +16,18 @@ from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin import depth, lockstep
-from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic.strategy import SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.lockstep import WHOLE, Lockstep, walk
-from amoeba_plugin.lockstep_check import check_contract
 from amoeba_plugin.models.architectures.llama import LlamaFamily
-from amoeba_plugin.objectives import Objective, PerTokenLoss, Score
-from amoeba_plugin.recurrence import Search
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.state_store import StateStore
+from amoeba_plugin.selection.depth import lockstep
+from amoeba_plugin.selection.depth import search as depth
+from amoeba_plugin.selection.depth.dynamic_program import Search
+from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep, walk
+from amoeba_plugin.selection.depth.lockstep_contract import check_contract
+from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.objectives import Objective, PerTokenLoss, Score
 
 Batch = dict[str, Tensor]
 Removed = frozenset[int]

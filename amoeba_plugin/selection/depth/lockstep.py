@@ -20,9 +20,9 @@ from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.kept import OTHER, PARTS
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import Objective
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
 from amoeba_plugin.runtime.state_store import StateStore
+from amoeba_plugin.selection.objectives import Objective
 from amoeba_plugin.shape import half_steps
 
 Removed = frozenset[int]

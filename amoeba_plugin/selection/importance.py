@@ -1,6 +1,6 @@
 """Importances: how much every channel or unit matters; pure functions of statistics, weights and gradients.
 
-Scores are compared after standardisation (:mod:`amoeba_plugin.width`), so constant factors mean nothing.
+Scores are compared after standardisation (:mod:`amoeba_plugin.selection.width.ranking`), so constant factors mean nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from amoeba_plugin.models.adapter import ChannelAxis, ChannelGroup
 
 if TYPE_CHECKING:
-    from amoeba_plugin.activation_stats import ActivationStats
+    from amoeba_plugin.selection.activation_stats import ActivationStats
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GroupImportance:
         name: The name it is registered under.
         score: Maps the weights, and their gradients where it needs them, to (units,); larger matters more.
         needs_gradients: True where ``score`` looks at gradients, which take a backward pass over the calibration data
-            and 4 bytes of main memory for each weight (:func:`amoeba_plugin.gradients.loss_gradients`).
+            and 4 bytes of main memory for each weight (:func:`amoeba_plugin.selection.gradients.loss_gradients`).
         description: One line for people.
     """
 

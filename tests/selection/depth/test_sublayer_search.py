@@ -20,19 +20,19 @@ from test_depth import plain_loss, recurrence
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin import depth
 from amoeba_plugin.conformance import random_model
-from amoeba_plugin.depth import search_depths
-from amoeba_plugin.depth_selectors import DepthTask
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArtifactError, RecipeError
-from amoeba_plugin.lockstep import WHOLE, Lockstep
-from amoeba_plugin.lockstep_check import Contract, check_contract
 from amoeba_plugin.models.kept import PARTS, kept_without, write_kept
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import PerTokenLoss
 from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.selection.depth import search as depth
+from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep
+from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
+from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.depth.selectors import DepthTask
+from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named
 
 Batch = dict[str, Tensor]

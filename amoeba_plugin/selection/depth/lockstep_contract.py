@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.data.batch import MODEL_INPUTS, Batch, model_inputs
-from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.kept import PARTS, kept_without, removed_names
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import Objective, Score
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
+from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep, Removed
+from amoeba_plugin.selection.objectives import Objective, Score
 from amoeba_plugin.shape import half_steps
 
 ROWS, POSITIONS = 2, 64  # of the first batch: what is checked does not depend on the data

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.activation_stats import ActivationStats
-from amoeba_plugin.allocation import RankedGroup, allocated, rounding_steps
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
-from amoeba_plugin.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelAxis, ChannelGroup, group_key
 from amoeba_plugin.models.packed_linear import is_packed
 from amoeba_plugin.runtime.module_calls import onloaded
+from amoeba_plugin.selection.activation_stats import ActivationStats
+from amoeba_plugin.selection.importance import CoupledWeights, GroupImportance, Importance
+from amoeba_plugin.selection.width.allocation import RankedGroup, allocated, rounding_steps
 
 logger = logging.getLogger(__name__)
 

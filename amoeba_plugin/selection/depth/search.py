@@ -20,19 +20,19 @@ from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.layer_flow import where_not_finite
-from amoeba_plugin.lockstep import WHOLE, Lockstep, Removed
-from amoeba_plugin.lockstep_check import Contract, OneByOne, check_contract
-from amoeba_plugin.measured import MeasuredTable
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.fingerprint import PACKED, model_fingerprint
 from amoeba_plugin.models.kept import PARTS, kept_without, removed_names
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.objectives import Objective, Score
-from amoeba_plugin.recurrence import NEAR, Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.peak_memory import peak_memory, reset_peak_memory
 from amoeba_plugin.runtime.ranks import agreed, gather, rank
+from amoeba_plugin.selection.depth.dynamic_program import NEAR, Search, Table, evaluations, exchange_evaluations
+from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep, Removed
+from amoeba_plugin.selection.depth.lockstep_contract import Contract, OneByOne, check_contract
+from amoeba_plugin.selection.depth.score_table import MeasuredTable
+from amoeba_plugin.selection.hidden_states import where_not_finite
+from amoeba_plugin.selection.objectives import Objective, Score
 from amoeba_plugin.shape import half_steps
 
 logger = logging.getLogger(__name__)

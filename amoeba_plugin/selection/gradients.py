@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch, target_counts
 from amoeba_plugin.errors import ArchitectureError, DataError
-from amoeba_plugin.objectives import target_losses
 from amoeba_plugin.runtime.module_calls import evaluating, is_offloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
+from amoeba_plugin.selection.objectives import target_losses
 
 
 def loss_gradients(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin import objectives
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.objectives import MultipleChoiceAccuracy, Perplexity, PerTokenLoss, Score, better
 from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.selection import objectives
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Perplexity, PerTokenLoss, Score, better
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.depth_selectors import DepthTask, amoeba_depth_selectors, random_depths
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.layer_scores import block_influence, taylor
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.depth.layer_importance import block_influence, taylor
+from amoeba_plugin.selection.depth.selectors import DepthTask, amoeba_depth_selectors, random_depths
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 
 Batch = dict[str, Tensor]

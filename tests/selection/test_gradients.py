@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError, DataError
-from amoeba_plugin.gradients import loss_gradients
-from amoeba_plugin.layer_scores import taylor
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.width import coupled_parameters
+from amoeba_plugin.selection.depth.layer_importance import taylor
+from amoeba_plugin.selection.gradients import loss_gradients
+from amoeba_plugin.selection.width.ranking import coupled_parameters
 
 TinyModel = Callable[..., PreTrainedModel]
 Batches = Callable[..., list[dict[str, Tensor]]]

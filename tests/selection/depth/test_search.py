@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
-from amoeba_plugin.recurrence import Search, Table, evaluations, exchange_evaluations
+from amoeba_plugin.selection.depth.dynamic_program import Search, Table, evaluations, exchange_evaluations
+from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -1,6 +1,6 @@
 """Ways to choose the layers of every depth: the dynamic program, and the published ones it is compared with.
 
-All but the program rank layers once. What they rank by is in :mod:`amoeba_plugin.layer_scores`.
+All but the program rank layers once. What they rank by is in :mod:`amoeba_plugin.selection.depth.layer_importance`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.layer_scores import angular_distances, block_influence, magnitude, scores_without, taylor
 from amoeba_plugin.models.adapter import ArchitectureAdapter
-from amoeba_plugin.objectives import Objective
+from amoeba_plugin.selection.depth.layer_importance import (
+    angular_distances,
+    block_influence,
+    magnitude,
+    scores_without,
+    taylor,
+)
+from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.objectives import Objective
 
 PROTECTED_FIRST, PROTECTED_LAST = 4, 2  # what the "+" of Shortened LLaMA means (arXiv:2402.02834, section 2.2)
 
@@ -72,7 +78,7 @@ class DepthSelector:
 
 
 def dynamic_program(task: DepthTask) -> DepthStrategy:
-    """Search (AmoebaLLM); see :func:`amoeba_plugin.depth.search_depths`."""
+    """Search (AmoebaLLM); see :func:`amoeba_plugin.selection.depth.search.search_depths`."""
     return search_depths(
         task.model,
         task.adapter,

@@ -17,7 +17,6 @@ from functools import reduce
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.allocation import rounding_steps, tell_equal
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.elastic.model import ElasticModel
@@ -25,8 +24,9 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
-from amoeba_plugin.objectives import Objective, Score, better, score_over_ranks
-from amoeba_plugin.width import require_widths, unit_cost
+from amoeba_plugin.selection.objectives import Objective, Score, better, score_over_ranks
+from amoeba_plugin.selection.width.allocation import rounding_steps, tell_equal
+from amoeba_plugin.selection.width.ranking import require_widths, unit_cost
 
 logger = logging.getLogger(__name__)
 MOST_SPLITS = 16  # tried per width; of more, as many at even distances

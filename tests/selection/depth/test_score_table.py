@@ -17,14 +17,14 @@ from packed_linears import pack
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.depth import search_depths
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.measured import NAMES, MeasuredTable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 from amoeba_plugin.runtime.ranks import from_first_rank
+from amoeba_plugin.selection.depth.score_table import NAMES, MeasuredTable
+from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
