@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
     from amoeba_plugin.extraction import extract
     from amoeba_plugin.smol import SmolConfig, SmolModel
-    from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+    from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+    from amoeba_plugin.training.one_for_all.train import train_one_for_all
+    from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 _LAZY = {
     "DepthStrategy": "elastic.strategy",
     "ElasticModel": "elastic.model",
-    "OneForAllOptions": "training",
-    "OneForAllTrainer": "training",
+    "OneForAllOptions": "training.one_for_all.options",
+    "OneForAllTrainer": "training.one_for_all.trainer",
     "SmolConfig": "smol",
     "SmolModel": "smol",
     "SubnetStrategy": "elastic.strategy",
@@ -33,7 +35,7 @@ _LAZY = {
     "extract_checkpoint": "checkpoint_extraction",
     "load_elastic": "elastic.checkpoint",
     "save_elastic": "elastic.checkpoint",
-    "train_one_for_all": "training",
+    "train_one_for_all": "training.one_for_all.train",
 }
 
 __all__ = [

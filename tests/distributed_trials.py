@@ -41,7 +41,9 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import all_finite
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 STEPS, GLOBAL_BATCH = 5, 4
 SUBLAYERS = {depth: kept for depth, kept in TABLE.items() if depth != "1"}

@@ -32,7 +32,8 @@ from amoeba_plugin.modifiers import (
     begin_session,
 )
 from amoeba_plugin.modifiers.external import ExternalSteps
-from amoeba_plugin.training import OneForAllTrainer, train_one_for_all
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 TinyModel = Callable[..., PreTrainedModel]
 STEPS = 3

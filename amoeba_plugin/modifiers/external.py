@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.ranks import world_size
-from amoeba_plugin.subnet_step import Share, SubnetStep
+from amoeba_plugin.training.one_for_all.step import Share, SubnetStep
 
 
 class ExternalSteps:

@@ -31,9 +31,10 @@ from amoeba_plugin.modifiers.order import extraction_follows, require_session_or
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.subnet_step import StepHost, SubnetStep
-from amoeba_plugin.training import OneForAllOptions, train_one_for_all
-from amoeba_plugin.training_checkpoints import last_complete_checkpoint, require_same_training
+from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint, require_same_training
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.step import StepHost, SubnetStep
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 logger = logging.getLogger(__name__)
 MANY_EPOCHS = 10  # over the calibration data, which is a sample for selection
@@ -76,7 +77,7 @@ class OneForAllDistillationModifier(Modifier):
         sampled_shapes: Shapes that the random ones are drawn from, depth and width together; ``all``: every shape;
             ``independent``: depth and width apart, the depth from all but the largest (reference code). Default
             ``all``.
-        loss: ``soft_cross_entropy`` (reference code), or another of :mod:`amoeba_plugin.distillation`.
+        loss: ``soft_cross_entropy`` (reference code), or another of :mod:`amoeba_plugin.training.one_for_all.losses`.
         temperature: T softens teacher and student. Losses are not multiplied by T^2 (nor are the reference code's), so
             that their gradients shrink by about T^2; balancing would undo such a factor. Default 1.
         kd_weight: Weight of distillation against the labels for all but the largest subnet. Default 1.

@@ -1,6 +1,6 @@
 """Importances: how much every channel or unit matters; pure functions of statistics, weights and gradients.
 
-Scores are compared after standardisation (:mod:`amoeba_plugin.selection.width.ranking`), so constant factors mean nothing.
+Scores are compared after standardisation (``width/ranking.py``), so constant factors mean nothing.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, train_one_for_all
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))

@@ -38,7 +38,8 @@ from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(5, 8))
 VARIANTS = ("plain", "amoeba")

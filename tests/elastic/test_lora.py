@@ -20,7 +20,8 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError
 from amoeba_plugin.extraction import extract
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, train_one_for_all
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.arange(1, 11)[None]

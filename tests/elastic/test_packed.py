@@ -31,7 +31,8 @@ from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, train_one_for_all
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 TinyModel = Callable[..., PreTrainedModel]
 COMPENSATED = {"gpt_neox", "granite", "llama", "opt", "smollm3", "phi3"}  # at least elastically

@@ -20,7 +20,8 @@ sys.path.insert(0, sys.argv[1])
 from conftest import make_random_batches, make_tiny_model
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.gradients import loss_gradients
-from amoeba_plugin.selection.depth.layer_importance import angular_distances, block_influence, most_sensitive_layers, scores_without
+from amoeba_plugin.selection.depth.layer_importance import angular_distances, block_influence
+from amoeba_plugin.selection.depth.layer_importance import most_sensitive_layers, scores_without
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.width.ranking import coupled_parameters

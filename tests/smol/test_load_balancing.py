@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.smol.router import importance_loss
-from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 
 @given(st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.floats(0.01, 1), min_size=n, max_size=n), min_size=1)))

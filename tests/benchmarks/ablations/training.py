@@ -22,7 +22,8 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, train_one_for_all
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 FACTORS = {"combination": "factors"}  # the reference code's mixture
 ONE_FOR_ALL = {"num_experts": 3, "top_k": 3, "router_noise": False, "router_init": "widths"} | FACTORS

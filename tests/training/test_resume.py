@@ -17,7 +17,7 @@ from torch.distributed import DistBackendError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.training_checkpoints import (
+from amoeba_plugin.training.one_for_all.checkpoints import (
     could_not_write,
     is_complete,
     last_complete_checkpoint,

@@ -19,12 +19,14 @@ from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingError
-from amoeba_plugin.sampling import SandwichSampler
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.subnet_step import KeptLogits, Share, StepHost, SubnetStep
-from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
-from amoeba_plugin.training_checkpoints import last_complete_checkpoint
+from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler
+from amoeba_plugin.training.one_for_all.step import KeptLogits, Share, StepHost, SubnetStep
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 IGNORED = -100
 PAPER = OneForAllOptions()
@@ -244,7 +246,7 @@ def test_a_ratio_that_explodes_stops(tmp_path: Path) -> None:
     elastic = random_elastic(tiny_llama())
     options = OneForAllOptions(max_balance_ratio=math.inf)
     nothing = mock.patch(
-        "amoeba_plugin.subnet_step.distilled_rows", return_value=lambda logits, place: logits.sum(-1) * 0
+        "amoeba_plugin.training.one_for_all.step.distilled_rows", return_value=lambda logits, place: logits.sum(-1) * 0
     )
     with nothing, pytest.raises(TrainingError, match="balancing ratio of subnet .* is inf"):
         train(tmp_path, elastic, options)

@@ -15,12 +15,9 @@ from transformers.trainer_utils import TrainOutput
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
-from amoeba_plugin.progress import SubnetProgress
-from amoeba_plugin.sampling import SandwichSampler
-from amoeba_plugin.trainer import OneForAllTrainer
-from amoeba_plugin.training_options import OneForAllOptions
-
-__all__ = ["OneForAllOptions", "OneForAllTrainer", "SandwichSampler", "train_one_for_all"]
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.progress import SubnetProgress
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 FORWARD_NAMES = ("forward", "_original_forward")  # what accelerate hangs on a model for autocast, and leaves there
 

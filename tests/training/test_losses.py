@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amoeba_plugin.distillation import (
+from amoeba_plugin.training.one_for_all.losses import (
     DIVERGENCES,
     balance,
     distilled_loss,

@@ -16,7 +16,7 @@ from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.runtime.fsdp import all_finite
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training_options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 
 
 class WholeLayers(TrainerCallback):

@@ -33,11 +33,13 @@ from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.lora import follow_lora
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, TrainingError
-from amoeba_plugin.sampling import SandwichSampler, step_seed
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training import OneForAllOptions, OneForAllTrainer, train_one_for_all
-from amoeba_plugin.training_checks import require_supported
+from amoeba_plugin.training.one_for_all.checks import require_supported
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler, step_seed
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 Row = dict[str, list[int]]
 VOCABULARY, LENGTH = 61, 12
@@ -619,7 +621,10 @@ def test_rows_of_any_lengths_are_padded_without_a_collator(tmp_path: Path):
 @pytest.mark.parametrize("every", [None, 2])
 def test_the_devices_cache_is_emptied_as_often_as_trainer_does(tmp_path: Path, every: int | None):
     counts = []
-    for kind, where in ((OneForAllTrainer, "amoeba_plugin.trainer"), (Trainer, "transformers.trainer")):
+    for kind, where in (
+        (OneForAllTrainer, "amoeba_plugin.training.one_for_all.trainer"),
+        (Trainer, "transformers.trainer"),
+    ):
         elastic = make_elastic()
         arguments = make_arguments(
             tmp_path, torch_empty_cache_steps=every, max_steps=3, gradient_accumulation_steps=2,

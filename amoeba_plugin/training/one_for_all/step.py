@@ -17,8 +17,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.chunked_head import chunked_head, has_plain_head
-from amoeba_plugin.distillation import (
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.errors import DataError, TrainingError
+from amoeba_plugin.models.adapter import text_model
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.smol.router import RouterWeights
+from amoeba_plugin.training.one_for_all.chunked_head import chunked_head, has_plain_head
+from amoeba_plugin.training.one_for_all.losses import (
     DIVERGENCES,
     Positions,
     RowLoss,
@@ -28,14 +33,9 @@ from amoeba_plugin.distillation import (
     sum_over_rows,
     target_positions,
 )
-from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.errors import DataError, TrainingError
-from amoeba_plugin.models.adapter import text_model
-from amoeba_plugin.sampling import SandwichSampler, step_seed
-from amoeba_plugin.shape import ShapeSpace, SubnetShape
-from amoeba_plugin.smol.router import RouterWeights
-from amoeba_plugin.subnet_log import GradientConflict, SubnetMeans
-from amoeba_plugin.training_options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.metrics import GradientConflict, SubnetMeans
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler, step_seed
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """OneForAllTrainer: a ``transformers.Trainer`` whose every micro-batch trains all kinds of subnets of an elastic model.
 
-What works with Trainer works here; the step itself is :mod:`amoeba_plugin.subnet_step`.
+What works with Trainer works here; the step itself is :mod:`amoeba_plugin.training.one_for_all.step`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
-from amoeba_plugin.sampling import SandwichSampler
-from amoeba_plugin.subnet_log import routing_log
-from amoeba_plugin.subnet_step import Share, StepHost, SubnetStep
-from amoeba_plugin.training_checkpoints import could_not_write, is_complete, last_complete_checkpoint
-from amoeba_plugin.training_checks import FiniteGradients, WholeLayers, require_follows, require_supported
-from amoeba_plugin.training_options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.checkpoints import could_not_write, is_complete, last_complete_checkpoint
+from amoeba_plugin.training.one_for_all.checks import FiniteGradients, WholeLayers, require_follows, require_supported
+from amoeba_plugin.training.one_for_all.metrics import routing_log
+from amoeba_plugin.training.one_for_all.options import OneForAllOptions
+from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler
+from amoeba_plugin.training.one_for_all.step import Share, StepHost, SubnetStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,9 +54,9 @@ class OneForAllTrainer(Trainer):
 
     Subclasses: ``training_step`` is a micro-batch with all its subnets, ``evaluate`` and ``prediction_step`` evaluate,
     and the other methods are Trainer's. ``compute_loss`` is refused: Trainer's own is the loss of one forward, and here
-    :class:`~amoeba_plugin.subnet_step.SubnetStep` takes the losses, where the head stands. A term of one's own belongs
-    into ``training_step``: differentiate it by ``self.accelerator.backward``, and return what ``super()``'s returns.
-    An evaluation of one's own belongs into ``prediction_step``.
+    ``SubnetStep`` takes the losses, where the head stands. A term of one's own belongs into ``training_step``:
+    differentiate it by ``self.accelerator.backward``, and return what ``super()``'s returns. An evaluation of one's own
+    belongs into ``prediction_step``.
 
     Args:
         model: What is trained: the elastic model's own, or the ``PeftModel`` around it.

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from amoeba_plugin.distillation import DIVERGENCES
 from amoeba_plugin.errors import RecipeError, ShapeError
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.training.one_for_all.losses import DIVERGENCES
 
 
 @dataclass(frozen=True)
