@@ -12,11 +12,11 @@ from amoeba_plugin.plugins.host_registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 if TYPE_CHECKING:
-    from amoeba_plugin.checkpoint_extraction import extract_checkpoint
     from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
     from amoeba_plugin.elastic.model import ElasticModel
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
-    from amoeba_plugin.extraction import extract
+    from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+    from amoeba_plugin.extraction.cut import extract
     from amoeba_plugin.smol import SmolConfig, SmolModel
     from amoeba_plugin.training.one_for_all.options import OneForAllOptions
     from amoeba_plugin.training.one_for_all.train import train_one_for_all
@@ -31,8 +31,8 @@ _LAZY = {
     "SmolModel": "smol",
     "SubnetStrategy": "elastic.strategy",
     "WidthStrategy": "elastic.strategy",
-    "extract": "extraction",
-    "extract_checkpoint": "checkpoint_extraction",
+    "extract": "extraction.cut",
+    "extract_checkpoint": "extraction.checkpoint",
     "load_elastic": "elastic.checkpoint",
     "save_elastic": "elastic.checkpoint",
     "train_one_for_all": "training.one_for_all.train",

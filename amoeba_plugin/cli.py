@@ -134,8 +134,8 @@ def extract(
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
     _be_quiet()
-    from amoeba_plugin.checkpoint_extraction import extract_checkpoint
     from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
+    from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 
     parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size)
     _done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")

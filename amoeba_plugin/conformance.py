@@ -32,7 +32,7 @@ from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.adapter import ArchitectureAdapter, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import PARTS

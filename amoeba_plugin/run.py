@@ -151,7 +151,7 @@ def _oneshot(
 
 def _require_card(recipe: CheckedRecipe, model: str, directory: Path) -> None:
     """Write the model card where the save did not: after a stage of its own, or where there is no subnet."""
-    from amoeba_plugin.model_card import CARD_NAME, write_model_card
+    from amoeba_plugin.extraction.model_card import CARD_NAME, write_model_card
     from amoeba_plugin.modifiers import SubnetExtractionModifier
 
     extraction = recipe.find(SubnetExtractionModifier)

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.elastic.linear import PackedElasticLinear
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError, RecipeError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.packed_linear import dense_weight
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import OneForAllDistillationModifier, TrainingEventsCallback, begin_session

@@ -16,10 +16,10 @@ from sublayer_models import TABLE
 from test_modifiers import QUANTIZATION, TRAIN, WIDTH, data, logits, recipe, run, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.expected_config import shape_config, subnet_config
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe

@@ -8,12 +8,12 @@ from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, field_validator
 
-from amoeba_plugin.extraction import become, extract
-from amoeba_plugin.model_card import model_card
+from amoeba_plugin.extraction.cut import become, extract
+from amoeba_plugin.extraction.model_card import model_card
+from amoeba_plugin.extraction.parity import compare_logits
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.saving import save_as_it_is
 from amoeba_plugin.modifiers.selection import forget_selection, selection_for
-from amoeba_plugin.parity import compare_logits
 from amoeba_plugin.shape import SubnetShape
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.model_card import RECIPE_NAME
+from amoeba_plugin.extraction.model_card import RECIPE_NAME
 from amoeba_plugin.modifiers.saving import plain_recipe
 
 

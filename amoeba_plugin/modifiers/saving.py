@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.model_card import RECIPE_NAME, write_model_card
+from amoeba_plugin.extraction.model_card import RECIPE_NAME, write_model_card
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.runtime.ranks import rank
 
@@ -28,7 +28,7 @@ def save_as_it_is(model: PreTrainedModel, facts: Mapping[str, str]) -> None:
 
     Args:
         model: A subnet.
-        facts: For the card, from :func:`amoeba_plugin.model_card.model_card`.
+        facts: For the card, from :func:`amoeba_plugin.extraction.model_card.model_card`.
     """
     save: Callable[..., Any] = model.save_pretrained
 

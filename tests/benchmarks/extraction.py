@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.conformance import WIDTHS, ArchitectureConformance, random_model, random_strategy
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
 
 

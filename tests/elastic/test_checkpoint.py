@@ -13,12 +13,12 @@ from elastic_models import random_elastic, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin import checkpoint_extraction
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic import checkpoint
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArtifactError, ShapeError
+from amoeba_plugin.extraction import checkpoint as checkpoint_extraction
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.smol import SmolConfig
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all

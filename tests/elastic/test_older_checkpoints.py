@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 
 OLDER = Path(__file__).parent / "before_rooms"
 LOGITS = load_file(OLDER / "logits.safetensors")

@@ -23,7 +23,7 @@ from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ArtifactError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics

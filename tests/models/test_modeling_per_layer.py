@@ -21,7 +21,7 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.elastic.subnet_config import per_layer_class
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.smol import SmolConfig
 

@@ -12,8 +12,8 @@ from elastic_models import random_elastic
 from test_modifiers import data, recipe, run, save_base  # noqa: F401  # a fixture
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic.checkpoint import save_elastic
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 
 TinyModel = Callable[..., PreTrainedModel]
 GIVEN = {"temperature": 0.9, "top_p": 0.6, "max_length": 77}  # no do_sample, as in Vicuna's

@@ -17,13 +17,13 @@ from test_per_layer import uneven_strategy
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin import extraction
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction import cut as extraction
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.runtime.streaming import streamed_model
 from amoeba_plugin.smol import SmolConfig
 
@@ -234,7 +234,7 @@ def test_an_output_below_a_file_is_refused_before_the_base_is_loaded(
 ) -> None:
     model = tiny_model("llama")
     directory = write_elastic(model, random_strategy(model), tmp_path)
-    monkeypatch.setattr("amoeba_plugin.checkpoint_extraction.load_elastic", None)
+    monkeypatch.setattr("amoeba_plugin.extraction.checkpoint.load_elastic", None)
     (tmp_path / "file").write_text("years of work")
     with pytest.raises(ArtifactError, match="Not a directory"):
         extract_checkpoint(directory, SHAPE, tmp_path / "file" / "out")

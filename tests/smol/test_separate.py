@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from amoeba_plugin.checkpoint_extraction import extract_checkpoint
 from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.checkpoint import attach_smol, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.smol import SmolConfig
 
 WITHOUT_PLUGIN = """

@@ -9,10 +9,10 @@ import pytest
 from elastic_models import random_elastic
 from transformers import PreTrainedModel
 
-from amoeba_plugin import extraction
-from amoeba_plugin.audit import audit_sizes, require_sizes
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.extraction import extract
+from amoeba_plugin.extraction import cut as extraction
+from amoeba_plugin.extraction.audit import audit_sizes, require_sizes
+from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.models.registry import architecture_for
 

@@ -27,7 +27,7 @@ def model_card(
 
     Args:
         elastic: What it was cut from.
-        subnet: As :func:`amoeba_plugin.extraction.extract` returned it.
+        subnet: As :func:`amoeba_plugin.extraction.cut.extract` returned it.
         shape: Its shape.
         adapter: What became of the adapter: "fold", "separate" or "none".
         portable: Whether layers of different sizes were padded.
@@ -72,7 +72,7 @@ def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
 
     Args:
         directory: Of the checkpoint, complete but for the card.
-        facts: From :func:`model_card`, and "parity", what :mod:`amoeba_plugin.parity` found, where it was measured;
+        facts: From :func:`model_card`, and "parity", what :mod:`amoeba_plugin.extraction.parity` found, where it was measured;
             "base model" at least.
     """
     base = facts["base model"]

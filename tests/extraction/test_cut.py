@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
-from amoeba_plugin.extraction import become, extract
+from amoeba_plugin.extraction.cut import become, extract
 from amoeba_plugin.smol import SmolConfig
 
 TinyModel = Callable[..., PreTrainedModel]

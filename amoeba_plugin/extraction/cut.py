@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.audit import require_sizes
 from amoeba_plugin.elastic.linear import PackedElasticLinear
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.subnet_config import build, largest_units, layer_units, lost_sublayers, subnet_config
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.extraction.audit import require_sizes
 from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.models.slices import active_parameters, take

@@ -14,9 +14,9 @@ from amoeba_plugin.elastic.checkpoint import ADAPTER_DIRECTORY, load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import AdapterError, ArtifactError
-from amoeba_plugin.extraction import cut_factors, extract
-from amoeba_plugin.model_card import model_card, write_model_card
-from amoeba_plugin.parity import PARITY_NAME, AdapterMode, Parity, measure_parity
+from amoeba_plugin.extraction.cut import cut_factors, extract
+from amoeba_plugin.extraction.model_card import model_card, write_model_card
+from amoeba_plugin.extraction.parity import PARITY_NAME, AdapterMode, Parity, measure_parity
 from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing, write_atomically
 from amoeba_plugin.runtime.model_files import copy_tokenizer
 from amoeba_plugin.shape import SubnetShape
@@ -47,7 +47,7 @@ def extract_checkpoint(
             LoRA at this shape, an ordinary PEFT adapter with the subnet's sizes, whose ``base_model_name_or_path`` is
             the absolute path of ``output``.
         portable: Pad layers of different sizes with zeros, so that a stock class holds them; see
-            :func:`amoeba_plugin.extraction.extract`.
+            :func:`amoeba_plugin.extraction.cut.extract`.
         max_shard_size: Of a file of weights, for example "5GB"; larger models get several and an index.
 
     Raises:
