@@ -190,7 +190,7 @@ def check(
             "sizes; leave it out"
         )
     if target is not None:
-        from amoeba_plugin.targets import require_target
+        from amoeba_plugin.deployment.targets import require_target
 
         require_target(target)
     if not is_shape:
@@ -217,8 +217,8 @@ def check(
 
 
 def _check_target(model_type: str, subnet: PretrainedConfig, target: str, scheme: str | None, devices: int) -> None:
+    from amoeba_plugin.deployment.targets import candidate, require_loadable, targets
     from amoeba_plugin.models.registry import architecture_for
-    from amoeba_plugin.targets import candidate, require_loadable, targets
 
     subject = candidate(subnet, architecture_for(model_type), target, scheme, devices)
     for warning in require_loadable(subject, target):

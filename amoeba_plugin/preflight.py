@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from amoeba_plugin.deployment.expert_schemes import require_readable
 from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
 from amoeba_plugin.expected_config import sizes_unknown, subnet_config
 from amoeba_plugin.models.adapter import require_alike_layers
+from amoeba_plugin.models.expert_linears import take_apart
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes import CheckedRecipe
 from amoeba_plugin.runtime.files import is_vacant, require_writable
@@ -139,9 +141,8 @@ def _check_quantization(
 ) -> None:
     model = weightless(config)
     if has_experts(config):
-        from amoeba_plugin.modifiers.quantized_experts import require_readable, take_apart
-
-        require_readable([config for _, config in quantizing], take_apart(model), recipe.source)
+        adapter = architecture_for(config.model_type)
+        require_readable([config for _, config in quantizing], take_apart(model, adapter), recipe.source)
     for name, quantization in quantizing:
         for scheme in quantization.config_groups.values():
             size = _group_size(scheme)

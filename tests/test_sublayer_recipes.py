@@ -16,6 +16,7 @@ from sublayer_models import TABLE
 from test_modifiers import QUANTIZATION, TRAIN, WIDTH, data, logits, recipe, run, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from amoeba_plugin.deployment.targets import candidate, require_loadable
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.expected_config import shape_config, subnet_config
@@ -24,7 +25,6 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.preflight import check_against_model
 from amoeba_plugin.recipes import check_recipe
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.targets import candidate, require_loadable
 
 TinyModel = Callable[..., PreTrainedModel]
 DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "granularity": "sublayer"}}

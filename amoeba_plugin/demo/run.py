@@ -28,10 +28,10 @@ from amoeba_plugin.data.calibration import materialise, require_disjoint
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.multiple_choice import multiple_choice
+from amoeba_plugin.deployment.latency import DECODE_TOKENS, PROMPT_TOKENS, Latency, measure_latency
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
-from amoeba_plugin.profiling import DECODE_TOKENS, PROMPT_TOKENS, Latency, measure_latency
 from amoeba_plugin.recipe_files import find_recipe
 from amoeba_plugin.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
 from amoeba_plugin.report_page import write_report

@@ -72,7 +72,7 @@ def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
 
     Args:
         directory: Of the checkpoint, complete but for the card.
-        facts: From :func:`model_card`, and "parity", what :mod:`amoeba_plugin.extraction.parity` found, where it was measured;
+        facts: From :func:`model_card`, and "parity", what ``parity.py`` found, where it was measured;
             "base model" at least.
     """
     base = facts["base model"]

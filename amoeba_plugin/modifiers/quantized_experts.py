@@ -1,55 +1,20 @@
-"""Quantized experts: what llm-compressor writes of them, and what transformers reads back.
+"""Quantized experts: the names under which llm-compressor saves them, and transformers looks for them.
 
 llm-compressor takes the experts of a layer apart into linears and saves each under its own name, such as
 ``experts.0.gate_proj.weight_packed``. transformers puts experts together from the names that the architecture's
 original checkpoints have (Mixtral: ``experts.0.w1``), and other names it ignores: it fills the experts with random
 numbers. So the names are changed while the model is saved.
-
-Of a quantized checkpoint, transformers multiplies the experts out as it loads them, in
-``transformers.integrations.compressed_tensors.DecompressExperts``. It does that for packed integers with scales and
-nothing else. Tried with transformers 5.17 and refused here: zero points (W4A16_ASYM) and integers with quantized
-activations (W8A8), which fail when they are loaded; FP8, whose activations it does not quantize then, so that the
-outputs are others; experts left whole beside quantized attention, or quantized in parts, whose weights it looks for
-under the names of packed ones and does not find.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-import transformers
-from compressed_tensors.quantization import ActivationOrdering, QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import match_named_modules
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
-from transformers.integrations import compressed_tensors
-
-from amoeba_plugin.errors import ArchitectureError
 
 PARTS = {1: ("down_proj",), 2: ("gate_proj", "up_proj")}  # llm-compressor's names, by how many a parameter is made of
-
-
-def take_apart(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the experts of a model without weights by linears named as llm-compressor names them, in place.
-
-    Returns:
-        The model; it cannot run.
-    """
-    for path, experts in get_non_linearized_moes(model):
-        count, hidden, neurons = experts.get_parameter("down_proj").shape
-        with torch.device("meta"):
-            model.set_submodule(path, nn.ModuleList(_linears(hidden, neurons) for _ in range(count)))
-    return model
-
-
-def _linears(hidden: int, neurons: int) -> nn.ModuleDict:
-    sizes = {"gate_proj": (hidden, neurons), "up_proj": (hidden, neurons), "down_proj": (neurons, hidden)}
-    return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
 
 
 def save_experts_by_original_names(model: PreTrainedModel) -> None:
@@ -75,55 +40,3 @@ def _without_merging(conversion: Any) -> list[Any]:
         for original, name in zip(originals, PARTS[len(originals)], strict=True)
         if original != name
     ]
-
-
-def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedModel, where: str) -> None:
-    """Refuse a quantization of experts that transformers would not read back as it was.
-
-    Args:
-        configs: Of all quantization modifiers of a recipe.
-        model: From :func:`take_apart`.
-        where: Put in front of the message: the recipe.
-
-    Raises:
-        ArchitectureError: Naming what cannot be read and what can.
-    """
-    schemes = [(scheme, config.ignore) for config in configs for scheme in config.config_groups.values()]
-    quantized = {path for scheme, ignore in schemes for path, _ in match_named_modules(model, scheme.targets, ignore)}
-    whole = sorted(
-        path for path, module in model.named_modules() if _in_experts(path, module) and path not in quantized
-    )
-    wrong = next((reason for scheme, _ in schemes if (reason := unreadable(scheme))), None)
-    if not hasattr(compressed_tensors, "DecompressExperts"):
-        wrong = f"with transformers {transformers.__version__}, which is too old; 5.17 does"
-    if wrong is None and len(schemes) > 1:
-        wrong = "several schemes, of which it takes one for all experts"
-    if wrong is None and whole:
-        wrong = f"experts that are not quantized ({whole[0]}, ...)"
-    if wrong is not None:
-        raise ArchitectureError(
-            f"{where}: of a quantized {model.config.model_type} transformers reads experts that are packed integers "
-            f"with scales, not {wrong}. Quantize all linears in one scheme of weights alone, symmetric: W4A16 or W8A16 "
-            "(ignore: [lm_head]), or end the recipe at SubnetExtractionModifier; the subnet is an ordinary checkpoint, "
-            "which your server's own tools quantize"
-        )
-
-
-def _in_experts(path: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and ".experts." in path
-
-
-def unreadable(scheme: QuantizationScheme) -> str | None:
-    """Return what of a scheme transformers does not read back in experts, or ``None``."""
-    weights = scheme.weights
-    if scheme.input_activations is not None or scheme.output_activations is not None:
-        return "quantized activations"
-    if weights is None or weights.type != "int":
-        return "weights in floating point"
-    if not weights.symmetric:
-        return "zero points"
-    if weights.strategy not in ("group", "channel"):
-        return f"scales by {weights.strategy}"
-    if weights.actorder == ActivationOrdering.GROUP:
-        return "groups in order of activations"
-    return None

@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.deployment.expert_schemes import unreadable
 from amoeba_plugin.elastic.subnet_config import is_per_layer, per_layer_class, weightless
 from amoeba_plugin.errors import ArchitectureError, RecipeError, did_you_mean
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.architectures.gated import head_size
+from amoeba_plugin.models.expert_linears import take_apart
 
 RULES = Path(__file__).with_name("targets.yaml")
 
@@ -146,9 +148,7 @@ def candidate(
     consumers = {group.consumer.path for group in groups}
     experts = any(group.consumer.expert is not None for group in groups)
     if experts:  # quantized, and split over devices, one linear at a time
-        from amoeba_plugin.modifiers.quantized_experts import take_apart
-
-        model = take_apart(model)
+        model = take_apart(model, adapter)
         layers = adapter.layers(model)  # the first one may have lost its experts
         consumers |= {path for layer in layers for path, _ in layer.named_modules() if path.endswith(".down_proj")}
     linears, split = {}, set()
@@ -286,8 +286,6 @@ def _outputs_multiple(subject: Candidate, step: int) -> str:
 def _experts_readable(subject: Candidate, _: None) -> str:
     if subject.scheme is None or not subject.experts:
         return ""
-    from amoeba_plugin.modifiers.quantized_experts import unreadable
-
     wrong = unreadable(preset_name_to_scheme(subject.scheme, ["Linear"]))
     return f"experts with {wrong}" if wrong else ""
 
