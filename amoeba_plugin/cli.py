@@ -21,7 +21,7 @@ from amoeba_plugin.errors import AmoebaError, ArtifactError, RecipeError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from amoeba_plugin.recipes import CheckedRecipe
+    from amoeba_plugin.recipes.check import CheckedRecipe
 
 EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
 EXIT_STOPPED = 130  # what shells report of a command that Ctrl-C stopped
@@ -110,7 +110,7 @@ def run(
     ] = "auto",
 ) -> None:
     """Run a recipe on a model and write the checkpoint."""
-    from amoeba_plugin.run import RunOptions, run_recipe
+    from amoeba_plugin.recipes.run import RunOptions, run_recipe
 
     options = RunOptions(split, text_column, num_calibration_samples, max_seq_length, batch_size, seed, dtype)
     written = run_recipe(recipe, model, dataset, output_dir, options)
@@ -168,10 +168,10 @@ def check(
 ) -> None:
     """Check a recipe or a shape, how it fits a model, and whether a target can load it, without loading weights."""
     _be_quiet()
-    from amoeba_plugin.expected_config import planned_config, shape_config, sizes_unknown, subnet_config
-    from amoeba_plugin.preflight import check_against_model
-    from amoeba_plugin.recipe_files import find_recipe
-    from amoeba_plugin.recipes import check_recipe
+    from amoeba_plugin.recipes.check import check_recipe
+    from amoeba_plugin.recipes.files import find_recipe
+    from amoeba_plugin.recipes.model_plan import planned_config, shape_config, sizes_unknown, subnet_config
+    from amoeba_plugin.recipes.preflight import check_against_model
     from amoeba_plugin.runtime.model_files import load_config
     from amoeba_plugin.shape import SubnetShape
 
@@ -239,7 +239,7 @@ def demo(
 ) -> None:
     """Compress the model that comes with the package and report what was gained and lost."""
     _be_quiet()
-    from amoeba_plugin.preflight import require_new_directory
+    from amoeba_plugin.recipes.preflight import require_new_directory
     from amoeba_plugin.report import REPORT_JSON
 
     require_new_directory(output_dir, replaceable=REPORT_JSON)
@@ -252,7 +252,7 @@ def demo(
 @recipes_app.command("list")
 def list_recipes() -> None:
     """Name the shipped recipes."""
-    from amoeba_plugin.recipe_files import shipped_recipes
+    from amoeba_plugin.recipes.files import shipped_recipes
 
     table = Table("name", "what it is for", box=None)
     for name, path in shipped_recipes().items():
@@ -283,7 +283,7 @@ def copy_recipe(
 
 
 def _shipped(name: str) -> Path:
-    from amoeba_plugin.recipe_files import require_shipped
+    from amoeba_plugin.recipes.files import require_shipped
 
     return require_shipped(name)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel
 
-from amoeba_plugin.recipe_files import shipped_recipes
+from amoeba_plugin.recipes.files import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 TinyModel = Callable[..., PreTrainedModel]

@@ -16,7 +16,7 @@ import pytest
 import amoeba_plugin
 from amoeba_plugin import modifiers
 from amoeba_plugin.plugins.manager import modules_named
-from amoeba_plugin.recipe_files import shipped_recipes
+from amoeba_plugin.recipes.files import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,7 +66,7 @@ def test_an_unpacked_wheel_finds_its_recipes(wheel: zipfile.ZipFile, tmp_path: P
     program = (
         "import sys, types; package = types.ModuleType('amoeba_plugin'); "
         f"package.__path__ = [{str(tmp_path / 'amoeba_plugin')!r}]; sys.modules['amoeba_plugin'] = package; "
-        "from amoeba_plugin.recipe_files import shipped_recipes; print(sorted(shipped_recipes().items()))"
+        "from amoeba_plugin.recipes.files import shipped_recipes; print(sorted(shipped_recipes().items()))"
     )
     command = [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {program}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -32,7 +32,7 @@ from amoeba_plugin.deployment.latency import DECODE_TOKENS, PROMPT_TOKENS, Laten
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
-from amoeba_plugin.recipe_files import find_recipe
+from amoeba_plugin.recipes.files import find_recipe
 from amoeba_plugin.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
 from amoeba_plugin.report_page import write_report
 from amoeba_plugin.report_tables import print_report

@@ -19,8 +19,8 @@ from amoeba_plugin.cli import app
 from amoeba_plugin.deployment.targets import CHECKS, Candidate, candidate, findings, require_loadable, targets
 from amoeba_plugin.elastic.subnet_config import per_layer_config
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
-from amoeba_plugin.expected_config import shape_config
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.recipes.model_plan import shape_config
 from amoeba_plugin.shape import SubnetShape
 
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.elastic.subnet_config import weightless
-from amoeba_plugin.expected_config import kept_units
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.recipes.model_plan import kept_units
 
 TinyModel = Callable[..., PreTrainedModel]
 WHOLE = {

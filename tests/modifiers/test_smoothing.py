@@ -23,9 +23,9 @@ from amoeba_plugin.elastic.subnet_config import per_layer_config
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_kept
-from amoeba_plugin.preflight import check_against_model
-from amoeba_plugin.recipes import check_recipe
-from amoeba_plugin.run import RunOptions, run_recipe
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.preflight import check_against_model
+from amoeba_plugin.recipes.run import RunOptions, run_recipe
 
 WITHOUT_TABLE = {("SmoothQuantModifier", name) for name in ("gpt_neox", "opt", "olmo2")} | {
     ("AWQModifier", name) for name in ("gpt_neox", "opt")

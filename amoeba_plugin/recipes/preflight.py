@@ -12,11 +12,11 @@ import torch
 from amoeba_plugin.deployment.expert_schemes import require_readable
 from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, RecipeError
-from amoeba_plugin.expected_config import sizes_unknown, subnet_config
 from amoeba_plugin.models.adapter import require_alike_layers
 from amoeba_plugin.models.expert_linears import take_apart
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes import CheckedRecipe
+from amoeba_plugin.recipes.check import CheckedRecipe
+from amoeba_plugin.recipes.model_plan import sizes_unknown, subnet_config
 from amoeba_plugin.runtime.files import is_vacant, require_writable
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def check_against_model(recipe: CheckedRecipe, config: PretrainedConfig) -> None
     """Check a recipe against the sizes of the model it is meant for.
 
     Args:
-        recipe: From :func:`amoeba_plugin.recipes.check_recipe`.
+        recipe: From :func:`amoeba_plugin.recipes.check.check_recipe`.
         config: The model's; weights are not needed.
 
     Raises:

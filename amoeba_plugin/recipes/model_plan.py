@@ -18,7 +18,7 @@ from amoeba_plugin.elastic.subnet_plan import SubnetPlan
 from amoeba_plugin.errors import RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ChannelGroup
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes import CheckedRecipe, asked_shapes
+from amoeba_plugin.recipes.check import CheckedRecipe, asked_shapes
 from amoeba_plugin.selection.width.allocation import RankedGroup, other_share, rounding_steps, uniform_units
 from amoeba_plugin.selection.width.ranking import require_anchors
 from amoeba_plugin.shape import SubnetShape, parse_width

@@ -13,9 +13,9 @@ from transformers import AutoConfig, PretrainedConfig
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier
-from amoeba_plugin.preflight import check_against_model, subnet_config
-from amoeba_plugin.recipe_files import find_recipe, shipped_recipes
-from amoeba_plugin.recipes import check_recipe
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.files import find_recipe, shipped_recipes
+from amoeba_plugin.recipes.preflight import check_against_model, subnet_config
 
 SHIPPED = shipped_recipes()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
-from amoeba_plugin.recipe_fields import create_modifier
-from amoeba_plugin.recipe_files import read_recipe
-from amoeba_plugin.recipe_text import SKELETON, Entry, entries_of
+from amoeba_plugin.recipes.fields import create_modifier
+from amoeba_plugin.recipes.files import read_recipe
+from amoeba_plugin.recipes.text import SKELETON, Entry, entries_of
 from amoeba_plugin.shape import SubnetShape, parse_width
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from test_recipes import GOOD, config_of, grouped
 
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.expected_config import subnet_config
-from amoeba_plugin.preflight import check_against_model
-from amoeba_plugin.recipes import check_recipe
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.model_plan import subnet_config
+from amoeba_plugin.recipes.preflight import check_against_model
 
 
 def test_a_subnet_whose_layers_differ_is_no_model_to_begin_with():

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE, weightless
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.preflight import check_against_model, has_experts, require_elastic_dir, require_new_directory
-from amoeba_plugin.recipe_files import find_recipe
-from amoeba_plugin.recipes import CheckedRecipe, check_recipe
+from amoeba_plugin.recipes.check import CheckedRecipe, check_recipe
+from amoeba_plugin.recipes.files import find_recipe
+from amoeba_plugin.recipes.preflight import check_against_model, has_experts, require_elastic_dir, require_new_directory
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.runtime.model_files import load_config, load_tokenizer, require_weights
 

@@ -7,8 +7,8 @@ from test_recipes import GOOD, config_of, refusal
 
 from amoeba_plugin.errors import ShapeError
 from amoeba_plugin.modifiers import OneForAllDistillationModifier
-from amoeba_plugin.preflight import check_against_model
-from amoeba_plugin.recipes import check_recipe
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.preflight import check_against_model
 
 # What stands in place of "max_steps: 2", and what the message says.
 BAD = {

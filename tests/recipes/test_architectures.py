@@ -31,7 +31,7 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.run import RunOptions, run_recipe
+from amoeba_plugin.recipes.run import RunOptions, run_recipe
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from amoeba_plugin.deployment.targets import candidate, require_loadable
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
-from amoeba_plugin.expected_config import shape_config, subnet_config
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.preflight import check_against_model
-from amoeba_plugin.recipes import check_recipe
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.model_plan import shape_config, subnet_config
+from amoeba_plugin.recipes.preflight import check_against_model
 from amoeba_plugin.shape import SubnetShape
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from amoeba_plugin.errors import AmoebaError, RecipeError, did_you_mean
-from amoeba_plugin.recipe_text import GROUP_SUFFIX, Entry
+from amoeba_plugin.recipes.text import GROUP_SUFFIX, Entry
 
 # Fields every llm-compressor modifier has and none acts on: a modifier with `start: 1` never starts.
 DEAD_FIELDS = ("start", "end", "update", "index")
@@ -17,7 +17,7 @@ def create_modifier(entry: Entry, source: str) -> Any:
     """Return the modifier that an entry of a recipe describes.
 
     Args:
-        entry: From :func:`amoeba_plugin.recipe_text.entries_of`.
+        entry: From :func:`amoeba_plugin.recipes.text.entries_of`.
         source: Where the recipe is from, for messages.
 
     Raises:
@@ -36,7 +36,7 @@ def create_modifier(entry: Entry, source: str) -> Any:
             f"{where}: 'group' is no field; a modifier's group is the key it stands under ('{entry.group}')"
         )
     dead = [name for name in DEAD_FIELDS if entry.fields.get(name) is not None]
-    if dead and kind.__module__.startswith(f"{__package__}."):
+    if dead and kind.__module__.startswith("amoeba_plugin."):
         raise RecipeError(
             f"{where}: '{dead[0]}' has no effect, modifiers run once, in the order of the recipe; remove it"
         )
