@@ -240,7 +240,7 @@ def demo(
     """Compress the model that comes with the package and report what was gained and lost."""
     _be_quiet()
     from amoeba_plugin.recipes.preflight import require_new_directory
-    from amoeba_plugin.report import REPORT_JSON
+    from amoeba_plugin.reports.report import REPORT_JSON
 
     require_new_directory(output_dir, replaceable=REPORT_JSON)
     from amoeba_plugin.demo.run import run_demo

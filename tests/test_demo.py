@@ -15,7 +15,7 @@ from amoeba_plugin.demo.corpus import is_held_out, part_files, token_blocks
 from amoeba_plugin.demo.multiple_choice import CHOICES, CONTEXT_TOKENS, multiple_choice
 from amoeba_plugin.demo.pretrain import xz_bits_per_byte
 from amoeba_plugin.demo.run import MODEL, QUICK, run_demo
-from amoeba_plugin.report import read_report
+from amoeba_plugin.reports.report import read_report
 from amoeba_plugin.selection.registry import objective_named
 
 

@@ -12,7 +12,7 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.report import DepthRow
+from amoeba_plugin.reports.report import DepthRow
 from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 

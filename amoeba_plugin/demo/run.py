@@ -33,9 +33,9 @@ from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.recipes.files import find_recipe
-from amoeba_plugin.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
-from amoeba_plugin.report_page import write_report
-from amoeba_plugin.report_tables import print_report
+from amoeba_plugin.reports.html import write_report
+from amoeba_plugin.reports.report import Provenance, Quality, QuantizedRow, Report, ShapeRow
+from amoeba_plugin.reports.terminal import print_report
 from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.shape import SubnetShape

@@ -7,9 +7,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from amoeba_plugin.plots import gap_plot, latency_plot
-from amoeba_plugin.report import REPORT_JSON, Report
-from amoeba_plugin.report_numbers import millions, number, percent, size
+from amoeba_plugin.reports.format import millions, number, percent, size
+from amoeba_plugin.reports.plots import gap_plot, latency_plot
+from amoeba_plugin.reports.report import REPORT_JSON, Report
 from amoeba_plugin.runtime.files import write_atomically
 
 REPORT_HTML = "report.html"

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.report import (
+from amoeba_plugin.reports.html import render_html, write_report
+from amoeba_plugin.reports.report import (
     DepthRow,
     Provenance,
     Quality,
@@ -21,8 +22,7 @@ from amoeba_plugin.report import (
     ShapeRow,
     read_report,
 )
-from amoeba_plugin.report_page import render_html, write_report
-from amoeba_plugin.report_tables import print_report
+from amoeba_plugin.reports.terminal import print_report
 
 
 def quality(loss: float, accuracy: float = 0.8) -> Quality:

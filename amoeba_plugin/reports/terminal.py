@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from amoeba_plugin.report import QuantizedRow, Report
-from amoeba_plugin.report_numbers import millions, number, percent, size
+from amoeba_plugin.reports.format import millions, number, percent, size
+from amoeba_plugin.reports.report import QuantizedRow, Report
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
