@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from amoeba_plugin.conformance import KEPT, WIDTHS, random_strategy
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.testing.architectures import KEPT, WIDTHS, random_strategy
 
 __all__ = ["KEPT", "WIDTHS", "random_elastic", "random_strategy", "tiny_llama"]
 

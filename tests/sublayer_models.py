@@ -11,11 +11,11 @@ from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.conformance import random_strategy
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.models.kept import Kept, read_kept
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.testing.architectures import random_strategy
 
 # Written down here, not asked of the adapters: the parameters that end attention and MLP.
 ENDS = {"attention": ("self_attn.o_proj", "self_attn.out_proj", "attention.dense"),

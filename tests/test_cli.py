@@ -20,12 +20,12 @@ from typer.testing import CliRunner, Result
 
 import amoeba_plugin
 from amoeba_plugin.cli import app
-from amoeba_plugin.conformance import random_strategy
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.recipes.check import check_recipe
 from amoeba_plugin.recipes.files import shipped_recipes
 from amoeba_plugin.recipes.run import RunOptions, calibration_batches
 from amoeba_plugin.runtime.files import whole_or_nothing
+from amoeba_plugin.testing.architectures import random_strategy
 
 RECIPE = {
     "select_stage": {

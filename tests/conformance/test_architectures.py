@@ -8,11 +8,11 @@ from amoeba_plugin.models.architectures.builtin import amoeba_architectures
 from tiny_architectures import CONFIGS, MULTIPLIERS, NO_ROPE, TYPES
 from transformers import PreTrainedModel
 
-from amoeba_plugin.conformance import WIDTHS, ArchitectureConformance, random_model, random_strategy
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.testing.architectures import WIDTHS, ArchitectureConformance, random_model, random_strategy
 
 
 class LayerTypes(ArchitectureConformance):

@@ -20,9 +20,9 @@ from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.conformance import random_model
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.testing.architectures import random_model
 
 # Groups whose members torch-pruning's graph finds where every query head has its own keys and values.
 GRAPH = {

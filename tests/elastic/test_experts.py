@@ -10,7 +10,6 @@ import torch
 from tiny_architectures import CONFIGS
 from torch.nn import functional
 
-from amoeba_plugin.conformance import KEPT, random_model, random_strategy
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError, ShapeError
@@ -22,6 +21,7 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_group, rank_widths
+from amoeba_plugin.testing.architectures import KEPT, random_model, random_strategy
 
 TYPES = ["mixtral", "qwen3_moe"]
 

@@ -17,7 +17,6 @@ from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
 
-from amoeba_plugin.conformance import WIDTHS, random_model
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.lora import attach_lora
@@ -31,6 +30,7 @@ from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.testing.architectures import WIDTHS, random_model
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 

@@ -11,12 +11,12 @@ from sublayer_models import CASES, ENDS, TABLE, elastic_of, logits, tokens_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from amoeba_plugin.conformance import random_model, reload_plainly
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.audit import require_sizes
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.kept import read_kept
+from amoeba_plugin.testing.architectures import random_model, reload_plainly
 
 SHAPE = "2.5x1/2"  # an attention is gone, and a layer
 

@@ -12,10 +12,10 @@ from sublayer_models import CASES, ENDS, POSITIONS, TABLE, elastic_of, logits, t
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.models.kept import PARTS, Kept, kept_without, read_kept, write_kept
+from amoeba_plugin.testing.architectures import random_model
 
 
 @pytest.mark.parametrize("case", CASES)

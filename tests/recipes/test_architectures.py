@@ -25,7 +25,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
-from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
@@ -35,6 +34,7 @@ from amoeba_plugin.recipes.run import RunOptions, run_recipe
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
+from amoeba_plugin.testing.architectures import random_model
 
 OFFSET_NORMS = ["gemma2", "gemma3_text"]
 EXPERTS = ["mixtral", "qwen3_moe"]

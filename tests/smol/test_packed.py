@@ -15,12 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
-from amoeba_plugin.conformance import random_strategy
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.models.compressed_linear import CompressedLinear, is_compressed
 from amoeba_plugin.smol import SmolConfig, SmolLinear
+from amoeba_plugin.testing.architectures import random_strategy
 
 CONFIG = dict(r=3, depths=[2, 4], widths=["1", "1/2"], target_modules=["q_proj", "up_proj"], init_weights=False)
 

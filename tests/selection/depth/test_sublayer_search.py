@@ -20,7 +20,6 @@ from test_depth import plain_loss, recurrence
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
-from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArtifactError, RecipeError
 from amoeba_plugin.models.kept import PARTS, kept_without, write_kept
@@ -34,6 +33,7 @@ from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.depth.selectors import DepthTask
 from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named
+from amoeba_plugin.testing.architectures import random_model
 
 Batch = dict[str, Tensor]
 Removed = frozenset[int]

@@ -15,7 +15,6 @@ from tiny_architectures import CONFIGS
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.conformance import random_model
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import group_key
@@ -24,6 +23,7 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.measured_split import MOST_SPLITS, Part, measured_widths, splits
 from amoeba_plugin.selection.width.ranking import rank_widths
+from amoeba_plugin.testing.architectures import random_model
 
 Batches = Callable[..., list[dict[str, Tensor]]]
 WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]
