@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_recipes(wheel: zipfile.ZipFile):
     for name, path in shipped_recipes().items():
-        assert wheel.read(f"amoeba_plugin/_recipes/{name}.yaml") == path.read_bytes()
+        assert wheel.read(f"amoeba_plugin/recipes/shipped/{name}.yaml") == path.read_bytes()
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile):
@@ -71,7 +71,7 @@ def test_an_unpacked_wheel_finds_its_recipes(wheel: zipfile.ZipFile, tmp_path: P
     command = [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {program}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     for name in shipped_recipes():
-        assert str(tmp_path / "amoeba_plugin" / "_recipes" / f"{name}.yaml") in done.stdout
+        assert str(tmp_path / "amoeba_plugin" / "recipes" / "shipped" / f"{name}.yaml") in done.stdout
 
 
 def test_the_version_is_said_once():

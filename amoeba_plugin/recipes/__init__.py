@@ -1,4 +1,4 @@
 """A recipe from its text to its run: text, plan, plan for a model, run.
 
-In: YAML as llm-compressor reads it, a model, data, a directory. Out: a checkpoint, or a refusal before anything is loaded.
+In: YAML as llm-compressor reads it, a model, data, a directory. Out: a checkpoint, or a refusal before anything loads.
 """

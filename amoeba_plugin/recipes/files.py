@@ -11,9 +11,8 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name; in an installed wheel and in a checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "_recipes"
-    directory = installed if installed.is_dir() else package.parent / "recipes"
+    installed = Path(__file__).parent / "shipped"
+    directory = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
     return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
 
 
