@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_elastic, tiny_llama
-from torch import Tensor
+from support.models import attach_random_smol, logits_at, random_elastic, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic import checkpoint
@@ -30,19 +29,8 @@ def elastic(tiny_model: TinyModel, tmp_path: Path) -> ElasticModel:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     elastic = random_elastic(model)
-    peft_model = attach_smol(elastic, SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")).eval()
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
-    save_elastic(elastic, peft_model, tmp_path / "elastic", str(tmp_path / "base"))
+    save_elastic(elastic, attach_random_smol(elastic), tmp_path / "elastic", str(tmp_path / "base"))
     return elastic
-
-
-def logits(elastic: ElasticModel, shape: object, tokens: Tensor) -> Tensor:
-    with elastic.active(str(shape)) as model, torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
-    return found
 
 
 def test_a_loaded_checkpoint_computes_the_same_at_every_shape(elastic: ElasticModel, tmp_path: Path) -> None:
@@ -50,7 +38,7 @@ def test_a_loaded_checkpoint_computes_the_same_at_every_shape(elastic: ElasticMo
     loaded, peft_model = load_elastic(tmp_path / "elastic")
     assert peft_model is not None
     for shape in elastic.space:
-        assert torch.equal(logits(loaded, shape, tokens), logits(elastic, shape, tokens))
+        assert torch.equal(logits_at(loaded, shape, tokens), logits_at(elastic, shape, tokens))
 
 
 def test_any_shape_is_extracted_with_its_parity(elastic: ElasticModel, tmp_path: Path) -> None:
@@ -60,7 +48,7 @@ def test_any_shape_is_extracted_with_its_parity(elastic: ElasticModel, tmp_path:
     tokens = torch.arange(10)[None]
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
-    torch.testing.assert_close(found, logits(elastic, "3x1/2", tokens), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, logits_at(elastic, "3x1/2", tokens), atol=1e-4, rtol=0)
 
 
 def test_a_base_that_moved_is_named(elastic: ElasticModel, tmp_path: Path) -> None:
@@ -188,7 +176,7 @@ def test_the_active_adapter_is_kept_whatever_its_name(elastic: ElasticModel, tmp
     loaded, _ = load_elastic(tmp_path / "second")
     tokens = torch.arange(10)[None]
     live.set_shape("3x1/2")  # the second adapter's router has to be told
-    assert torch.equal(logits(loaded, "3x1/2", tokens), logits(live, "3x1/2", tokens))
+    assert torch.equal(logits_at(loaded, "3x1/2", tokens), logits_at(live, "3x1/2", tokens))
     peft_model.base_model.set_adapter(["default", "second"])
     with pytest.raises(AdapterError, match="holds one adapter, and default, second are active"):
         save_elastic(live, peft_model, tmp_path / "both", str(tmp_path / "base"))

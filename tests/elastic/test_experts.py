@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from tiny_architectures import CONFIGS
+from support.architectures import CONFIGS
 from torch.nn import functional
 
 from amoeba_plugin.elastic.model import ElasticModel

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_elastic
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from support.models import logits_at, random_elastic
 from transformers import PreTrainedModel, TrainingArguments
 
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
@@ -41,12 +40,6 @@ def train(elastic: ElasticModel, model: PreTrainedModel | PeftModel, directory: 
     train_one_for_all(elastic, model, dataset, OneForAllOptions(), arguments)
 
 
-def logits(elastic: ElasticModel, shape: object) -> Tensor:
-    with elastic.active(str(shape)) as model, torch.no_grad():
-        found: Tensor = model(TOKENS, use_cache=False).logits
-    return found
-
-
 def test_a_lora_follows_every_shape(tiny_model: TinyModel, tmp_path: Path) -> None:
     elastic = random_elastic(tiny_model("llama"))
     model = attach_lora(elastic, lora()).eval()
@@ -57,7 +50,7 @@ def test_a_lora_follows_every_shape(tiny_model: TinyModel, tmp_path: Path) -> No
     for shape in elastic.space:  # extraction adds s * B A to the whole weight and cuts it
         with torch.no_grad():
             expected = extract(elastic, shape)(TOKENS).logits
-        torch.testing.assert_close(logits(elastic, shape), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits_at(elastic, shape, TOKENS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_trained_lora_comes_back_from_its_elastic_checkpoint(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -70,21 +63,21 @@ def test_a_trained_lora_comes_back_from_its_elastic_checkpoint(tiny_model: TinyM
     assert peft_model is not None
     assert json.loads((tmp_path / "elastic/adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
     for shape in elastic.space:
-        assert torch.equal(logits(loaded, shape), logits(elastic, shape))
+        assert torch.equal(logits_at(loaded, shape, TOKENS), logits_at(elastic, shape, TOKENS))
     parity = extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "out")
     assert parity.max_logit_difference <= 1e-4
 
 
 def test_a_trained_base_is_kept_whole_and_needs_no_other(tiny_model: TinyModel, tmp_path: Path) -> None:
     elastic = random_elastic(tiny_model("llama"))
-    untrained = {str(shape): logits(elastic, shape) for shape in elastic.space}
+    untrained = {str(shape): logits_at(elastic, shape, TOKENS) for shape in elastic.space}
     train(elastic, elastic.model, tmp_path)
     save_elastic(elastic, None, tmp_path / "elastic", "a base that is gone", trained_base=True)
     loaded, peft_model = load_elastic(tmp_path / "elastic")
     assert peft_model is None
     for shape in elastic.space:
-        assert torch.equal(logits(loaded, shape), logits(elastic, shape))
-        assert not torch.allclose(logits(loaded, shape), untrained[str(shape)], atol=1e-3)
+        assert torch.equal(logits_at(loaded, shape, TOKENS), logits_at(elastic, shape, TOKENS))
+        assert not torch.allclose(logits_at(loaded, shape, TOKENS), untrained[str(shape)], atol=1e-3)
     parity = extract_checkpoint(tmp_path / "elastic", "2x3/4", tmp_path / "out")
     assert parity.max_logit_difference <= 1e-4
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from elastic_models import KEPT, random_elastic, random_strategy
+from support.models import logits, random_elastic, random_tokens
+from support.strategies import KEPT, random_strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,13 +24,7 @@ FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
-    return found
+    return random_tokens()
 
 
 @pytest.mark.parametrize("model_type", FAMILY)

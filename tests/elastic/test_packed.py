@@ -9,76 +9,28 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from elastic_models import random_strategy
-from packed_linears import IntegerLinear, PackedLinear, pack, unpack
-from peft import LoraConfig, PeftModel
-from sublayer_models import elastic_of
-from tiny_architectures import CONFIGS
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig, TrainingArguments
+from support.architectures import CONFIGS
+from support.models import logits, require_close
+from support.packed_linears import IntegerLinear, PackedLinear, pack, unpack
+from support.strategies import random_strategy
+from support.sublayers import elastic_of
+from support.training import attach_adapter, require_equal_training, train_by_large_steps
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 from amoeba_plugin.data.calibration import materialise
-from amoeba_plugin.elastic.checkpoint import attach_smol
-from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction.cut import extract
-from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
-from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.testing.architectures import WIDTHS, random_model
-from amoeba_plugin.training.one_for_all.options import OneForAllOptions
-from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 TinyModel = Callable[..., PreTrainedModel]
 COMPENSATED = {"gpt_neox", "granite", "llama", "opt", "smollm3", "phi3"}  # at least elastically
-
-
-def tokens(high: int = 97) -> Tensor:
-    return torch.randint(3, high, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    found: Tensor = model(tokens(model.config.vocab_size), use_cache=False).logits
-    return found
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
-
-
-def adapted(elastic: ElasticModel, kind: str) -> PeftModel:
-    """Put an adapter on all linears; the same at every call."""
-    torch.manual_seed(1)
-    targets = linear_names(elastic.layers)
-    if kind == "lora":
-        return attach_lora(elastic, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    return attach_smol(elastic, SmolConfig(r=2, num_experts=3, target_modules=targets, task_type="CAUSAL_LM"))
-
-
-def train(elastic: ElasticModel, model: PeftModel | PreTrainedModel, directory: Path, steps: int = 3) -> None:
-    rows = [
-        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in tokens(60).repeat(2, 1)
-    ]
-    arguments = TrainingArguments(
-        output_dir=str(directory), max_steps=steps, per_device_train_batch_size=2, learning_rate=0.5, optim="sgd",
-        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    train_one_for_all(elastic, model, rows, OneForAllOptions(num_random=1), arguments)
-
-
-def require_equal_training(packed: PeftModel, dense: PeftModel, tolerance: float) -> None:
-    trained, expected = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (packed, dense))
-    assert trained.keys() == expected.keys()
-    assert any(bool(value.any()) for name, value in trained.items() if name.endswith((".B", "lora_B.default.weight")))
-    for name, value in trained.items():
-        close(value, expected[name], tolerance)
 
 
 @pytest.mark.parametrize("cls", [PackedLinear, IntegerLinear])
@@ -94,11 +46,11 @@ def test_every_shape_of_every_architecture(model_type: str, cls: Any) -> None:
     assert not dense.packed
     for shape in packed.space:
         with packed.active(shape) as one, dense.active(shape) as other:
-            close(logits(one), logits(other))
-    close(logits(model), before)
+            require_close(logits(one), logits(other))
+    require_close(logits(model), before)
     packed.release()
     assert [type(module) for module in model.modules()] == classes
-    close(logits(model), before)
+    require_close(logits(model), before)
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "qwen3"])
@@ -108,8 +60,8 @@ def test_shapes_without_some_attentions_and_mlps(model_type: str) -> None:
     for shape in ("3.5x1", "2.5x3/4", "1x1/2"):
         with packed.active(shape) as one, dense.active(shape) as other:
             served = logits(one)
-            close(served, logits(other))
-        close(logits(extract(packed, shape)), served)
+            require_close(served, logits(other))
+        require_close(logits(extract(packed, shape)), served)
 
 
 @pytest.mark.filterwarnings("ignore")  # what the library says of itself when it is imported
@@ -128,9 +80,9 @@ def test_weights_of_torchao(tmp_path: Path) -> None:
     assert packed.packed
     for shape in packed.space:
         with packed.active(shape) as one, dense.active(shape) as other:
-            close(logits(one), logits(other), 1e-4)
+            require_close(logits(one), logits(other), 1e-4)
     with packed.active("2x1/2") as one:
-        close(logits(extract(packed, "2x1/2")), logits(one), 1e-4)
+        require_close(logits(extract(packed, "2x1/2")), logits(one), 1e-4)
 
 
 def test_a_group_of_which_some_linears_are_packed_and_some_are_not() -> None:
@@ -143,7 +95,7 @@ def test_a_group_of_which_some_linears_are_packed_and_some_are_not() -> None:
     dense, packed = ElasticModel(reference, strategy), ElasticModel(model, strategy)
     for shape in packed.space:
         with packed.active(shape) as one, dense.active(shape) as other:
-            close(logits(one), logits(other))
+            require_close(logits(one), logits(other))
     assert not torch.equal(
         model.model.layers[0].self_attn.q_norm.weight, names["model.layers.0.self_attn.q_norm.weight"]
     )
@@ -160,9 +112,9 @@ def test_an_adapter_learns_and_is_cut_as_on_the_unpacked_weights(model_type: str
     reference = unpack(pack(random_model(config)))
     strategy = random_strategy(reference)
     dense, packed = ElasticModel(reference, strategy), ElasticModel(pack(random_model(config)), strategy)
-    expected, found = adapted(dense, kind), adapted(packed, kind)
+    expected, found = attach_adapter(dense, kind), attach_adapter(packed, kind)
     for elastic, model in ((dense, expected), (packed, found)):
-        train(elastic, model, tmp_path)
+        train_by_large_steps(elastic, model, tmp_path)
         model.eval()
     require_equal_training(found, expected, 1e-5)
     for shape in ("4x1", "3x3/4", "2x1/2"):
@@ -170,7 +122,7 @@ def test_an_adapter_learns_and_is_cut_as_on_the_unpacked_weights(model_type: str
             served = logits(one)
         subnet = extract(packed, shape)
         assert not hasattr(subnet.config, "quantization_config")
-        close(logits(subnet), served)
+        require_close(logits(subnet), served)
 
 
 def test_an_unused_base_linear_is_unpacked_too(tmp_path: Path) -> None:
@@ -181,7 +133,7 @@ def test_an_unused_base_linear_is_unpacked_too(tmp_path: Path) -> None:
     with elastic.active("2x1/2") as active:
         served = logits(active)
     extract(elastic, "2x1/2").save_pretrained(tmp_path)
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), served)
+    require_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), served)
 
 
 def test_selection_sees_the_unpacked_weights(random_batches: Callable[..., Any]) -> None:
@@ -244,4 +196,4 @@ def test_hooks_of_accelerate_run_in_front_of_elastic_linears(packed: bool) -> No
         with plain.active(shape) as one, elastic.active(shape) as other:
             assert torch.equal(logits(one), logits(other))
     elastic.release()
-    close(logits(hooked), before)
+    require_close(logits(hooked), before)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_strategy
+from support.strategies import random_strategy
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel

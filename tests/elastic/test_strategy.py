@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_strategy
+from support.strategies import random_strategy
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from elastic_models import random_elastic
+from support.models import random_elastic
 from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError

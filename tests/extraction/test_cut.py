@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_elastic
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from support.models import attach_random_smol, logits, random_elastic, random_tokens
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction.cut import become, extract
-from amoeba_plugin.smol import SmolConfig
 
 TinyModel = Callable[..., PreTrainedModel]
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
@@ -53,24 +51,13 @@ save_file(found, root / "found.safetensors")
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(0, 97, (2, 10), generator=torch.Generator().manual_seed(5))
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
-    return found
+    return random_tokens(positions=10)
 
 
 def adapted(model: PreTrainedModel, bias_compensation: bool) -> ElasticModel:
     """Elastic, with a SMOL adapter whose every parameter is random, and random compensation."""
     elastic = random_elastic(model, bias_compensation=bias_compensation)
-    peft_model = attach_smol(elastic, SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    attach_random_smol(elastic)
     return elastic
 
 

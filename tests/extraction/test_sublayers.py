@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sublayer_models import CASES, ENDS, TABLE, elastic_of, logits, tokens_of
+from support.models import logits
+from support.sublayers import CASES, ENDS, TABLE, elastic_of, tokens_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 

@@ -11,19 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_strategy
 from safetensors.torch import load_file, save_file
+from support.models import attach_random_smol, logits, random_tokens
+from support.strategies import random_strategy, uneven_strategy
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.elastic.subnet_config import per_layer_class
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
-from amoeba_plugin.smol import SmolConfig
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 TinyModel = Callable[..., PreTrainedModel]
@@ -72,36 +70,13 @@ save_file(found, root / "found.safetensors")
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(0, 97, (2, 10), generator=torch.Generator().manual_seed(5))
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
-    return found
-
-
-def uneven_strategy(model: PreTrainedModel, bias_compensation: bool = False) -> SubnetStrategy:
-    """Return a strategy whose narrower widths keep other numbers of units in every layer."""
-    strategy = random_strategy(model, bias_compensation=bias_compensation)
-    for width, units in strategy.width.units.items():
-        if width != 1:
-            for key in units:
-                layer = int(key.partition(".")[0])  # the experts of a layer keep the same number
-                step = 8 if key.count(".") == 2 else 3  # an expert's rows must fill 16 bytes
-                units[key] -= layer % 2 if key.endswith("attention") else step * layer
-    return strategy
+    return random_tokens(positions=10)
 
 
 def uneven_elastic(model: PreTrainedModel, bias_compensation: bool = False) -> ElasticModel:
     """Elastic with layers of different sizes and a SMOL adapter whose every parameter is random."""
     elastic = ElasticModel(model, uneven_strategy(model, bias_compensation))
-    peft_model = attach_smol(elastic, SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    attach_random_smol(elastic)
     return elastic
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sublayer_models import CASES, ENDS, POSITIONS, TABLE, elastic_of, logits, tokens_of, zeroed
+from support.models import logits
+from support.sublayers import CASES, ENDS, POSITIONS, TABLE, elastic_of, tokens_of, zeroed
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from elastic_models import random_strategy
-from llmcompressor import oneshot
-from test_modifiers import save_base
-from test_packed_elastic import adapted, close, logits, require_equal_training, train
-from test_training_doors import TRAIN, SessionTrainer, rows
+from support.batches import tensor_rows
+from support.models import logits, require_close, save_base
+from support.recipes import GIVEN_DEPTHS, TRAIN_FIELDS, SessionTrainer, run_on_rows, training_recipe
+from support.strategies import random_strategy
+from support.training import attach_adapter, require_equal_training, train_by_large_steps
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
@@ -34,15 +33,9 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not i
 TinyModel = Callable[..., PreTrainedModel]
 FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
-KEPT = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
 
 
 pytestmark = pytest.mark.usefixtures("fresh_session")
-
-
-@pytest.fixture
-def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    return save_base(tiny_model("llama"), tmp_path / "base")
 
 
 def load(base: Path, config: BitsAndBytesConfig = FOUR) -> Any:
@@ -57,21 +50,6 @@ def dequantized(base: Path) -> Any:
     return load(base).dequantize().eval()
 
 
-def recipe(elastic: Path, *more: dict[str, Any], **fields: Any) -> str:
-    groups = (
-        {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": KEPT}},
-        {"WidthShrinkingModifier": {"widths": ["1", "1/2"]}},
-        {"OneForAllDistillationModifier": TRAIN | {"elastic_dir": str(elastic)} | fields},
-        *more,
-    )
-    return yaml.safe_dump({f"s{i}_stage": {f"g{i}_modifiers": g} for i, g in enumerate(groups)}, sort_keys=False)
-
-
-def run_recipe(model: Any, text: str) -> Any:
-    loader = DataLoader(rows(), batch_size=4)
-    return oneshot(model=model, recipe=text, dataset=loader, num_calibration_samples=8, max_seq_length=12)
-
-
 def test_every_shape_computes_what_the_dequantized_weights_do(base: Path) -> None:
     model, reference = load(base), dequantized(base)
     strategy = random_strategy(reference, bias_compensation=True)
@@ -84,7 +62,7 @@ def test_every_shape_computes_what_the_dequantized_weights_do(base: Path) -> Non
     stored = linear.weight.detach().clone()
     for shape in packed.space:
         with packed.active(shape) as one, dense.active(shape) as other:
-            close(logits(one), logits(other), 1e-4)
+            require_close(logits(one), logits(other), 1e-4)
     assert linear.weight.dtype == torch.uint8
     assert torch.equal(linear.weight, stored)
     packed.release()
@@ -106,19 +84,19 @@ def test_eight_bits_compute_what_masks_compute(base: Path) -> None:
             layer.get_submodule(group.consumer.path).register_forward_pre_hook(
                 lambda _m, args, mask=mask: args[0] * mask
             )
-    masked.model.layers = nn.ModuleList([masked.model.layers[index] for index in KEPT["3"]])
+    masked.model.layers = nn.ModuleList([masked.model.layers[index] for index in GIVEN_DEPTHS["3"]])
     masked.config.num_hidden_layers = 3
     with elastic.active(f"3x{width}") as active:
-        close(logits(active), logits(masked), 1e-2)
+        require_close(logits(active), logits(masked), 1e-2)
 
 
 @pytest.mark.parametrize("kind", ["smol", "lora"])
 def test_trained_saved_and_cut(base: Path, tmp_path: Path, kind: str) -> None:
     strategy = random_strategy(AutoModelForCausalLM.from_pretrained(base))  # selected on the full model
     packed, dense = ElasticModel(load(base), strategy), ElasticModel(model := dequantized(base), random_strategy(model))
-    found, expected = adapted(packed, kind), adapted(dense, kind)
+    found, expected = attach_adapter(packed, kind), attach_adapter(dense, kind)
     for elastic, model in ((packed, found), (dense, expected)):
-        train(elastic, model, tmp_path)
+        train_by_large_steps(elastic, model, tmp_path)
         model.eval()
     require_equal_training(found, expected, 1e-4)
 
@@ -134,7 +112,7 @@ def test_trained_saved_and_cut(base: Path, tmp_path: Path, kind: str) -> None:
 
     with packed.active("3x1/2") as active:
         served = logits(active)
-    close(logits(extract(packed, "3x1/2")), served, 1e-4)
+    require_close(logits(extract(packed, "3x1/2")), served, 1e-4)
     save_base(dequantized(base), tmp_path / "dequantized")
     with pytest.raises(ArtifactError, match="belongs to a model with fingerprint"):
         extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "refused", base=str(tmp_path / "dequantized"))
@@ -142,8 +120,8 @@ def test_trained_saved_and_cut(base: Path, tmp_path: Path, kind: str) -> None:
 
 def test_a_base_selected_and_trained_in_four_bits_is_cut_from_either_base(base: Path, tmp_path: Path) -> None:
     elastic = ElasticModel(load(base), random_strategy(load(base)))
-    model = adapted(elastic, "smol")
-    train(elastic, model, tmp_path)
+    model = attach_adapter(elastic, "smol")
+    train_by_large_steps(elastic, model, tmp_path)
     model.eval()
     with elastic.active("3x1/2") as active:
         served = logits(active)
@@ -155,7 +133,7 @@ def test_a_base_selected_and_trained_in_four_bits_is_cut_from_either_base(base: 
         if tolerance is None:
             assert (logits(subnet) - served).abs().max() > 1e-2  # the adapter has learned beside other weights
         else:
-            close(logits(subnet), served, tolerance)
+            require_close(logits(subnet), served, tolerance)
 
 
 def test_the_base_itself_cannot_be_trained(base: Path, tmp_path: Path) -> None:
@@ -164,7 +142,7 @@ def test_the_base_itself_cannot_be_trained(base: Path, tmp_path: Path) -> None:
         OneForAllDistillationModifier(adapter="none").attach(elastic)
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
         elastic.model.lm_head.requires_grad_(True)
-        train(elastic, elastic.model, tmp_path)
+        train_by_large_steps(elastic, elastic.model, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -175,7 +153,7 @@ def test_an_elastic_checkpoint_of_a_base_saved_quantized(
     """Its files hold integers, in eight bits under the names and in the shapes of dense weights."""
     save_base(load(base, config), tmp_path / "packed")
     elastic = ElasticModel(model := load(base, config), random_strategy(model))
-    save_elastic(elastic, adapted(elastic, "smol"), tmp_path / "elastic", str(tmp_path / "packed"))
+    save_elastic(elastic, attach_adapter(elastic, "smol"), tmp_path / "elastic", str(tmp_path / "packed"))
     extract_checkpoint(tmp_path / "elastic", "3x1/2", tmp_path / "subnet")
     subnet = AutoModelForCausalLM.from_pretrained(tmp_path / "subnet")
     assert type(subnet.model.layers[0].mlp.up_proj) is nn.Linear
@@ -189,7 +167,7 @@ def test_an_elastic_checkpoint_of_a_base_saved_quantized(
 @pytest.mark.filterwarnings("ignore:Merge lora module to")
 def test_merging_into_weights_of_another_order_is_refused(base: Path, kind: str, config: BitsAndBytesConfig) -> None:
     elastic = ElasticModel(model := load(base, config), random_strategy(model))
-    adapter = adapted(elastic, kind)
+    adapter = attach_adapter(elastic, kind)
     stored = {name: parameter.clone() for name, parameter in adapter.named_parameters()}
     for merge in (adapter.merge_adapter, adapter.merge_and_unload):
         with pytest.raises(AdapterError, match="keeps its weight packed, so that no adapter .* can be merged into it"):
@@ -199,37 +177,37 @@ def test_merging_into_weights_of_another_order_is_refused(base: Path, kind: str,
 
 
 def test_a_recipe_that_extracts_runs_on_it(base: Path, tmp_path: Path) -> None:
-    text = recipe(tmp_path / "elastic", {"SubnetExtractionModifier": {"shape": "3x1/2"}})
-    subnet = run_recipe(load(base), text)
+    text = training_recipe(tmp_path / "elastic", {"SubnetExtractionModifier": {"shape": "3x1/2"}})
+    subnet = run_on_rows(load(base), text)
     assert {type(module) for module in subnet.model.layers.modules() if "Linear" in type(module).__name__} == {
         nn.Linear
     }
     strategy = load_elastic(tmp_path / "elastic")[0].strategy
     elastic = ElasticModel(load(base), strategy)
-    model = OneForAllDistillationModifier(**TRAIN).attach(elastic)
+    model = OneForAllDistillationModifier(**TRAIN_FIELDS).attach(elastic)
     assert model is not None
     model.load_adapter(tmp_path / "elastic/adapter", "trained")
     model.set_adapter("trained")
     with elastic.active("3x1/2") as active:
         model.set_shape("3x1/2")
-        close(logits(subnet), logits(active.eval()), 1e-4)
+        require_close(logits(subnet), logits(active.eval()), 1e-4)
 
 
 def test_a_recipe_that_would_leave_it_packed_is_refused_before_anything_runs(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="q_proj keeps its weight packed, which llm-compressor cannot move"):
-        run_recipe(load(base), recipe(tmp_path / "elastic"))
+        run_on_rows(load(base), training_recipe(tmp_path / "elastic"))
     assert not (tmp_path / "elastic").exists()
 
 
 def test_a_trainer_of_its_own_trains_the_recipe(base: Path, tmp_path: Path) -> None:
-    text = recipe(tmp_path / "elastic")
-    model = begin_session(text, load(base), DataLoader(rows(), batch_size=4), rows())
+    text = training_recipe(tmp_path / "elastic")
+    model = begin_session(text, load(base), DataLoader(tensor_rows(), batch_size=4), tensor_rows())
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "scratch"), max_steps=2, per_device_train_batch_size=2, report_to=[],
         save_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
     SessionTrainer(
-        model=model, args=arguments, train_dataset=rows(), data_collator=PaddingCollator(),
+        model=model, args=arguments, train_dataset=tensor_rows(), data_collator=PaddingCollator(),
         callbacks=[TrainingEventsCallback()],
     ).train()  # fmt: skip
     _, trained = load_elastic(tmp_path / "elastic")

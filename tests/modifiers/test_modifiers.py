@@ -13,14 +13,13 @@ import yaml
 from accelerate import disk_offload
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
-from llmcompressor import oneshot
 from llmcompressor.core import State, active_session, reset_session
 from llmcompressor.modifiers import ModifierFactory
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.recipe import Recipe
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from support.models import logits
+from support.recipes import DEPTH, EXTRACT, GIVEN_DEPTHS, QUANTIZATION, TRAIN, WIDTH, recipe, run
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.data.multiple_choice import load_questions
@@ -36,86 +35,13 @@ from amoeba_plugin.modifiers import (
 )
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.selection import on_main_device
+from amoeba_plugin.selection.depth import selectors
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 
 TinyModel = Callable[..., PreTrainedModel]
 
-DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "keep_last": 1}}
-WIDTH = {"WidthShrinkingModifier": {"widths": ["1", "3/4", "1/2"], "allocation": "uniform"}}
-TRAIN = {
-    "OneForAllDistillationModifier": {
-        "adapter": {"r": 4, "num_experts": 3},
-        "max_steps": 3,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 0.01,
-    }
-}
-EXTRACT = {"SubnetExtractionModifier": {"shape": "3x1/2"}}
-GROUPS_OF_32 = {
-    "group_0": {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-    }
-}
-QUANTIZATION = {
-    "gptq": {"GPTQModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]}},
-    "w8a8": {"QuantizationModifier": {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}},
-    "w4a16": {"QuantizationModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]}},
-    "awq": {
-        "AWQModifier": {"n_grid": 4},
-        "QuantizationModifier": {"config_groups": GROUPS_OF_32, "ignore": ["lm_head"]},
-    },
-}
-
-
-def recipe(*groups: dict[str, Any]) -> str:
-    """Write one stage per group, as a YAML text."""
-    stages = {f"s{i}_stage": {f"g{i}_modifiers": json.loads(json.dumps(group))} for i, group in enumerate(groups)}
-    return yaml.safe_dump(stages, sort_keys=False)
-
 
 pytestmark = pytest.mark.usefixtures("fresh_session")
-
-
-@pytest.fixture
-def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    return save_base(tiny_model("llama"), tmp_path / "base")
-
-
-def save_base(model: PreTrainedModel, directory: Path) -> Path:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w1").save_pretrained(
-        directory
-    )
-    return directory
-
-
-@pytest.fixture
-def data() -> Dataset:
-    rows = torch.randint(0, 97, (8, 16), generator=torch.Generator().manual_seed(3)).tolist()
-    return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 16} for row in rows])
-
-
-def run(base: Path, text: str, data: Dataset | None, output: Path | None = None, **options: Any) -> PreTrainedModel:
-    model: PreTrainedModel = oneshot(
-        model=str(base),
-        recipe=text,
-        dataset=data,
-        num_calibration_samples=8,
-        max_seq_length=16,
-        output_dir=None if output is None else str(output),
-        **options,
-    )
-    return model
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(torch.arange(12)[None], use_cache=False).logits
-    return found
 
 
 @pytest.mark.parametrize("quantization", list(QUANTIZATION))
@@ -249,9 +175,8 @@ def test_the_adapter_was_trained_and_folded_in(base: Path, data: Dataset) -> Non
 def test_a_saved_recipe_repeats_its_depths_without_searching(
     base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amoeba_plugin.selection.depth.selectors.search_depths", None)
-    kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
-    given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
+    monkeypatch.setattr(selectors, "search_depths", None)
+    given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": GIVEN_DEPTHS}}
     assert run(base, recipe(given, {"SubnetExtractionModifier": {"shape": "2x1"}}), data).config.num_hidden_layers == 2
 
 

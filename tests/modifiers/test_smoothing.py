@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.preflight import check_against_model
 from datasets import Dataset
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -15,17 +17,16 @@ from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY,
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.smoothquant.utils import DEFAULT_SMOOTHQUANT_MAPPINGS, MAPPINGS_REGISTRY
 from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
-from test_architecture_recipes import logits, save_base
-from tiny_architectures import CONFIGS
+from support.architectures import CONFIGS
+from support.models import logits, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from amoeba_plugin.elastic.subnet_config import per_layer_config
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_kept
-from amoeba_plugin.recipes.check import check_recipe
-from amoeba_plugin.recipes.preflight import check_against_model
 from amoeba_plugin.recipes.run import RunOptions, run_recipe
+from amoeba_plugin.testing.architectures import random_model
 
 WITHOUT_TABLE = {("SmoothQuantModifier", name) for name in ("gpt_neox", "opt", "olmo2")} | {
     ("AWQModifier", name) for name in ("gpt_neox", "opt")
@@ -34,7 +35,7 @@ KINDS: dict[str, Any] = {"SmoothQuantModifier": SmoothQuantModifier, "AWQModifie
 QUANTIZED = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A16").resolve_quantization_config()
 
 
-def config_of(model_type: str, kind: str) -> PretrainedConfig:
+def config_of_kind(model_type: str, kind: str) -> PretrainedConfig:
     config, adapter = AutoConfig.for_model(**CONFIGS[model_type]), architecture_for(model_type)
     if kind == "stock":
         return config
@@ -46,7 +47,9 @@ def config_of(model_type: str, kind: str) -> PretrainedConfig:
 
 
 def require(modifier: Any, model_type: str, kind: str = "stock") -> None:
-    require_outputs_kept([modifier], [QUANTIZED], config_of(model_type, kind), architecture_for(model_type), "my.yaml")
+    require_outputs_kept(
+        [modifier], [QUANTIZED], config_of_kind(model_type, kind), architecture_for(model_type), "my.yaml"
+    )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -114,7 +117,7 @@ def test_awq_is_refused_where_the_host_would_fail_in_the_end(tmp_path: Path) -> 
 @pytest.mark.parametrize(("model_type", "allocation"), [("gemma2", "uniform"), ("mixtral", "global")])
 @pytest.mark.usefixtures("fresh_session")
 def test_a_smoothed_subnet_computes_what_it_did(model_type: str, allocation: str, tmp_path: Path) -> None:
-    base = save_base(model_type, tmp_path / "base")
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(3)).tolist()
     Dataset.from_list([{"input_ids": row} for row in rows]).save_to_disk(str(tmp_path / "data"))
     found = []

@@ -14,10 +14,11 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from safetensors.torch import load_file
-from test_modifiers import save_base
+from support.batches import tensor_rows
+from support.recipes import TRAIN_FIELDS, SessionTrainer, run_on_rows, training_recipe
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.data.collator import PaddingCollator
@@ -28,7 +29,6 @@ from amoeba_plugin.errors import ArtifactError, DataError, TrainingError
 from amoeba_plugin.modifiers import (
     OneForAllDistillationModifier,
     TrainingEventsCallback,
-    TrainingEventsMixin,
     begin_session,
 )
 from amoeba_plugin.modifiers.external import ExternalSteps
@@ -36,49 +36,9 @@ from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 TinyModel = Callable[..., PreTrainedModel]
-STEPS = 3
-TRAIN = {
-    "adapter": {"r": 2, "num_experts": 3}, "max_steps": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2,
-    "learning_rate": 0.01, "num_random": 1,
-}  # fmt: skip
-
-
-class SessionTrainer(TrainingEventsMixin, Trainer):
-    """A Trainer in a session of llm-compressor."""
 
 
 pytestmark = pytest.mark.usefixtures("fresh_session")
-
-
-@pytest.fixture
-def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    return save_base(tiny_model("llama"), tmp_path / "base")
-
-
-def rows() -> list[dict[str, Tensor]]:
-    tokens = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(3))
-    labels = tokens.clone()
-    labels[:, :4] = -100
-    ones = torch.ones(12, dtype=torch.int64)
-    return [
-        {"input_ids": row, "attention_mask": ones, "labels": label} for row, label in zip(tokens, labels, strict=True)
-    ]
-
-
-def recipe(elastic: Path, **fields: Any) -> str:
-    kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}  # nothing is searched
-    select = (
-        {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}},
-        {"WidthShrinkingModifier": {"widths": ["1", "1/2"]}},
-    )
-    train = {"OneForAllDistillationModifier": TRAIN | fields | {"elastic_dir": str(elastic)}}
-    stages = {f"s{i}_stage": {f"g{i}_modifiers": group} for i, group in enumerate((*select, train))}
-    return yaml.safe_dump(stages, sort_keys=False)
-
-
-def run_recipe(base: Path, text: str) -> None:
-    loader = DataLoader(rows(), batch_size=4)
-    oneshot(model=str(base), recipe=text, dataset=loader, num_calibration_samples=8, max_seq_length=12)
 
 
 def adapter_of(elastic: Path) -> dict[str, Tensor]:
@@ -92,27 +52,27 @@ def arguments_of(modifier: OneForAllDistillationModifier, directory: Path) -> Tr
     return arguments
 
 
-@pytest.mark.parametrize("adapter", [TRAIN["adapter"], {"type": "lora", "r": 2}])
+@pytest.mark.parametrize("adapter", [TRAIN_FIELDS["adapter"], {"type": "lora", "r": 2}])
 def test_three_doors_give_the_same_weights(base: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
-    run_recipe(base, recipe(tmp_path / "recipe", adapter=adapter))
+    run_on_rows(base, training_recipe(tmp_path / "recipe", adapter=adapter))
     by_recipe = adapter_of(tmp_path / "recipe")
 
-    modifier = OneForAllDistillationModifier(**TRAIN | {"adapter": adapter})
+    modifier = OneForAllDistillationModifier(**TRAIN_FIELDS | {"adapter": adapter})
     strategy = SubnetStrategy.load(tmp_path / "recipe")
     elastic = ElasticModel(AutoModelForCausalLM.from_pretrained(base), strategy)
     torch.manual_seed(modifier.seed)
     peft_model = modifier.attach(elastic)
     assert peft_model is not None
     arguments = arguments_of(modifier, tmp_path / "scratch")
-    train_one_for_all(elastic, peft_model, rows(), modifier.options(), arguments)
+    train_one_for_all(elastic, peft_model, tensor_rows(), modifier.options(), arguments)
     peft_model.save_pretrained(str(tmp_path / "trainer/adapter"))
     by_trainer = adapter_of(tmp_path / "trainer")
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    text = recipe(tmp_path / "session", adapter=adapter)
-    trained = begin_session(text, model, DataLoader(rows(), batch_size=4), rows())
+    text = training_recipe(tmp_path / "session", adapter=adapter)
+    trained = begin_session(text, model, DataLoader(tensor_rows(), batch_size=4), tensor_rows())
     SessionTrainer(
-        model=trained, args=arguments_of(modifier, tmp_path / "scratch"), train_dataset=rows(),
+        model=trained, args=arguments_of(modifier, tmp_path / "scratch"), train_dataset=tensor_rows(),
         data_collator=PaddingCollator(), callbacks=[TrainingEventsCallback()],
     ).train()  # fmt: skip
     by_session = adapter_of(tmp_path / "session")
@@ -127,13 +87,13 @@ def test_three_doors_give_the_same_weights(base: Path, tmp_path: Path, adapter: 
 
 def test_a_trainer_of_ones_own_distils_every_token_of_a_step_alike(base: Path, tmp_path: Path) -> None:
     """Rows with few targets, and rows without one, weigh by their tokens."""
-    uneven = rows()
+    uneven = tensor_rows()
     for number, row in enumerate(uneven):
         row["labels"][: 4 * (number % 4)] = -100
-    text = recipe(tmp_path / "session", distill_all_tokens=True, kd_weight=0.5)
+    text = training_recipe(tmp_path / "session", distill_all_tokens=True, kd_weight=0.5)
     batches = DataLoader(uneven, batch_size=4)
     oneshot(model=str(base), recipe=text.replace("session", "recipe"), dataset=batches, num_calibration_samples=8)
-    modifier = OneForAllDistillationModifier(**TRAIN)
+    modifier = OneForAllDistillationModifier(**TRAIN_FIELDS)
     reset_session()
     trained = begin_session(text, AutoModelForCausalLM.from_pretrained(base), batches, uneven)
     SessionTrainer(
@@ -147,10 +107,10 @@ def test_a_trainer_of_ones_own_distils_every_token_of_a_step_alike(base: Path, t
 
 @pytest.mark.parametrize("adapter", [{"type": "lora", "r": 2}, "none"])
 def test_other_adapters_train_and_extract_in_a_recipe(base: Path, tmp_path: Path, adapter: Any) -> None:
-    text = recipe(tmp_path / "elastic", adapter=adapter)
+    text = training_recipe(tmp_path / "elastic", adapter=adapter)
     text += yaml.safe_dump({"x_stage": {"x_modifiers": {"SubnetExtractionModifier": {"shape": "3x1/2"}}}})
     subnet = oneshot(
-        model=str(base), recipe=text, dataset=DataLoader(rows(), batch_size=4), num_calibration_samples=8,
+        model=str(base), recipe=text, dataset=DataLoader(tensor_rows(), batch_size=4), num_calibration_samples=8,
         max_seq_length=12,
     )  # fmt: skip
     elastic, peft_model = load_elastic(tmp_path / "elastic")
@@ -166,11 +126,11 @@ def test_a_recipe_trains_on_the_text_it_names(base: Path, tmp_path: Path) -> Non
     path.write_text("\n".join(json.dumps(text) for text in texts))
     fields = {"dataset": str(path), "num_samples": 8, "max_seq_length": 8, "max_steps": 1}
     with pytest.raises(DataError, match="its columns are title, body: name the one with the text in text_column"):
-        run_recipe(base, recipe(tmp_path / "elastic", **fields))
+        run_on_rows(base, training_recipe(tmp_path / "elastic", **fields))
     assert not (tmp_path / "elastic").exists()
     reset_session()
     with mock.patch.object(OneForAllTrainer, "__init__", autospec=True, side_effect=OneForAllTrainer.__init__) as made:
-        run_recipe(base, recipe(tmp_path / "elastic", text_column="body", **fields))
+        run_on_rows(base, training_recipe(tmp_path / "elastic", text_column="body", **fields))
     tokenizer = AutoTokenizer.from_pretrained(base)
     stream = 2 * [token for text in texts for token in (*tokenizer(text["body"])["input_ids"], tokenizer.eos_token_id)]
     windows = [stream[start : start + 8] for start in range(len(stream) // 2)]
@@ -180,7 +140,7 @@ def test_a_recipe_trains_on_the_text_it_names(base: Path, tmp_path: Path) -> Non
 
 
 def test_training_on_the_calibration_data_over_and_over_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    steps = TRAIN | {"max_steps": 200}  # of 2 x 2 rows
+    steps = TRAIN_FIELDS | {"max_steps": 200}  # of 2 x 2 rows
     OneForAllDistillationModifier(**steps)._tell_repetition(80)
     OneForAllDistillationModifier(**steps, dataset="text.jsonl")._tell_repetition(8)
     assert not caplog.text
@@ -190,10 +150,12 @@ def test_training_on_the_calibration_data_over_and_over_is_told(caplog: pytest.L
 
 def test_a_trainer_of_ones_own_with_several_processes_is_refused(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
-    trained = begin_session(recipe(tmp_path / "elastic"), model, DataLoader(rows(), batch_size=4), rows())
-    arguments = arguments_of(OneForAllDistillationModifier(**TRAIN), tmp_path / "scratch")
+    trained = begin_session(
+        training_recipe(tmp_path / "elastic"), model, DataLoader(tensor_rows(), batch_size=4), tensor_rows()
+    )
+    arguments = arguments_of(OneForAllDistillationModifier(**TRAIN_FIELDS), tmp_path / "scratch")
     trainer = SessionTrainer(
-        model=trained, args=arguments, train_dataset=rows(), data_collator=PaddingCollator(),
+        model=trained, args=arguments, train_dataset=tensor_rows(), data_collator=PaddingCollator(),
         callbacks=[TrainingEventsCallback()],
     )  # fmt: skip
     with (
@@ -205,7 +167,7 @@ def test_a_trainer_of_ones_own_with_several_processes_is_refused(base: Path, tmp
 
 
 def test_an_interrupted_recipe_goes_on_where_it_was(base: Path, tmp_path: Path) -> None:
-    run_recipe(base, recipe(tmp_path / "whole"))
+    run_on_rows(base, training_recipe(tmp_path / "whole"))
     fields = {"checkpoint_dir": str(tmp_path / "checkpoints"), "save_steps": 1}
     steps = []
     original = OneForAllTrainer.training_step
@@ -218,15 +180,15 @@ def test_an_interrupted_recipe_goes_on_where_it_was(base: Path, tmp_path: Path) 
 
     with mock.patch.object(OneForAllTrainer, "training_step", step):
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(base, recipe(tmp_path / "resumed", **fields))
+            run_on_rows(base, training_recipe(tmp_path / "resumed", **fields))
         reset_session()
-        run_recipe(base, recipe(tmp_path / "resumed", **fields))
+        run_on_rows(base, training_recipe(tmp_path / "resumed", **fields))
     assert steps == [0, 0, 1, 1, 2, 2, 2]
     expected, found = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "resumed")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     reset_session()
     with pytest.raises(ArtifactError, match="its learning_rate is 0.01, here it is 0.5"):
-        run_recipe(base, recipe(tmp_path / "resumed", learning_rate=0.5, **fields))
+        run_on_rows(base, training_recipe(tmp_path / "resumed", learning_rate=0.5, **fields))
 
 
 def test_a_trainer_of_ones_own_with_replicas_of_the_model_is_refused() -> None:
@@ -239,11 +201,11 @@ def test_a_trainer_of_ones_own_with_replicas_of_the_model_is_refused() -> None:
 def test_the_steps_of_a_trainer_of_ones_own_count_and_not_the_recipes(base: Path, tmp_path: Path) -> None:
     """With max_steps: 0 a recipe trains nothing itself, and what was trained is kept all the same."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    text = recipe(tmp_path / "elastic", adapter="none", max_steps=0)
-    trained = begin_session(text, model, DataLoader(rows(), batch_size=4), rows())
-    arguments = arguments_of(OneForAllDistillationModifier(**TRAIN), tmp_path / "scratch")
+    text = training_recipe(tmp_path / "elastic", adapter="none", max_steps=0)
+    trained = begin_session(text, model, DataLoader(tensor_rows(), batch_size=4), tensor_rows())
+    arguments = arguments_of(OneForAllDistillationModifier(**TRAIN_FIELDS), tmp_path / "scratch")
     SessionTrainer(
-        model=trained, args=arguments, train_dataset=rows(), data_collator=PaddingCollator(),
+        model=trained, args=arguments, train_dataset=tensor_rows(), data_collator=PaddingCollator(),
         callbacks=[TrainingEventsCallback()],
     ).train()  # fmt: skip
     elastic, _ = load_elastic(tmp_path / "elastic")

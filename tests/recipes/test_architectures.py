@@ -14,15 +14,16 @@ import llmcompressor
 import pytest
 import torch
 import yaml
-from conformance import support_matrix
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
 from safetensors import safe_open
-from tiny_architectures import CONFIGS
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from support import support_matrix
+from support.architectures import CONFIGS, EXPERTS, INSIDE_ONESHOT, OFFSET_NORMS, OWN_STAGE, QUANTIZED
+from support.models import logits, save_base
+from support.recipes import run
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.elastic.model import ElasticModel
@@ -35,13 +36,6 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.testing.architectures import random_model
-
-OFFSET_NORMS = ["gemma2", "gemma3_text"]
-EXPERTS = ["mixtral", "qwen3_moe"]
-OWN_STAGE = [*OFFSET_NORMS, *EXPERTS]
-INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
-IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # test_modifiers.py, test_recipes.py
-QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *EXPERTS, *IN_OTHER_TESTS}
 
 SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
 RECIPE: dict[str, Any] = {
@@ -63,29 +57,6 @@ RECIPE: dict[str, Any] = {
 pytestmark = pytest.mark.usefixtures("fresh_session")
 
 
-@pytest.fixture
-def data() -> Dataset:
-    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(3)).tolist()
-    return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 16} for row in rows])
-
-
-def save_base(model_type: str, directory: Path) -> Path:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    random_model(CONFIGS[model_type]).save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(directory)
-    return directory
-
-
-def run(base: Path, data: Dataset, output: Path) -> PreTrainedModel:
-    recipe = yaml.safe_dump(RECIPE, sort_keys=False)
-    model: PreTrainedModel = oneshot(
-        model=str(base), recipe=recipe, dataset=data, num_calibration_samples=8, max_seq_length=16,
-        output_dir=str(output),
-    )  # fmt: skip
-    return model
-
-
 def require_subnet(directory: Path, model_type: str, quantized: bool = True) -> PreTrainedModel:
     config = json.loads((directory / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == (model_type, 3)
@@ -100,16 +71,10 @@ def require_subnet(directory: Path, model_type: str, quantized: bool = True) -> 
     return reloaded
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    found: torch.Tensor = model(torch.arange(3, 15)[None], use_cache=False).logits
-    return found
-
-
 @pytest.mark.parametrize("model_type", INSIDE_ONESHOT)
 def test_a_recipe_saves_a_quantized_subnet_that_reloads_equal(model_type: str, data: Dataset, tmp_path: Path) -> None:
-    base = save_base(model_type, tmp_path / "base")
-    model = run(base, data, tmp_path / "out")
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
+    model = run(base, yaml.safe_dump(RECIPE, sort_keys=False), data, tmp_path / "out")
     reloaded = require_subnet(tmp_path / "out", model_type)
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
@@ -120,7 +85,8 @@ def test_fused_layers_of_different_sizes_are_quantized_too(
     width = {"widths": ["1", "3/4"], "allocation": "global"}
     selecting = {"DepthShrinkingModifier": {"min_depth": 2}, "WidthShrinkingModifier": width}
     monkeypatch.setitem(RECIPE["select_stage"], "select_modifiers", selecting)
-    model = run(save_base("phi3", tmp_path / "base"), data, tmp_path / "out")
+    base = save_base(random_model(CONFIGS["phi3"]), tmp_path / "base")
+    model = run(base, yaml.safe_dump(RECIPE, sort_keys=False), data, tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert len({layer.mlp.down_proj.in_features for layer in reloaded.model.layers}) > 1
     assert reloaded.config.quantization_config.quant_method == "compressed-tensors"
@@ -131,9 +97,9 @@ def test_fused_layers_of_different_sizes_are_quantized_too(
 def test_what_oneshot_exchanges_modules_of_is_refused_there_with_the_way_round(
     model_type: str, data: Dataset, tmp_path: Path
 ) -> None:
-    base = save_base(model_type, tmp_path / "base")
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     with pytest.raises(ArchitectureError, match="Run the same recipe with `amoeba run`"):
-        run(base, data, tmp_path / "refused")
+        run(base, yaml.safe_dump(RECIPE, sort_keys=False), data, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 
@@ -152,7 +118,7 @@ def run_apart(base: Path, data: Dataset, output: Path, *stages: str, quantizing:
 
 @pytest.mark.parametrize("model_type", OWN_STAGE)
 def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Dataset, tmp_path: Path) -> None:
-    base = save_base(model_type, tmp_path / "base")
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     if model_type in EXPERTS:
         with pytest.raises(ArchitectureError, match="not quantized activations.*W4A16 or W8A16"):
             run_apart(base, data, tmp_path / "out", *RECIPE)
@@ -174,7 +140,7 @@ def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Data
 
 @pytest.mark.parametrize("model_type", OFFSET_NORMS)
 def test_a_stage_of_its_own_is_followed_by_quantization(model_type: str, data: Dataset, tmp_path: Path) -> None:
-    base = save_base(model_type, tmp_path / "base")
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     dense = run_apart(base, data, tmp_path / "dense", "select_stage", "extract_stage")
     quantized = run_apart(base, data, tmp_path / "out", *RECIPE)
     reloaded = require_subnet(quantized, model_type)
@@ -218,7 +184,7 @@ def test_quantized_experts_are_read_back_by_another_process(
 ) -> None:
     in_memory = []
     monkeypatch.setattr(llmcompressor, "oneshot", lambda **given: in_memory.append(oneshot(**given)))
-    base = save_base(model_type, tmp_path / "base")
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     scheme = {
         "targets": ["Linear"],
         "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8},
@@ -251,8 +217,9 @@ def test_layers_of_different_sizes_are_quantized_after_a_stage_of_their_own(
     selecting = {"DepthShrinkingModifier": {"min_depth": 2}, "WidthShrinkingModifier": width}
     monkeypatch.setitem(RECIPE["select_stage"], "select_modifiers", selecting)
     given = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
+    base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     out = run_apart(
-        save_base(model_type, tmp_path / "base"), data, tmp_path / "out", "select_stage", "extract_stage",
+        base, data, tmp_path / "out", "select_stage", "extract_stage",
         quantizing={"QuantizationModifier": given},
     )  # fmt: skip
     assert (out / "modeling_per_layer.py").is_file()
@@ -288,7 +255,7 @@ WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel
 def test_what_transformers_would_not_read_back_of_experts_is_refused_before_anything_runs(
     given: dict[str, Any], reason: str, data: Dataset, tmp_path: Path
 ) -> None:
-    base = save_base("qwen3_moe", tmp_path / "base")
+    base = save_base(random_model(CONFIGS["qwen3_moe"]), tmp_path / "base")
     with pytest.raises(ArchitectureError, match=reason):
         run_apart(
             base, data, tmp_path / "out", "select_stage", "extract_stage", quantizing={"QuantizationModifier": given}
@@ -297,7 +264,7 @@ def test_what_transformers_would_not_read_back_of_experts_is_refused_before_anyt
 
 
 def test_groups_must_divide_the_neurons_of_experts(data: Dataset, tmp_path: Path) -> None:
-    base = save_base("mixtral", tmp_path / "base")
+    base = save_base(random_model(CONFIGS["mixtral"]), tmp_path / "base")
     given = {"targets": ["Linear"], "scheme": "W4A16", "ignore": ["lm_head"]}
     with pytest.raises(RecipeError, match="groups of 128.*down_proj"):
         run_apart(base, data, tmp_path / "out", quantizing={"QuantizationModifier": given})
@@ -307,7 +274,7 @@ def test_groups_must_divide_the_neurons_of_experts(data: Dataset, tmp_path: Path
 def test_a_recipe_that_only_quantizes_experts_is_read_back_too(
     experts_apart: bool, data: Dataset, tmp_path: Path
 ) -> None:
-    base = save_base("mixtral", tmp_path / "base")
+    base = save_base(random_model(CONFIGS["mixtral"]), tmp_path / "base")
     if not experts_apart:  # then transformers renames nothing when it loads the base
         AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, save_original_format=False)
     given = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
@@ -323,5 +290,5 @@ def test_a_recipe_that_only_quantizes_experts_is_read_back_too(
 
 
 def test_the_table_in_the_readme_is_what_the_tests_show() -> None:
-    """Written by ``python tests/conformance/support_matrix.py``."""
+    """Written by ``PYTHONPATH=tests python -m support.support_matrix``."""
     assert support_matrix.written() == support_matrix.table(CONFIGS, OWN_STAGE, QUANTIZED)

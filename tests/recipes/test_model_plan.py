@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_recipes import GOOD, config_of, grouped
+from support.recipes import GOOD, config_of, grouped
 
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import ArchitectureError, RecipeError

@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from llmcompressor.recipe import Recipe
 from peft import PeftModel
-from sublayer_models import TABLE
-from test_modifiers import QUANTIZATION, TRAIN, WIDTH, data, logits, recipe, run, save_base
+from support.models import logits
+from support.recipes import QUANTIZATION, TRAIN, WIDTH, recipe, run
+from support.sublayers import TABLE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.deployment.targets import candidate, require_loadable
@@ -28,15 +29,9 @@ from amoeba_plugin.shape import SubnetShape
 
 TinyModel = Callable[..., PreTrainedModel]
 DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "granularity": "sublayer"}}
-__all__ = ["data"]
 
 
 pytestmark = pytest.mark.usefixtures("fresh_session")
-
-
-@pytest.fixture
-def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    return save_base(tiny_model("llama"), tmp_path / "base")
 
 
 @pytest.mark.parametrize(("quantization", "portable"), [("gptq", False), ("w8a8", True)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_recipes import GOOD, config_of, refusal
+from support.recipes import GOOD, config_of, refusal
 
 from amoeba_plugin.errors import ShapeError
 from amoeba_plugin.modifiers import OneForAllDistillationModifier

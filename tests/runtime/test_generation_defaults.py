@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from elastic_models import random_elastic
-from test_modifiers import data, recipe, run, save_base  # noqa: F401  # a fixture
+from support.models import random_elastic
+from support.recipes import recipe, run
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from amoeba_plugin.elastic.checkpoint import save_elastic
@@ -20,13 +20,12 @@ GIVEN = {"temperature": 0.9, "top_p": 0.6, "max_length": 77}  # no do_sample, as
 
 
 @pytest.fixture
-def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    directory = save_base(tiny_model("llama"), tmp_path / "base")
-    path = directory / "generation_config.json"
+def base(base: Path, tmp_path: Path) -> Path:
+    path = base / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | GIVEN))
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
-        GenerationConfig.from_pretrained(directory).save_pretrained(tmp_path / "refused")
-    return directory
+        GenerationConfig.from_pretrained(base).save_pretrained(tmp_path / "refused")
+    return base
 
 
 def require_given(directory: Path) -> None:
@@ -45,7 +44,7 @@ def test_an_elastic_checkpoint_and_its_subnets_keep_them(base: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("fresh_session")
-def test_the_subnet_of_a_recipe_keeps_them(base: Path, tmp_path: Path, data: Dataset) -> None:  # noqa: F811
+def test_the_subnet_of_a_recipe_keeps_them(base: Path, tmp_path: Path, data: Dataset) -> None:
     kept = {"DepthShrinkingModifier": {"min_depth": 3, "kept_layers": {"3": [0, 1, 3]}}}
     run(base, recipe(kept, {"SubnetExtractionModifier": {"shape": "3"}}), data, tmp_path / "out")
     require_given(tmp_path / "out")

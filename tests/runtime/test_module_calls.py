@@ -8,21 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook
+from support.models import offloaded
 from transformers import PreTrainedModel
 
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
 
 TinyModel = Callable[..., PreTrainedModel]
-
-
-def offloaded(model: PreTrainedModel, where: str, folder: Path) -> PreTrainedModel:
-    if where == "cpu":
-        cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        disk_offload(model, folder, execution_device=torch.device("cpu"))
-    return model
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

@@ -17,7 +17,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import distributed
 sys.path.insert(0, sys.argv[1])
-from conftest import make_random_batches, make_tiny_model
+from support.batches import make_random_batches
+from support.models import make_tiny_model
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.depth.layer_importance import angular_distances, block_influence

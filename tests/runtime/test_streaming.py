@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_models import random_strategy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_per_layer import uneven_strategy
+from support.strategies import random_strategy, uneven_strategy
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from amoeba_plugin.selection.activation_stats import ActivationStats
-from amoeba_plugin.selection.importance import Importance, amoeba_importances
+from amoeba_plugin.selection.builtin import amoeba_importances
+from amoeba_plugin.selection.importance import Importance
 
 IMPORTANCES = {name: each for name, each in amoeba_importances().items() if isinstance(each, Importance)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_hosted import offloaded
+from support.models import offloaded
 from torch import Tensor
 from transformers import PreTrainedModel
 

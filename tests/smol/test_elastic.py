@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_models import random_elastic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from support.models import random_elastic
 from torch import Tensor
 
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_models import random_elastic
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from support.models import random_elastic
 from torch import Tensor
 from transformers import TrainingArguments
 

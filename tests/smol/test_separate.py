@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_models import random_elastic
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
+from support.models import random_elastic
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner

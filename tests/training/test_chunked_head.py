@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from elastic_models import tiny_llama
+from support.models import tiny_llama
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_trials import MODES, SHAPE, STEPS
 from safetensors.torch import load_file
+from support.distributed_trials import MODES, SHAPE, STEPS
 
 from amoeba_plugin.elastic.checkpoint import load_elastic
+
+TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("distributed")
-    script = Path(__file__).with_name("distributed_trials.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), str(directory)], check=True, env=environment, timeout=900)
+    command = [sys.executable, "-m", "support.distributed_trials", str(directory)]
+    subprocess.run(command, check=True, env=environment, cwd=TESTS, timeout=900)
     return directory
 
 

@@ -24,14 +24,14 @@ from amoeba_plugin.training.one_for_all.checkpoints import (
     require_same_training,
 )
 
+TESTS = Path(__file__).parent.parent
 TRIALS = 20
 
 
 def test_a_killed_training_ends_bit_equal_to_one_that_was_not(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("resume_trials.py")
-    command = [sys.executable, str(script), str(tmp_path), str(TRIALS)]
+    command = [sys.executable, "-m", "support.resume_trials", str(tmp_path), str(TRIALS)]
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=TESTS, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["trials"]) == TRIALS

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
-from elastic_models import random_elastic, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import random_elastic, tiny_llama
 from torch import Tensor
 from transformers import TrainingArguments
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from elastic_models import random_elastic, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.batches import make_rows
+from support.models import random_elastic, tiny_llama
+from support.training import make_arguments
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -49,23 +51,6 @@ PAPER = OneForAllOptions(sampled_shapes="independent")
 def make_elastic(seed: int = 0, **config: Any) -> ElasticModel:
     """A four-layer Llama with 4 KV groups, elastic in depth and width."""
     return random_elastic(tiny_llama(seed, **config), seed)
-
-
-def make_rows(count: int = 16, targets: int = 5, length: int = LENGTH, seed: int = 0) -> list[Row]:
-    """Rows whose last ``targets`` tokens are the response."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCABULARY, (count, length), generator=generator).tolist()
-    return [{"input_ids": row, "labels": [-100] * (length - targets) + row[length - targets :]} for row in tokens]
-
-
-def make_arguments(directory: Path, **fields: Any) -> TrainingArguments:
-    """Silent, on the CPU, without momentum unless asked for."""
-    defaults = {
-        "output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
-        "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 0.01, "logging_steps": 1,
-        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "dataloader_pin_memory": False,
-    }  # fmt: skip
-    return TrainingArguments(**defaults | fields)
 
 
 def make_trainer(

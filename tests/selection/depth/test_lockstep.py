@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
+from support.deleted_layers import SLIDING, deleted
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,7 +33,6 @@ Batch = dict[str, Tensor]
 Removed = frozenset[int]
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[Batch]]
-SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
 ARCHITECTURES = {
     "llama": {},
     "qwen2": SLIDING,
@@ -52,18 +51,6 @@ class AnyDecoder(LlamaFamily):
 
     def decoder(self, model: nn.Module) -> nn.Module:
         return model.get_decoder()
-
-
-def deleted(model: PreTrainedModel, removed: Removed) -> PreTrainedModel:
-    """Return a copy of a model that never had some layers."""
-    model = copy.deepcopy(model)
-    decoder = model.get_decoder()
-    kept = [index for index in range(len(decoder.layers)) if index not in removed]
-    decoder.layers = nn.ModuleList([decoder.layers[index] for index in kept])
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in kept]
-    model.config.num_hidden_layers = len(kept)
-    return model
 
 
 def plain(model: PreTrainedModel, sets: Sequence[Removed], batches: Sequence[Batch]) -> list[float]:

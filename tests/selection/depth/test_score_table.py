@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import forked
-from packed_linears import pack
+from support.forked import forked
+from support.packed_linears import pack
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from support.deleted_layers import SLIDING, deleted, plain_loss, recurrence
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.strategy import DepthStrategy
@@ -27,18 +26,6 @@ from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[Batch]]
-SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
-
-
-def deleted(model: PreTrainedModel, removed: frozenset[int]) -> PreTrainedModel:
-    """Return a copy of a model that never had some layers."""
-    model = copy.deepcopy(model)
-    kept = [index for index in range(len(model.model.layers)) if index not in removed]
-    model.model.layers = nn.ModuleList([model.model.layers[index] for index in kept])
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in kept]
-    model.config.num_hidden_layers = len(kept)
-    return model
 
 
 def shrink(
@@ -57,35 +44,6 @@ def exchange(
 ) -> tuple[frozenset[int], Score]:
     search = Search(lambda sets: [evaluate(each) for each in sets], objective)
     return search.exchange({len(removed): (removed, score)}, candidates, rounds)[len(removed)]
-
-
-def recurrence(
-    candidates: int, most: int, scored: Callable[[frozenset[int]], tuple[float, float]]
-) -> dict[int, tuple[frozenset[int], tuple[float, float]]]:
-    """Restate the recurrence top-down; ``scored`` returns (badness, badness among equals)."""
-
-    @cache
-    def cell(n: int, m: int) -> tuple[frozenset[int], tuple[float, float]]:
-        if m == 0:
-            return frozenset(), (math.nan, math.nan)  # its metric is never read
-        removed = cell(n - 1, m - 1)[0] | {candidates - n}
-        score = scored(removed)
-        if n > m and not score < cell(n - 1, m)[1]:
-            return cell(n - 1, m)
-        return removed, score
-
-    return {m: cell(candidates, m) for m in range(1, most + 1)}
-
-
-@torch.no_grad()
-def plain_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    nats, tokens = 0.0, 0
-    for batch in batches:
-        logits = model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits[:, :-1].double()
-        picked = logits.log_softmax(-1).gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
-        mask = batch["labels"][:, 1:] != -100
-        nats, tokens = nats - picked[mask].sum().item(), tokens + int(mask.sum())
-    return nats / tokens
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.builtin import amoeba_depth_selectors
 from amoeba_plugin.selection.depth.layer_importance import block_influence, taylor
-from amoeba_plugin.selection.depth.selectors import DepthTask, amoeba_depth_selectors, random_depths
+from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 
 Batch = dict[str, Tensor]

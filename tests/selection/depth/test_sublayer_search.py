@@ -14,9 +14,9 @@ import pytest
 import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
-from forked import forked
-from sublayer_models import CASES, zeroed
-from test_depth import plain_loss, recurrence
+from support.deleted_layers import plain_loss, recurrence
+from support.forked import forked
+from support.sublayers import CASES, zeroed
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_architectures import CONFIGS
+from support.architectures import CONFIGS
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tiny_architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +14,9 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.models.kept import Kept, read_kept
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.testing.architectures import random_strategy
+from support.architectures import CONFIGS
+from support.models import random_tokens
+from support.strategies import random_strategy
 
 # Written down here, not asked of the adapters: the parameters that end attention and MLP.
 ENDS = {"attention": ("self_attn.o_proj", "self_attn.out_proj", "attention.dense"),
@@ -33,13 +34,8 @@ POSITIONS = 9
 
 
 def tokens_of(config: Mapping[str, Any]) -> Tensor:
-    return torch.randint(3, config["vocab_size"], (2, POSITIONS), generator=torch.Generator().manual_seed(5))
-
-
-@torch.no_grad()
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    found: Tensor = model(tokens, use_cache=False).logits
-    return found
+    """Return tokens of a configuration's vocabulary; the same at every call."""
+    return random_tokens(config["vocab_size"], POSITIONS)
 
 
 def zeroed(model: PreTrainedModel, kept: Sequence[Kept]) -> PreTrainedModel:
@@ -64,5 +60,6 @@ def zeroed(model: PreTrainedModel, kept: Sequence[Kept]) -> PreTrainedModel:
 
 
 def elastic_of(model: PreTrainedModel, table: Mapping[str, list[Kept]] = TABLE, **options: Any) -> ElasticModel:
+    """Make a model elastic with the depths of a table, which names sublayers."""
     strategy = random_strategy(model, **options)
     return ElasticModel(model, SubnetStrategy(DepthStrategy.given(table, 4), strategy.width, strategy.fingerprint))

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from elastic_models import random_elastic, tiny_llama
 from transformers import TrainingArguments
 
 from amoeba_plugin.data.collator import PaddingCollator  # noqa: F401  # imported before the fork, once
@@ -23,6 +22,7 @@ from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from support.models import random_elastic, tiny_llama
 
 STEPS = 6
 

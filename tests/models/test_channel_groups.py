@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning
-from tiny_architectures import CONFIGS
+from support.architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

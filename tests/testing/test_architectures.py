@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from amoeba_plugin.models.architectures.builtin import amoeba_architectures
-from tiny_architectures import CONFIGS, MULTIPLIERS, NO_ROPE, TYPES
+from support.architectures import CONFIGS, MULTIPLIERS, NO_ROPE, TYPES
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
+from amoeba_plugin.models.builtin import amoeba_architectures
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.testing.architectures import WIDTHS, ArchitectureConformance, random_model, random_strategy
 

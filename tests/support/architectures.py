@@ -34,5 +34,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": GATED | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "smollm3": GATED | WINDOWS | {"no_rope_layers": NO_ROPE},
 }
+
+# Which recipes take them to a quantized subnet.
+OFFSET_NORMS = ["gemma2", "gemma3_text"]
+EXPERTS = ["mixtral", "qwen3_moe"]
+OWN_STAGE = [*OFFSET_NORMS, *EXPERTS]  # llm-compressor's oneshot cannot shrink them, amoeba run can
+INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
+IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # modifiers/, recipes/test_check.py
+QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *EXPERTS, *IN_OTHER_TESTS}
+
 for _model_type, _config in CONFIGS.items():
     _config["model_type"] = _model_type

@@ -1,9 +1,8 @@
-"""README's table of architectures: ``python tests/conformance/support_matrix.py`` writes it."""
+"""README's table of architectures: ``PYTHONPATH=tests python -m support.support_matrix`` writes it."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.registry import architecture_for
+from support.architectures import CONFIGS, OWN_STAGE, QUANTIZED
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- support:start -->\n).*?(?=<!-- support:end -->)", re.DOTALL)
@@ -79,9 +79,5 @@ def written() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from test_architecture_recipes import OWN_STAGE, QUANTIZED
-    from tiny_architectures import CONFIGS
-
     text = README.read_text(encoding="utf-8")
     README.write_text(BLOCK.sub(lambda _: table(CONFIGS, OWN_STAGE, QUANTIZED), text), encoding="utf-8")

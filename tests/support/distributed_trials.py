@@ -19,12 +19,9 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from elastic_models import random_elastic, tiny_llama
 from llmcompressor import oneshot
 from peft import LoraConfig
 from safetensors.torch import save_file
-from sublayer_models import TABLE, elastic_of
-from test_modifiers import save_base
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,6 +41,9 @@ from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.batches import make_rows
+from support.models import random_elastic, save_base, tiny_llama
+from support.sublayers import TABLE, elastic_of
 
 STEPS, GLOBAL_BATCH = 5, 4
 SUBLAYERS = {depth: kept for depth, kept in TABLE.items() if depth != "1"}
@@ -133,14 +133,10 @@ def make_model(elastic: ElasticModel, case: Case) -> nn.Module:
     return attach_smol(elastic, SmolConfig(**fields | case.smol))
 
 
-def make_rows() -> list[dict[str, list[int]]]:
-    """Rows that differ in how many targets they have; many have none, so that at times a process has none."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(61, (48, 12), generator=generator).tolist()
-    targets = torch.randint(-8, 12, (48,), generator=generator).clamp(min=0).tolist()
-    return [
-        {"input_ids": row, "labels": [-100] * (12 - n) + row[12 - n :]} for row, n in zip(tokens, targets, strict=True)
-    ]
+def uneven_rows() -> list[dict[str, list[int]]]:
+    """Return rows that differ in how many targets they have; many have none, so that at times a process has none."""
+    targets = torch.randint(-8, 12, (48,), generator=torch.Generator().manual_seed(1)).clamp(min=0).tolist()
+    return make_rows(48, targets, seed=1)
 
 
 def make_arguments(directory: Path, mode: str, **fields: Any) -> TrainingArguments:
@@ -162,8 +158,8 @@ def make_trainer(directory: Path, case: Case, mode: str, **fields: Any) -> OneFo
     arguments = make_arguments(directory, mode, **case.arguments | fields)
     return OneForAllTrainer(
         make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments,
-        train_dataset=make_rows()[: case.rows],
-        eval_dataset=make_rows()[:6], data_collator=PaddingCollator(),
+        train_dataset=uneven_rows()[: case.rows],
+        eval_dataset=uneven_rows()[:6], data_collator=PaddingCollator(),
     )  # fmt: skip
 
 
@@ -206,7 +202,7 @@ def run_recipe(directory: Path, mode: str) -> None:
     """Train by a recipe, with checkpoints."""
     if mode == "ddp":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    rows = [{name: torch.tensor(value) for name, value in row.items()} for row in make_rows()]
+    rows = [{name: torch.tensor(value) for name, value in row.items()} for row in uneven_rows()]
     kept = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}  # nothing is searched
     select = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": kept}}
     where = {"elastic_dir": str(directory / f"recipe-{mode}"), "checkpoint_dir": str(directory / f"checkpoints-{mode}")}
@@ -251,7 +247,7 @@ def refuse(directory: Path) -> None:
 
     def recipe() -> None:
         elastic = random_elastic(tiny_llama())
-        train_one_for_all(elastic, elastic.model, make_rows(), OneForAllOptions(), make_arguments(directory, "fsdp"))
+        train_one_for_all(elastic, elastic.model, uneven_rows(), OneForAllOptions(), make_arguments(directory, "fsdp"))
 
     messages = {what: message_of(with_config, config) for what, config in REFUSED.items()}
     messages["recipe"] = message_of(recipe)
