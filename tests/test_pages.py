@@ -1,4 +1,4 @@
-"""The Python of the pages runs as it is printed, one block after another, on models and schedules made small."""
+"""The Python of every page runs as it is printed, one block after another, on models and schedules made small."""
 
 from __future__ import annotations
 
@@ -9,51 +9,73 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 from transformers import PreTrainedModel
 
 from amoeba_plugin.recipes.files import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
+SKIPPED = {".git", ".venv", "amoeba_demo", "build", "dist", "node_modules"}
 TinyModel = Callable[..., PreTrainedModel]
+
+# What is printed at a size for people, and the size that it runs at here.
+SMALL = {
+    "block_size=256, limit=64": "block_size=32, limit=8",
+    "max_steps=100": "max_steps=1",
+    "Qwen/Qwen3-0.6B": "Qwen3",
+}
+NEEDS = {"BitsAndBytesConfig": "bitsandbytes"}  # a block with this word is left out where that is not installed
+LEAVES = {
+    "README.md": ["subnet/config.json"],
+    "amoeba_plugin/smol/README.md": ["lora-24x7_8/adapter_config.json"],
+    "amoeba_plugin/training/README.md": ["elastic/elastic.json", "trained/elastic.json", "subnet/config.json"],
+}
 
 
 def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def run(program: str, directory: Path, **changes: str) -> None:
-    for old, new in changes.items():
-        assert old in program, f"{old} is printed no more"
-        program = program.replace(old, new)
-    done = subprocess.run([sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def pages() -> list[str]:
+    """Every page with a block; those of a checkout that git knows."""
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode == 0 and listed.stdout:
+        names = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    else:
+        found = [path.relative_to(ROOT) for path in ROOT.rglob("*.md")]
+        names = [path.as_posix() for path in found if not SKIPPED.intersection(path.parts)]
+    return sorted(name for name in names if blocks(name))
 
 
-def save_qwen3(tiny_model: TinyModel, directory: Path) -> None:
-    tiny_model("qwen3", layers=28).save_pretrained(directory / "Qwen3")  # as many layers as the 0.6B model
+def installed(block: str) -> bool:
+    return all(importlib.util.find_spec(name) for word, name in NEEDS.items() if word in block)
 
 
-def test_readme(tmp_path: Path, tiny_model: TinyModel):
+@pytest.fixture
+def scratch(tmp_path: Path, tiny_model: TinyModel) -> Path:
+    """A directory with the demo's recipe on a short schedule, and a model with as many layers as Qwen3-0.6B."""
     recipe = yaml.safe_load(shipped_recipes()["demo"].read_text())
     recipe["finetune_stage"]["amoeba_finetune_modifiers"]["OneForAllDistillationModifier"]["max_steps"] = 1
     recipe["select_stage"]["amoeba_depth_modifiers"]["DepthShrinkingModifier"]["exchanges"] = 0
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "demo.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    save_qwen3(tiny_model, tmp_path)
-    program, smol, *training = blocks("README.md")
-    four_bit = [block for block in training if "BitsAndBytesConfig" in block]
-    assert len(four_bit) == 1
-    if importlib.util.find_spec("bitsandbytes") is None:
-        training.remove(four_bit[0])
-    small = {"block_size=256, limit=64": "block_size=32, limit=8", "max_steps=100": "max_steps=1"}
-    run(program + "".join(training), tmp_path, **small)
-    assert (tmp_path / "subnet" / "config.json").is_file()
-    assert (tmp_path / "trained" / "elastic.json").is_file()
-    run(smol, tmp_path, **{"Qwen/Qwen3-0.6B": "Qwen3"})
+    tiny_model("qwen3", layers=28).save_pretrained(tmp_path / "Qwen3")
+    return tmp_path
 
 
-def test_the_page_of_smol(tmp_path: Path, tiny_model: TinyModel):
-    save_qwen3(tiny_model, tmp_path)
-    run("".join(blocks("amoeba_plugin/smol/README.md")), tmp_path, **{"Qwen/Qwen3-0.6B": "Qwen3"})
-    assert (tmp_path / "lora-24x7_8" / "adapter_config.json").is_file()
+@pytest.mark.parametrize("page", pages())
+def test_a_page_runs_from_its_first_block_to_its_last(page: str, scratch: Path):
+    program = "".join(block for block in blocks(page) if installed(block))
+    for printed, small in SMALL.items():
+        program = program.replace(printed, small)
+    done = subprocess.run([sys.executable, "-c", program], cwd=scratch, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [name for name in LEAVES.get(page, []) if not (scratch / name).is_file()] == []
+
+
+def test_every_page_that_shall_run_is_found_and_every_size_is_printed():
+    found = pages()
+    assert set(LEAVES) <= set(found)
+    printed = "".join(block for page in found for block in blocks(page))
+    assert [word for word in (*SMALL, *NEEDS) if word not in printed] == []

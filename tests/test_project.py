@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
+import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -12,15 +15,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer
 
 import amoeba_plugin
-from amoeba_plugin import modifiers
+from amoeba_plugin import cli, modifiers
 from amoeba_plugin.plugins.manager import modules_named
 from amoeba_plugin.recipes.files import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "recipes" / "README.md").read_text()
+HOOKS = (ROOT / "amoeba_plugin" / "plugins" / "README.md").read_text()
+RESULTS = ROOT / "tests" / "benchmarks" / "RESULTS.md"
 SKIPPED = {".git", ".venv", "amoeba_demo", "build", "dist", "__pycache__"}
 
 
@@ -55,9 +61,10 @@ def test_the_wheel_holds_the_recipes(wheel: zipfile.ZipFile):
 def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile):
     held = set(wheel.namelist())
     package = [
-        path for path in project_files(".py", ".j2", ".typed", ".json", ".safetensors") if "amoeba_plugin" in path.parts
+        path.relative_to(ROOT).as_posix()
+        for path in project_files(".py", ".j2", ".typed", ".json", ".safetensors", ".yaml", ".md")
     ]
-    assert {path.relative_to(ROOT).as_posix() for path in package} <= held
+    assert {path for path in package if path.startswith("amoeba_plugin/")} <= held
     assert not [name for name in held if name.startswith(("tests/", "recipes/"))]
 
 
@@ -102,7 +109,24 @@ def test_every_hook_is_documented():
     ]
     assert hooks
     for hook in hooks:
-        assert f"### `{hook}`" in README
+        assert f"### `{hook}`" in HOOKS
+
+
+def printed_commands() -> list[list[str]]:
+    """The words of every ``amoeba ...`` in a shell block of a page, without comments."""
+    pages = "".join(path.read_text() for path in project_files(".md"))
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", pages, re.DOTALL | re.MULTILINE))
+    return [shlex.split(line, comments=True)[1:] for line in shell.splitlines() if line.startswith("amoeba ")]
+
+
+@pytest.mark.parametrize("words", printed_commands(), ids=" ".join)
+def test_commands_and_options_that_pages_print_exist(words: list[str]):
+    command = typer.main.get_command(cli.app)
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, words
+        command, words = command.commands[words[0]], words[1:]
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("-")} <= known
 
 
 def test_every_modifier_and_each_of_its_fields_is_documented():
@@ -119,6 +143,51 @@ def test_every_modifier_and_each_of_its_fields_is_documented():
 def test_every_shipped_recipe_is_documented():
     for name in shipped_recipes():
         assert f"`{name}`" in README
+
+
+def test_every_room_is_on_the_page_for_contributors():
+    """In the order of the contract that ``make layers`` checks."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    rooms = [room for room in layers if room.isalpha()]  # (serving) may be missing, __main__ is one line
+    picture = (ROOT / "CONTRIBUTING.md").read_text().partition("```\n")[2].partition("```")[0]
+    drawn = [name for line in picture.splitlines() for name in line.partition("   ")[0].split(", ")]
+    assert drawn == rooms
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 220
+
+
+def test_figures_of_readme_are_those_of_the_demo():
+    block = RESULTS.read_text().partition("<!-- results:start -->")[2].partition("<!-- results:end -->")[0]
+    rows = {cells[0]: cells for cells in re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", block, re.MULTILINE)}
+    dense, half = float(rows["dense"][2]), rows["12x1/2"]
+    before, after = (float(each) - dense for each in half[2].split(" → "))
+    assert f"{before:.2f} nats per token above the dense model's when only selected, and {after:.2f}" in joined(README)
+    closed = [int(cells[3].removesuffix(" %")) for cells in rows.values() if cells[3].endswith(" %")]
+    (said,) = re.findall(r"closes (\d+) % of the gap", joined(README))
+    assert abs(statistics.median(closed) - int(said)) <= 1  # the table's shares are rounded
+    size, perplexity = re.findall(r"takes ([\d.]+) MB instead of .* to ([\d.]+)\.$", block, re.MULTILINE)[0]
+    assert f"take {size} MB" in README
+    assert f"at a perplexity of {perplexity} instead of" in README
+
+
+def joined(page: str) -> str:
+    return re.sub(r"\s+", " ", page)
+
+
+def test_the_picture_of_readme_shows_the_table():
+    """``python docs/gap.py`` draws it; how matplotlib writes the rest may change."""
+    spec = importlib.util.spec_from_file_location("gap", ROOT / "docs" / "gap.py")
+    gap = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gap)
+    page, drawn = RESULTS.read_text(), gap.PICTURE.read_text()
+    assert len(gap.points(page)) == 8
+    assert f"{gap.described(gap.points(page))}</desc>" in drawn
+    assert f"{gap.described(gap.points(page))}</desc>" in gap.picture(page)
+    assert "var(" not in drawn
+    assert f"]({gap.PICTURE.relative_to(ROOT)})" in README
 
 
 @pytest.mark.parametrize("page", [path for path in project_files(".md")], ids=lambda path: str(path.relative_to(ROOT)))
