@@ -12,11 +12,12 @@ from amoeba_plugin.plugins.host_registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 if TYPE_CHECKING:
-    from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
+    from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
     from amoeba_plugin.elastic.model import ElasticModel
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
     from amoeba_plugin.extraction.checkpoint import extract_checkpoint
     from amoeba_plugin.extraction.cut import extract
+    from amoeba_plugin.plugins.hooks import hookimpl
     from amoeba_plugin.smol import SmolConfig, SmolModel
     from amoeba_plugin.training.one_for_all.options import OneForAllOptions
     from amoeba_plugin.training.one_for_all.train import train_one_for_all
@@ -31,8 +32,10 @@ _LAZY = {
     "SmolModel": "smol",
     "SubnetStrategy": "elastic.strategy",
     "WidthStrategy": "elastic.strategy",
+    "attach_smol": "elastic.checkpoint",
     "extract": "extraction.cut",
     "extract_checkpoint": "extraction.checkpoint",
+    "hookimpl": "plugins.hooks",
     "load_elastic": "elastic.checkpoint",
     "save_elastic": "elastic.checkpoint",
     "train_one_for_all": "training.one_for_all.train",
@@ -51,8 +54,10 @@ __all__ = [
     "SubnetStrategy",
     "WidthStrategy",
     "__version__",
+    "attach_smol",
     "extract",
     "extract_checkpoint",
+    "hookimpl",
     "load_elastic",
     "save_elastic",
     "train_one_for_all",

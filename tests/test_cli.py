@@ -21,9 +21,10 @@ from typer.testing import CliRunner, Result
 import amoeba_plugin
 from amoeba_plugin.cli import app
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes import files as recipe_files
 from amoeba_plugin.recipes.files import shipped_recipes
-from amoeba_plugin.recipes.run import RunOptions, calibration_batches
+from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
+from amoeba_plugin.recipes.plan import plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.testing.architectures import random_strategy
 
@@ -101,7 +102,7 @@ def logits(directory: Path) -> Tensor:
 
 def test_help_names_the_commands():
     text = invoke("--help").output
-    for command in ("run", "extract", "check", "demo", "recipes"):
+    for command in ("run", "extract", "check", "loads", "demo", "recipes"):
         assert command in text
 
 
@@ -154,9 +155,9 @@ def uneven(files: Files) -> Path:
     return files["elastic"]
 
 
-def test_check_of_a_shape_goes_by_the_sizes_that_a_strategy_found(files: Files):
+def test_loads_goes_by_the_sizes_that_a_strategy_found(files: Files):
     strategy = uneven(files)
-    asked = ["check", "4x1/2", "--model", files["model"], "--target"]
+    asked = ["loads", "4x1/2", "--model", files["model"], "--target"]
     plain = invoke(*asked, "vllm")
     assert plain.exit_code == 0, plain.output
     assert "taken to keep the same sizes" in plain.stderr
@@ -173,29 +174,35 @@ def test_check_of_a_shape_goes_by_the_sizes_that_a_strategy_found(files: Files):
 
 
 @pytest.mark.usefixtures("no_model_loads")
-def test_check_refuses_a_strategy_of_a_model_of_other_sizes(files: Files, tiny_model: TinyModel, tmp_path: Path):
+def test_loads_refuses_a_strategy_of_a_model_of_other_sizes(files: Files, tiny_model: TinyModel, tmp_path: Path):
     random_strategy(tiny_model("llama", intermediate_size=64)).save(tmp_path / "other")
-    asked = ["check", "4x1/2", "--model", files["model"], "--target", "transformers"]
+    asked = ["loads", "4x1/2", "--model", files["model"], "--target", "transformers"]
     assert "belongs to another model" in refused(*asked, "--strategy", tmp_path / "other")
-    assert "goes with a SHAPE" in refused("check", files["recipe"], "--strategy", tmp_path / "other")
     assert "does not exist" in refused(*asked, "--strategy", tmp_path / "nowhere")
 
 
 @pytest.mark.usefixtures("no_model_loads")
-def test_check_refuses_options_that_would_do_nothing(files: Files, tiny_model: TinyModel, tmp_path: Path):
+def test_loads_refuses_options_that_would_do_nothing(files: Files, tiny_model: TinyModel, tmp_path: Path):
     random_strategy(tiny_model("llama")).save(tmp_path / "strategy")
-    on = ["--model", files["model"], "--target", "transformers"]
-    assert "--round-to goes with a SHAPE" in refused("check", files["recipe"], *on, "--round-to", 8)
-    assert "--round-to goes" in refused("check", "4x1/2", *on, "--strategy", tmp_path / "strategy", "--round-to", 8)
-    assert "give --model, --target" in refused("check", files["recipe"], "--tensor-parallel", 2)
+    asked = ["loads", "4x1/2", "--model", files["model"], "--target", "transformers"]
+    assert "--round-to is for sizes" in refused(*asked, "--strategy", tmp_path / "strategy", "--round-to", 8)
+    assert "add --strategy DIR" in refused(*asked, "--portable")
+
+
+def test_what_is_missing_is_named(files: Files):
+    for missing, given in (("--model", ["--target", "vllm"]), ("--target", ["--model", files["model"]])):
+        result = invoke("loads", "4x1/2", *given)
+        assert result.exit_code == 2
+        assert f"Missing option '{missing}'" in result.output
     assert "no recipe '7b.yaml'" in refused("check", "7b.yaml")  # a file's name, not a shape
+    assert "that is a shape, and 'amoeba loads 4x1/2 --model MODEL --target TARGET'" in refused("check", "4x1/2")
 
 
 def test_ctrl_c_is_told_and_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch):
     def stop(name: str) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("amoeba_plugin.cli._shipped", stop)
+    monkeypatch.setattr(recipe_files, "require_shipped", stop)
     result = invoke("recipes", "show", "demo")
     assert result.exit_code == 130
     assert result.stderr.strip() == "error: stopped by Ctrl-C; no half-written checkpoint was left"
@@ -356,13 +363,13 @@ def test_run_then_extract(files: Files):
     result = invoke(*run_arguments(files))
     assert result.exit_code == 0, result.output
     assert (files["out"] / "recipe.yaml").is_file()
-    check_recipe(files["out"] / "recipe.yaml")
+    plan_recipe(files["out"] / "recipe.yaml")
     config = AutoConfig.from_pretrained(files["out"])
     assert (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size) == (3, 6, 96)
 
     again = files["out"].with_name("oneshot")
     options = RunOptions(num_samples=8, max_seq_length=16, batch_size=2)
-    batches = calibration_batches(check_recipe(files["recipe"]), str(files["model"]), str(files["text"]), options)
+    batches = calibration_batches(plan_recipe(files["recipe"]), str(files["model"]), str(files["text"]), options)
     from llmcompressor import oneshot
 
     loader = torch.utils.data.DataLoader(batches, batch_size=None)

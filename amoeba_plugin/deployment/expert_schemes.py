@@ -22,13 +22,12 @@ from transformers.integrations import compressed_tensors
 from amoeba_plugin.errors import ArchitectureError
 
 
-def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedModel, where: str) -> None:
+def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedModel) -> None:
     """Refuse a quantization of experts that transformers would not read back as it was.
 
     Args:
         configs: Of all quantization modifiers of a recipe.
         model: From :func:`take_apart`.
-        where: Put in front of the message: the recipe.
 
     Raises:
         ArchitectureError: Naming what cannot be read and what can.
@@ -47,7 +46,7 @@ def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedMod
         wrong = f"experts that are not quantized ({whole[0]}, ...)"
     if wrong is not None:
         raise ArchitectureError(
-            f"{where}: of a quantized {model.config.model_type} transformers reads experts that are packed integers "
+            f"of a quantized {model.config.model_type} transformers reads experts that are packed integers "
             f"with scales, not {wrong}. Quantize all linears in one scheme of weights alone, symmetric: W4A16 or W8A16 "
             "(ignore: [lm_head]), or end the recipe at SubnetExtractionModifier; the subnet is an ordinary checkpoint, "
             "which your server's own tools quantize"

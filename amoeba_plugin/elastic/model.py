@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic.experts import ElasticExperts
 from amoeba_plugin.elastic.group import ElasticGroup
 from amoeba_plugin.elastic.strategy import SubnetStrategy
+from amoeba_plugin.elastic.subnet_plan import SubnetPlan
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.models.adapter import ChannelGroup, copy_config, group_key, require_usable
+from amoeba_plugin.models.adapter import copy_config, group_key, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import Kept
 from amoeba_plugin.models.registry import architecture_for
@@ -72,6 +73,7 @@ class ElasticModel:
             model, self.adapter, nullcontext if weights is None else partial(weights.loaded, copy=False)
         )
         self.config = copy_config(model.config)
+        self.plan = SubnetPlan(self.adapter, self.config, strategy)
         self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
         self._require_whole_largest()
         self._sublayers = StandIns(self.adapter.sublayers(self.config) if strategy.depth.lost else {}, self.layers)
@@ -142,19 +144,15 @@ class ElasticModel:
 
     def kept_layers(self, shape: SubnetShape | None = None) -> tuple[int, ...]:
         """Return the indices of the layers of which a shape (default: the active one) keeps anything."""
-        return self.strategy.depth.kept[(shape or self._shape).depth]
+        return self.plan.kept_layers(shape or self._shape)
 
     def lost(self, shape: SubnetShape | None = None) -> Mapping[int, str]:
         """Return the sublayer, "attention" or "mlp", that layers kept in part have lost at a shape, by layer index."""
-        return self.strategy.depth.lost.get((shape or self._shape).depth, {})
+        return self.plan.lost(shape or self._shape)
 
     def listed(self, shape: SubnetShape | None = None) -> list[Kept]:
         """Return the layers that a shape keeps as they are written: 3, or "3.mlp" where that is all of layer 3."""
         return self.strategy.depth.listed((shape or self._shape).depth)
-
-    def units(self, width: Fraction, key: str, group: ChannelGroup) -> int:
-        """Return how many units of a layer's group a width keeps."""
-        return self.strategy.width.units[width].get(key, group.units)
 
     def on_shape_change(self, listener: Callable[[SubnetShape], None]) -> None:
         """Call ``listener`` with the active shape, now and after every change (a SMOL router listens here)."""
@@ -171,7 +169,7 @@ class ElasticModel:
         self._sublayers.restore()
         row = None if shape.width == 1 else self.space.widths.index(shape.width)
         for group in self.groups:
-            units = self.units(shape.width, group.key, group.group)
+            units = self.plan.units(shape.width, group.key, group.group)
             group.set_units(units, row)
             self.adapter.set_units(group.layer, group.group, units)
         for experts in self.experts:

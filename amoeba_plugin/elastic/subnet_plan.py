@@ -1,4 +1,4 @@
-"""What a strategy makes of a model's configuration, before any weights are there."""
+"""What a strategy makes of a model: the sizes and the configuration of every shape, with or without weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from fractions import Fraction
 
 from transformers import PretrainedConfig
 
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.strategy import SubnetStrategy
+from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
@@ -16,7 +18,7 @@ from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 @dataclass(frozen=True)
 class SubnetPlan:
-    """Answers what an elastic model answers about its shapes, for a model that is not loaded.
+    """Answers for every shape of a strategy, from a model's configuration alone.
 
     Attributes:
         adapter: The model's architecture.
@@ -44,6 +46,31 @@ class SubnetPlan:
     def units(self, width: Fraction, key: str, group: ChannelGroup) -> int:
         """Return how many units of a layer's group a width keeps."""
         return self.strategy.width.units[width].get(key, group.units)
+
+    def sizes(self, shape: SubnetShape) -> LayerSizes:
+        """Return what every layer keeps at a shape."""
+        groups, kept, lost = self.adapter.channel_groups(self.config), self.kept_layers(shape), self.lost(shape)
+        units = [
+            {group.name: self.units(shape.width, group_key(index, group), group) for group in groups} for index in kept
+        ]
+        compensated = self.strategy.width.bias_compensation and shape.width != 1
+        return LayerSizes(
+            kept,
+            units,
+            {position: lost[index] for position, index in enumerate(kept) if index in lost},
+            frozenset(group.name for group in groups) if compensated else frozenset(),
+        )
+
+    def configured(self, sizes: LayerSizes) -> PretrainedConfig:
+        """Return the configuration of the class that holds layers of these sizes, as it is saved with a subnet.
+
+        Raises:
+            ArchitectureError: If no class can hold them.
+        """
+        config = config_for(self.adapter, self.config, sizes)
+        config.name_or_path = self.config.name_or_path
+        vars(config).pop("quantization_config", None)  # what is cut from packed weights is dense
+        return config
 
     def require_fit(self, where: str) -> None:
         """Refuse a strategy that cannot be of this model, by its sizes; weights would tell for sure.

@@ -13,6 +13,7 @@ from peft import PeftModel
 from amoeba_plugin.elastic.checkpoint import ADAPTER_DIRECTORY, load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import SubnetStrategy
+from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction.cut import cut_factors, extract
 from amoeba_plugin.extraction.model_card import model_card, write_model_card
@@ -79,6 +80,20 @@ def extract_checkpoint(
         write_atomically(partial / PARITY_NAME, json.dumps(vars(parity), indent=1).encode())
         write_model_card(partial, facts | {"parity": parity.in_words})
     return parity
+
+
+def how_to_load(output: Path, portable: bool) -> list[str]:
+    """Return what whoever loads a checkpoint has to know, if anything, in sentences.
+
+    Args:
+        output: What :func:`extract_checkpoint` wrote.
+        portable: As it was told.
+    """
+    if (output / PER_LAYER_FILE).is_file():
+        return ["its layers differ: load it with trust_remote_code=True, or repeat with --portable for any loader"]
+    if portable:
+        return ["where its layers differed they are padded with zeros: it loads anywhere, but gains no speed there"]
+    return []
 
 
 def _require_output(output: Path, elastic: Path, max_shard_size: str) -> None:

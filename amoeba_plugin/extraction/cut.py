@@ -11,7 +11,7 @@ layer's sizes with zeros in the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.linear import PackedElasticLinear
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.elastic.subnet_config import build, largest_units, layer_units, lost_sublayers, subnet_config
+from amoeba_plugin.elastic.subnet_config import build
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.audit import require_sizes
 from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
@@ -59,22 +60,19 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
         ArchitectureError: If no class can hold it, or a tensor did not get the size that was asked for.
     """
     shape = elastic.space.require(shape)
-    sizes, lost = layer_units(elastic, shape), lost_sublayers(elastic, shape)
-    largest = largest_units(sizes)
+    sizes = elastic.plan.sizes(shape)
+    held = sizes.padded if portable else sizes
     with elastic.active(shape), torch.no_grad():
-        subnet = _empty_model(subnet_config(elastic, shape, portable), elastic.model)
+        subnet = _empty_model(elastic.plan.configured(held), elastic.model)
         with elastic.whole_layers() if portable else nullcontext():
             if portable:
-                elastic.set_units(largest)
+                elastic.set_units(held.largest)
             _fill_layers(subnet, elastic)
         _fill_rest(subnet, elastic)
         if portable:
             _clear_padding(subnet, elastic, sizes)
-            _clear_lost(subnet, elastic, lost)
-    groups = elastic.adapter.channel_groups(elastic.config)
-    sublayers = elastic.adapter.sublayers(elastic.config) if lost else {}
-    gone = {} if portable else {position: sublayers[part].stand_ins.keys() for position, part in lost.items()}
-    require_sizes(elastic.adapter.layers(subnet), groups, [largest] * len(sizes) if portable else sizes, gone)
+            _clear_lost(subnet, elastic, sizes)
+    require_sizes(elastic.adapter.layers(subnet), elastic.adapter, elastic.config, held)
     if type(subnet) is not type(elastic.model):
         logger.info("subnet %s is a %s, which computes the same and holds it", shape, type(subnet).__name__)
     subnet.tie_weights()
@@ -208,9 +206,9 @@ def _require_still_tied(model: PreTrainedModel) -> None:
             )
 
 
-def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequence[Mapping[str, int]]) -> None:
+def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: LayerSizes) -> None:
     """Zero every channel beyond a layer's own units: it is then zero in all activations, quantized or not."""
-    for layer, units in zip(elastic.adapter.layers(subnet), sizes, strict=True):
+    for layer, units in zip(elastic.adapter.layers(subnet), sizes.units, strict=True):
         for group in elastic.adapter.channel_groups(subnet.config):
             if units[group.name] == group.units:
                 continue
@@ -228,9 +226,9 @@ def _clear_padding(subnet: PreTrainedModel, elastic: ElasticModel, sizes: Sequen
             group.consumer.weight(layer)[:, group.consumer.prefix(units[group.name]).stop :] = 0
 
 
-def _clear_lost(subnet: PreTrainedModel, elastic: ElasticModel, lost: Mapping[int, str]) -> None:
+def _clear_lost(subnet: PreTrainedModel, elastic: ElasticModel, sizes: LayerSizes) -> None:
     """Let a sublayer that a stock class has and the subnet has not end in zeros."""
-    for position, part in lost.items():
+    for position, part in sizes.lost.items():
         parameters = dict(elastic.adapter.layers(subnet)[position].named_parameters())
         for name in elastic.adapter.sublayers(elastic.config)[part].outputs:
             if name in parameters:

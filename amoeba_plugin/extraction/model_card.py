@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE, largest_units, layer_units
+from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import SubnetShape
 
@@ -32,16 +32,14 @@ def model_card(
         adapter: What became of the adapter: "fold", "separate" or "none".
         portable: Whether layers of different sizes were padded.
     """
-    strategy, kept = elastic.strategy, elastic.kept_layers(shape)
-    sizes = layer_units(elastic, shape)
-    even = all(units == sizes[0] for units in sizes)
+    strategy, sizes = elastic.strategy, elastic.plan.sizes(shape)
     own = sum(parameter.numel() for parameter in subnet.parameters())
     whole = _parameters(elastic.config)
     facts = {
         "base model": str(elastic.config.name_or_path),
         "shape": f"`{shape}`, of {elastic.space.largest}",
-        "layers kept": f"{len(kept)} of {len(elastic.layers)}: {', '.join(map(str, elastic.listed(shape)))}",
-        "units per layer": _units(sizes[0]) if even else f"not the same, up to {_units(largest_units(sizes))}",
+        "layers kept": f"{len(sizes.kept)} of {len(elastic.layers)}: {', '.join(map(str, elastic.listed(shape)))}",
+        "units per layer": ("" if sizes.even else "not the same, up to ") + _units(sizes.largest),
         "class": f"`{type(subnet).__name__}`",
         "parameters": f"{own:,} of {whole:,} ({own / whole:.1%})",
         "adapter": {"fold": "folded in", "separate": "in `adapter/`, an ordinary LoRA"}.get(adapter, "none"),
@@ -60,7 +58,7 @@ def model_card(
     if lost:
         gone = ", ".join(f"{layer}.{part}" for layer, part in lost.items())
         facts["sublayers removed"] = gone
-    if portable and not even:
+    if portable and not sizes.even:
         facts["padded"] = "with zeros to the largest layer, for loaders without per-layer sizes: **no speed is gained**"
     if portable and lost:
         facts["zeroed"] = "what the sublayers removed end in, for loaders that want all: **no speed is gained there**"

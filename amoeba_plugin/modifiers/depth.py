@@ -18,8 +18,8 @@ from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
 from amoeba_plugin.selection.depth.layer_importance import keeping
-from amoeba_plugin.selection.depth.search import Granularity
-from amoeba_plugin.selection.depth.selectors import DepthTask
+from amoeba_plugin.selection.depth.steps import Granularity
+from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 from amoeba_plugin.shape import require_distinct_depths
 
@@ -197,7 +197,7 @@ class DepthShrinkingModifier(Modifier):
                         batches[: self.max_batches],
                         min_depth=self.min_depth,
                         keep_last=self.keep_last,
-                        options={name: getattr(self, name) for name in selector.options},
+                        options=SearchOptions(**{name: getattr(self, name) for name in selector.options}),
                     )
                 )
                 if reported:

@@ -25,7 +25,8 @@ from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTR
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.elastic.subnet_config import build, is_per_layer, per_layer_config
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
+from amoeba_plugin.elastic.subnet_config import build, config_for, is_per_layer
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
@@ -58,52 +59,42 @@ def complete_tables() -> None:
                 table.setdefault(kind.__name__, table[stock])
 
 
-def require_accelerator(modifiers: Sequence[Modifier], where: str) -> None:
+def smooths(modifier: Modifier) -> bool:
+    """Tell whether a modifier is SmoothQuant or AWQ."""
+    return isinstance(modifier, SmoothQuantModifier | AWQModifier)
+
+
+def require_accelerator(modifier: Modifier) -> None:
     """Refuse AWQ where it would fail once all else is done: llm-compressor's pins memory without asking for what.
 
     Raises:
         RecipeError: If there is no accelerator.
     """
-    if any(isinstance(modifier, AWQModifier) for modifier in modifiers) and not torch.accelerator.is_available():
+    if isinstance(modifier, AWQModifier) and not torch.accelerator.is_available():
         raise RecipeError(
-            f"{where}: AWQModifier of llm-compressor runs with an accelerator only, and this machine has none; take "
+            "AWQModifier of llm-compressor runs with an accelerator only, and this machine has none; take "
             "GPTQModifier, or run the recipe on a machine that has one"
         )
 
 
-def require_outputs_kept(
-    modifiers: Sequence[Modifier],
-    quantizing: Sequence[QuantizationConfig],
-    config: PretrainedConfig,
-    adapter: ArchitectureAdapter,
-    where: str,
-) -> None:
-    """Refuse SmoothQuant and AWQ where they would change what a model computes, or find no modules in it.
-
-    Args:
-        modifiers: Of a recipe.
-        quantizing: What it quantizes; AWQ leaves alone what is not.
-        config: Of the model that they will see.
-        adapter: Of the whole model.
-        where: Put in front of the message: the recipe.
-
-    Raises:
-        ArchitectureError: Naming the modules, and what to do.
-    """
-    for modifier in modifiers:
-        if isinstance(modifier, SmoothQuantModifier | AWQModifier):
-            _require_outputs_kept(modifier, quantizing, config, adapter, where)
-
-
 @torch.no_grad()
-def _require_outputs_kept(
+def require_outputs_kept(
     modifier: Modifier,
     quantizing: Sequence[QuantizationConfig],
     config: PretrainedConfig,
     adapter: ArchitectureAdapter,
-    where: str,
 ) -> None:
-    name = type(modifier).__name__
+    """Refuse SmoothQuant or AWQ where it would change what a model computes, or finds no modules in it.
+
+    Args:
+        modifier: One that :func:`smooths` is true of.
+        quantizing: What the recipe quantizes; AWQ leaves alone what is not.
+        config: Of the model that it will see.
+        adapter: Of the whole model.
+
+    Raises:
+        ArchitectureError: Naming the modules, and what to do.
+    """
     advice = "give it mappings that name, for each module smoothed, all that read it, or leave it out"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -117,14 +108,12 @@ def _require_outputs_kept(
                 changed = _changed(model, tokens, expected, _smoothed(modifier, model))
             except (AttributeError, RuntimeError, ValueError) as error:
                 raise ArchitectureError(
-                    f"{where}: {name} finds no modules to smooth in a {type(model).__name__} "
-                    f"({error.__cause__ or error}); {advice}"
+                    f"it finds no modules to smooth in a {type(model).__name__} ({error.__cause__ or error}); {advice}"
                 ) from error
     if changed:
         raise ArchitectureError(
-            f"{where}: {name} would change what a {type(model).__name__} computes, by up to "
-            f"{max(changed.values()):.0%} of the logits on random weights: {'; '.join(changed)}, which is wrong; "
-            f"{advice}"
+            f"it would change what a {type(model).__name__} computes, by up to {max(changed.values()):.0%} of the "
+            f"logits on random weights: {'; '.join(changed)}, which is wrong; {advice}"
         )
 
 
@@ -146,7 +135,7 @@ def _small_model(config: PretrainedConfig, adapter: ArchitectureAdapter) -> PreT
     else:
         other = _accepted(adapter, plain, kept, {"attention": 2, "mlp": 16}, whole)
         lost = {kept[-1]: parts[0]} if parts else {}
-        shrunk = per_layer_config(adapter, plain, kept, [other, small][: len(kept)], frozenset(), lost)
+        shrunk = config_for(adapter, plain, LayerSizes(kept, [other, small][: len(kept)], lost))
     model = build(shrunk, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # random weights of transformers are so small that a layer adds next to nothing

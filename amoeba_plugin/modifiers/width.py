@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from functools import partial
 from typing import Any, Literal
 
 from llmcompressor.core import State
@@ -25,6 +23,7 @@ from amoeba_plugin.selection.importance import GroupImportance, Importance
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.measured_split import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.shape import parse_width
 
 
@@ -129,12 +128,11 @@ class WidthShrinkingModifier(Modifier):
             statistics = collect_statistics(model, adapter, batches)
         if isinstance(importance, GroupImportance) and importance.needs_gradients:
             gradients = loss_gradients(model, coupled_parameters(model, adapter), batches)
-        rank = partial(
-            rank_widths, model, adapter, statistics, importance=importance, gradients=gradients, round_to=self.round_to,
-            bias_compensation=self.bias_compensation,
+        anchors = [] if isinstance(self.anchor_layers, int) else self.anchor_layers
+        task = WidthTask(
+            model, adapter, importance, widths, statistics, gradients, self.allocation, self.round_to, anchors,
+            self.bias_compensation,
         )  # fmt: skip
         if self.allocation == "measured":
-            ranked, loss = rank(widths=[Fraction(1)]), objective_named("loss")
-            return measured_widths(model, adapter, ranked, loss, batches, widths=widths, round_to=self.round_to)
-        anchors = [] if isinstance(self.anchor_layers, int) else self.anchor_layers
-        return rank(widths=widths, allocation=self.allocation, anchors=anchors)
+            return measured_widths(task, objective_named("loss"), batches)
+        return rank_widths(task)

@@ -23,12 +23,18 @@ def plugin_manager() -> pluggy.PluginManager:
     """Return the manager with the hooks of all rooms, and the plugins of entry point group ``amoeba_plugin``.
 
     Raises:
-        PluginError: If a plugin implements a hook that does not exist.
+        PluginError: If a plugin cannot be loaded, or implements a hook that does not exist.
     """
     manager = pluggy.PluginManager(PROJECT)
     for name in modules_named("hooks"):
         manager.add_hookspecs(importlib.import_module(name))
-    manager.load_setuptools_entrypoints(PROJECT)
+    try:
+        manager.load_setuptools_entrypoints(PROJECT)
+    except Exception as error:  # a stranger's module may raise anything
+        raise PluginError(
+            f"a plugin of the entry point group {PROJECT} cannot be loaded ({type(error).__name__}: {error}); repair "
+            "or uninstall it"
+        ) from error
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:

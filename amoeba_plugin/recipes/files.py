@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amoeba_plugin.errors import RecipeError, did_you_mean
+from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError, did_you_mean
+from amoeba_plugin.shape import SubnetShape
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -37,6 +38,8 @@ def require_shipped(name: str) -> Path:
     shipped = shipped_recipes()
     if name not in shipped:
         there = "that is a directory, not a file" if Path(name).is_dir() else "there is no such file"
+        if _is_shape(name):
+            there = f"that is a shape, and 'amoeba loads {name} --model MODEL --target TARGET' tells what loads it"
         raise RecipeError(
             f"no recipe '{name}': {there}, and the shipped recipes are {', '.join(shipped)}."
             f"{did_you_mean(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit"
@@ -44,18 +47,26 @@ def require_shipped(name: str) -> Path:
     return shipped[name]
 
 
+def _is_shape(name: str) -> bool:
+    try:
+        return bool(SubnetShape.parse(name))
+    except ShapeError:
+        return False
+
+
 def read_recipe(recipe: str | Path) -> tuple[str, str]:
     """Return where a recipe is from, for messages, and its text.
 
     Args:
-        recipe: Path of a YAML or JSON file, or the text itself (a string with a line break or a colon and a space).
+        recipe: Path of a YAML or JSON file, the name of a shipped recipe, or the text itself (a string with a line
+            break or a colon and a space).
 
     Raises:
-        RecipeError: If the file cannot be read.
+        RecipeError: If there is no such recipe, or the file cannot be read.
     """
     if isinstance(recipe, str) and ("\n" in recipe or ": " in recipe):
         return "<text>", recipe
-    path = Path(recipe)
+    path = recipe if isinstance(recipe, Path) else find_recipe(recipe)
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"{path}: a recipe is a YAML or JSON file ({', '.join(SUFFIXES)})")
     try:
@@ -64,3 +75,38 @@ def read_recipe(recipe: str | Path) -> tuple[str, str]:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def copy_recipe(name: str, path: Path) -> Path:
+    """Copy a shipped recipe and return the copy's path.
+
+    Args:
+        name: Of the recipe.
+        path: File or directory to copy it to.
+
+    Raises:
+        RecipeError: If there is no recipe of that name.
+        ArtifactError: If there is a file already, or no directory for it.
+    """
+    source = require_shipped(name)
+    target = path / source.name if path.is_dir() else path
+    if target.exists():
+        raise ArtifactError(f"{target} exists; nothing is overwritten: name another path")
+    if not target.parent.is_dir():
+        raise ArtifactError(f"there is no directory {target.parent} to copy the recipe into; make it first")
+    target.write_bytes(source.read_bytes())
+    return target
+
+
+def purposes() -> dict[str, str]:
+    """Return by name what the shipped recipes are for: the first sentence of the comment that each begins with."""
+    return {name: _first_sentence(path) for name, path in shipped_recipes().items()}
+
+
+def _first_sentence(recipe: Path) -> str:
+    comment = []
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    return " ".join(comment).partition(". ")[0].partition(": ")[0].rstrip(".:")

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
-from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE, weightless
-from amoeba_plugin.errors import DataError
-from amoeba_plugin.recipes.check import CheckedRecipe, check_recipe
-from amoeba_plugin.recipes.files import find_recipe
-from amoeba_plugin.recipes.preflight import check_against_model, has_experts, require_elastic_dir, require_new_directory
+import llmcompressor
+from llmcompressor.modifiers import Modifier
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
+from amoeba_plugin.extraction.model_card import CARD_NAME, write_model_card
+from amoeba_plugin.modifiers.own_stage import run_own_stage
+from amoeba_plugin.modifiers.quantized_experts import save_experts_by_original_names
+from amoeba_plugin.modifiers.smoothing import require_accelerator
+from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
+from amoeba_plugin.recipes.model_plan import ModelPlan
+from amoeba_plugin.recipes.places import require_apart, require_new_directory
+from amoeba_plugin.recipes.plan import RecipePlan, plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
-from amoeba_plugin.runtime.model_files import load_config, load_tokenizer, require_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from amoeba_plugin.data.batch import Batch
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How the model is loaded, and how calibration data is drawn from a data set.
-
-    Attributes:
-        split: Split of the data set.
-        text_column: Column with the text; ``None`` for the only text column, or for data that is tokenised already.
-        num_samples: Sequences.
-        max_seq_length: Tokens per sequence.
-        batch_size: Sequences per batch.
-        seed: Of the draw, and of everything random that follows.
-        dtype: That the model is loaded in: "auto" (its own), "float32", "bfloat16", "float16".
-    """
-
-    split: str = "train"
-    text_column: str | None = None
-    num_samples: int = 512
-    max_seq_length: int = 512
-    batch_size: int = 1
-    seed: int = 42
-    dtype: str = "auto"
+from amoeba_plugin.runtime.model_files import copy_tokenizer, load_config, require_weights
 
 
 def run_recipe(
-    recipe: str,
-    model: str,
-    dataset: str | None,
-    output_dir: Path,
-    options: RunOptions | None = None,
+    recipe: str, model: str, dataset: str | None, output_dir: Path, options: RunOptions | None = None
 ) -> Path:
     """Run a recipe and write the checkpoint; what can be refused is refused before the model loads.
 
@@ -66,118 +42,68 @@ def run_recipe(
     Raises:
         AmoebaError: Recipe, model, data and directory do not fit together; the message says which and what to do.
     """
-    from amoeba_plugin.modifiers.smoothing import require_accelerator
-
     options = options or RunOptions()
-    checked = check_recipe(find_recipe(recipe))
-    require_accelerator(checked.modifiers, checked.source)
-    require_new_directory(output_dir)
-    require_elastic_dir(checked, output_dir)
-    check_against_model(checked, load_config(model))
+    plan = plan_recipe(recipe)
+    _require_places(plan, output_dir)
+    model_plan = plan.against(load_config(model))
     require_weights(model)
-    batches = calibration_batches(checked, model, dataset, options)
+    batches = calibration_batches(plan, model, dataset, options)
     with whole_or_nothing(output_dir) as partial:
-        _oneshot(checked, model, batches, partial, options)
-        _require_card(checked, model, partial)
+        _execute(plan, model_plan, model, batches, partial, options)
+        _require_card(plan, model, partial)
     return output_dir
 
 
-def calibration_batches(
-    recipe: CheckedRecipe, model: str, dataset: str | None, options: RunOptions
-) -> list[Batch] | None:
-    """Tokenise calibration data and check that the recipe's objective can be measured on it.
-
-    Raises:
-        DataError: If the recipe needs data and there is none, or it lacks what the objective needs.
-    """
-    if dataset is None:
-        if recipe.needs_data:
-            raise DataError(
-                f"{recipe.source} measures the model on text, and there is no calibration data; give --dataset"
-            )
-        return None
-    from amoeba_plugin.data.text import load_batches
-    from amoeba_plugin.modifiers import DepthShrinkingModifier
-    from amoeba_plugin.selection.registry import objective_named
-
-    _require_own_data(recipe)
-    batches = load_batches(
-        dataset,
-        load_tokenizer(model),
-        split=options.split,
-        text_column=options.text_column,
-        num_samples=options.num_samples,
-        max_seq_length=options.max_seq_length,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    depth = recipe.find(DepthShrinkingModifier)
-    if depth is not None and depth.kept_layers is None and depth.questions is None:
-        objective_named(depth.objective).check(batches)
-    return batches
+def _require_places(plan: RecipePlan, output_dir: Path) -> None:
+    for modifier in plan.modifiers:
+        with plan.blaming(modifier):
+            require_accelerator(modifier)
+    require_new_directory(output_dir)
+    for modifier, field in (
+        (plan.depth, "resume_dir"), (plan.training, "checkpoint_dir"), (plan.training, "elastic_dir"),
+    ):  # fmt: skip
+        directory = getattr(modifier, field, None)
+        if directory is not None:
+            with plan.blaming(modifier):
+                require_apart(field, Path(directory), output_dir)
 
 
-def _require_own_data(recipe: CheckedRecipe) -> None:
-    """Open what modifiers read after selection has taken its hours."""
-    from amoeba_plugin.data.text import read_text, require_file
-    from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier
-
-    depth, training = recipe.find(DepthShrinkingModifier), recipe.find(OneForAllDistillationModifier)
-    if depth is not None and depth.questions is not None:
-        require_file(depth.questions.dataset)  # read first thing
-    if training is not None and training.dataset is not None and training.max_steps:
-        read_text(training.dataset, training.dataset_split, training.text_column)
+def _execute(
+    plan: RecipePlan,
+    model_plan: ModelPlan,
+    model: str,
+    batches: list[Batch] | None,
+    output_dir: Path,
+    options: RunOptions,
+) -> None:
+    set_seed(options.seed)
+    experts = model_plan.has_experts
+    if batches is None or not model_plan.needs_own_stage:
+        loaded = _loaded(model, options, own_code=False) if experts else model
+        _oneshot(loaded, plan.source, batches, output_dir, options)
+    elif not plan.rest:
+        _own_stage(plan, model, batches, output_dir, options)
+    else:
+        with TemporaryDirectory(dir=output_dir) as subnet:  # a killed run leaves it where the next one clears up
+            _own_stage(plan, model, batches, Path(subnet), options)
+            own_code = (Path(subnet) / PER_LAYER_FILE).is_file()
+            loaded = _loaded(subnet, options, own_code) if experts else subnet
+            _oneshot(loaded, list(plan.rest), batches, output_dir, options, own_code)
 
 
 def _oneshot(
-    recipe: CheckedRecipe, model: str, batches: list[Batch] | None, output_dir: Path, options: RunOptions
-) -> None:
-    from transformers import set_seed
-
-    from amoeba_plugin.modifiers.own_stage import needs_own_stage
-
-    set_seed(options.seed)
-    if batches is None or not recipe.structural or not needs_own_stage(weightless(load_config(model))):
-        _host(model, recipe.source, batches, output_dir, options)
-        return
-    rest = [modifier for modifier in recipe.modifiers if modifier not in recipe.structural]
-    if not rest:
-        _own_stage(recipe, model, batches, output_dir, options)
-        return
-    with TemporaryDirectory(dir=output_dir) as subnet:  # a killed run leaves it where the next one clears up
-        _own_stage(recipe, model, batches, Path(subnet), options)
-        _host(subnet, rest, batches, output_dir, options, own_code=(Path(subnet) / PER_LAYER_FILE).is_file())
-
-
-def _require_card(recipe: CheckedRecipe, model: str, directory: Path) -> None:
-    """Write the model card where the save did not: after a stage of its own, or where there is no subnet."""
-    from amoeba_plugin.extraction.model_card import CARD_NAME, write_model_card
-    from amoeba_plugin.modifiers import SubnetExtractionModifier
-
-    extraction = recipe.find(SubnetExtractionModifier)
-    if extraction is not None and extraction.card:  # these modifiers ran themselves; oneshot parses the recipe anew
-        write_model_card(directory, extraction.card)
-    elif not (directory / CARD_NAME).exists():
-        write_model_card(directory, {"base model": model})
-
-
-def _host(
-    model: str,
-    recipe: str | list[Any],
+    model: str | PreTrainedModel,
+    recipe: str | list[Modifier],
     batches: list[Batch] | None,
     output_dir: Path,
     options: RunOptions,
     own_code: bool = False,
 ) -> None:
-    import llmcompressor
-    from torch.utils.data import DataLoader
-
     loader: DataLoader[Batch] | None = None
     if batches is not None:
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
-    loaded = _with_named_experts(model, options, own_code) if has_experts(load_config(model)) else model
     llmcompressor.oneshot(
-        model=loaded,
+        model=model,
         precision=options.dtype,
         recipe=recipe,
         dataset=loader,
@@ -186,11 +112,8 @@ def _host(
     )
 
 
-def _with_named_experts(model: str, options: RunOptions, own_code: bool) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    from amoeba_plugin.modifiers.quantized_experts import save_experts_by_original_names
-
+def _loaded(model: str, options: RunOptions, own_code: bool) -> PreTrainedModel:
+    """Load a mixture of experts here, so that its experts are saved under the names that transformers reads."""
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model, dtype=options.dtype, trust_remote_code=own_code
     )
@@ -198,12 +121,15 @@ def _with_named_experts(model: str, options: RunOptions, own_code: bool) -> PreT
     return loaded
 
 
-def _own_stage(recipe: CheckedRecipe, model: str, batches: list[Batch], directory: Path, options: RunOptions) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from amoeba_plugin.modifiers.own_stage import run_own_stage
-    from amoeba_plugin.runtime.model_files import copy_tokenizer
-
+def _own_stage(plan: RecipePlan, model: str, batches: list[Batch], directory: Path, options: RunOptions) -> None:
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype).eval()
-    run_own_stage(whole, recipe.structural, batches, directory)
+    run_own_stage(whole, plan.structural, batches, directory)
     copy_tokenizer(model, directory)
+
+
+def _require_card(plan: RecipePlan, model: str, directory: Path) -> None:
+    """Write the model card where the save did not: after a stage of its own, or where there is no subnet."""
+    if plan.extraction is not None and plan.extraction.card:  # ran itself; oneshot parses the recipe anew
+        write_model_card(directory, plan.extraction.card)
+    elif not (directory / CARD_NAME).exists():
+        write_model_card(directory, {"base model": model})

@@ -275,7 +275,7 @@ class ArchitectureConformance:
                 expected[name] = self.logits(model)
             subnet = extract(elastic, shape)
             _close(self.logits(subnet), expected[name], f"extracted {shape}")
-            units = {group.name: elastic.units(shape.width, group_key(0, group), group) for group in self._groups()}
+            units = dict(elastic.plan.sizes(shape).units[0])
             require_stated_sizes(subnet, elastic.adapter, len(elastic.kept_layers(shape)), units)
             self.check_subnet(subnet, elastic.kept_layers(shape))
             subnet.save_pretrained(tmp_path / name)

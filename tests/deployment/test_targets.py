@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
+from amoeba_plugin.deployment.loads import uniform_sizes
 from amoeba_plugin.deployment.targets import CHECKS, Candidate, candidate, findings, require_loadable, targets
-from amoeba_plugin.elastic.subnet_config import per_layer_config
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
+from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes.model_plan import shape_config
 from amoeba_plugin.shape import SubnetShape
 
 
@@ -32,8 +33,9 @@ def seven_b(model_type: str = "llama", **fields: object) -> PretrainedConfig:
 def subject(
     config: PretrainedConfig, shape: str, target: str, scheme: str | None = None, devices: int = 1, round_to: int = 1
 ) -> Candidate:
-    subnet = shape_config(config, SubnetShape.parse(shape), round_to)
-    return candidate(subnet, architecture_for(config.model_type), target, scheme, devices)
+    adapter = architecture_for(config.model_type)
+    subnet = config_for(adapter, config, uniform_sizes(adapter, config, SubnetShape.parse(shape), round_to))
+    return candidate(subnet, adapter, target, scheme, devices)
 
 
 def broken(found: Candidate, target: str) -> set[tuple[str, str]]:
@@ -119,7 +121,7 @@ def test_experts_are_asked_about_one_by_one(model_type: str):
 def test_a_first_layer_without_experts_does_not_hide_those_of_the_others():
     whole, adapter = seven_b("mixtral", num_local_experts=4, num_hidden_layers=3), architecture_for("mixtral")
     sizes = [{"attention": 8, "mlp": 11008}] * 3
-    config = per_layer_config(adapter, whole, range(3), sizes, frozenset(), {0: "mlp"})
+    config = config_for(adapter, whole, LayerSizes(range(3), sizes, {0: "mlp"}))
     assert {"down_proj of layer 1", "down_proj of layer 2"} <= candidate(config, adapter, "vllm").split_inputs
 
 
@@ -132,29 +134,26 @@ def test_what_is_unknown_is_refused_with_what_there_is():
         subject(seven_b(), "33x1", "vllm")
 
 
-def test_the_command_takes_shapes_and_recipes(tmp_path: Path):
+def test_the_command_tells_what_a_target_loads(tmp_path: Path):
     seven_b(num_key_value_heads=32).save_pretrained(tmp_path)
 
-    def check(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["check", *arguments])
+    def loads(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["loads", *arguments])
         return result.exit_code, result.stderr
 
     on = ("--model", str(tmp_path))
-    code, said = check("24x7/8", *on, "--target", "llama.cpp", "--scheme", "Q4_K_M")
+    code, said = loads("24x7/8", *on, "--target", "llama.cpp", "--scheme", "Q4_K_M")
     assert code == 0
     assert "warning: down_proj (9632 inputs)" in said
     assert "can load it, as MistralForCausalLM in Q4_K_M" in said
-    code, said = check("24x7/8", *on, "--target", "vllm", "--scheme", "W4A16")
+    code, said = loads("24x7/8", *on, "--target", "vllm", "--scheme", "W4A16")
     assert code == 2
     assert "https://github.com/vllm-project/vllm" in said
-    code, said = check("llama2-7b", *on, "--target", "vllm", "--scheme", "W4A16")
-    assert code == 0, said
-    assert "have sizes after selection only" in said
-    code, said = check("llama2-7b", *on, "--target", "vllm", "--scheme", "W4A16", "--tensor-parallel", "4")
+    rounded = ("24x7/8", *on, "--target", "vllm", "--scheme", "W4A16", "--round-to", "128")
+    assert loads(*rounded)[0] == 0
+    code, said = loads(*rounded, "--tensor-parallel", "4")
     assert code == 2
     assert "down_proj (2400 inputs)" in said
-    assert check("24x7/8", "--target", "vllm")[0] == 2
-    assert check("24x7/8", *on)[0] == 2
 
 
 QUANTIZED = st.sampled_from([None, "W8A8", "W4A16"])
@@ -181,7 +180,8 @@ def test_what_is_accepted_for_transformers_saves_and_reloads(
         vocab_size=97, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes,
     )  # fmt: skip
     shape = SubnetShape.parse(f"{depth}x{eighths}/8")
-    config = shape_config(whole, shape)
+    adapter = architecture_for(model_type)
+    config = config_for(adapter, whole, uniform_sizes(adapter, whole, shape))
     found = candidate(config, architecture_for(model_type), "transformers", scheme)
     accepted = not any(finding.rule.level == "refuse" for finding in findings(found, "transformers"))
     torch.manual_seed(0)

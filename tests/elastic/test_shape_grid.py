@@ -16,7 +16,7 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes.model_plan import kept_units
+from amoeba_plugin.selection.width.allocation import kept_units
 
 TinyModel = Callable[..., PreTrainedModel]
 WHOLE = {

@@ -9,6 +9,7 @@ import pytest
 from support.models import random_elastic
 from transformers import PreTrainedModel
 
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction import cut as extraction
 from amoeba_plugin.extraction.audit import audit_sizes, require_sizes
@@ -21,8 +22,8 @@ TinyModel = Callable[..., PreTrainedModel]
 
 def test_sizes_are_listed_for_every_layer(tiny_model: TinyModel) -> None:
     elastic = random_elastic(tiny_model("llama"))
-    subnet, groups = extract(elastic, "2x3/4"), architecture_for("llama").channel_groups(elastic.config)
-    sizes = audit_sizes(subnet.model.layers, groups, [{"attention": 3, "mlp": 96}] * 2)
+    subnet, asked = extract(elastic, "2x3/4"), LayerSizes((1, 3), [{"attention": 3, "mlp": 96}] * 2)
+    sizes = audit_sizes(subnet.model.layers, architecture_for("llama"), elastic.config, asked)
     assert {(each.path, each.side, each.achieved) for each in sizes} == {
         ("self_attn.q_proj", "rows", 96),
         ("self_attn.k_proj", "rows", 48),
@@ -38,11 +39,11 @@ def test_sizes_are_listed_for_every_layer(tiny_model: TinyModel) -> None:
 
 def test_every_linear_of_another_size_is_named(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
-    groups = architecture_for("llama").channel_groups(model.config)
-    whole = {"attention": 4, "mlp": 128}
-    require_sizes(model.model.layers, groups, [whole] * 4)
+    adapter, whole = architecture_for("llama"), {"attention": 4, "mlp": 128}
+    require_sizes(model.model.layers, adapter, model.config, LayerSizes(range(4), [whole] * 4))
+    other = LayerSizes(range(4), [whole, whole, whole | {"mlp": 64}, whole])
     with pytest.raises(ArchitectureError, match=r"layer 2, mlp.gate_proj: 64 rows asked for, 128 there; .*_proj"):
-        require_sizes(model.model.layers, groups, [whole, whole, whole | {"mlp": 64}, whole])
+        require_sizes(model.model.layers, adapter, model.config, other)
 
 
 def test_a_cut_that_did_nothing_is_an_error(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,10 @@ def test_attentions_alone_are_no_checkpoint_of_their_own() -> None:
 def test_a_sublayer_that_is_still_there_is_named() -> None:
     elastic = elastic_of(random_model(CASES["llama"]))
     subnet = extract(elastic, "3x1")
-    groups = elastic.adapter.channel_groups(elastic.config)
-    whole = [{group.name: group.units for group in groups}] * 4
-    require_sizes(subnet.model.layers, groups, whole, {1: ["mlp"], 2: ["self_attn", "input_layernorm"]})
+    sizes = elastic.plan.sizes(elastic.space.require("3x1"))
+    assert sizes.lost == {1: "mlp", 2: "attention"}
+    require_sizes(subnet.model.layers, elastic.adapter, elastic.config, sizes)
     with pytest.raises(ArchitectureError, match="layer 3, mlp: 0 parameters asked for, 18656 there"):
-        require_sizes(subnet.model.layers, groups, whole, {1: ["mlp"], 2: ["self_attn"], 3: ["mlp"]})
+        require_sizes(
+            subnet.model.layers, elastic.adapter, elastic.config, replace(sizes, lost={**sizes.lost, 3: "mlp"})
+        )

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from amoeba_plugin.recipes.check import check_recipe
-from amoeba_plugin.recipes.preflight import check_against_model
 from datasets import Dataset
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -21,11 +19,14 @@ from support.architectures import CONFIGS
 from support.models import logits, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from amoeba_plugin.elastic.subnet_config import per_layer_config
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
+from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_kept
-from amoeba_plugin.recipes.run import RunOptions, run_recipe
+from amoeba_plugin.recipes.inputs import RunOptions
+from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.testing.architectures import random_model
 
 WITHOUT_TABLE = {("SmoothQuantModifier", name) for name in ("gpt_neox", "opt", "olmo2")} | {
@@ -43,13 +44,11 @@ def config_of_kind(model_type: str, kind: str) -> PretrainedConfig:
     half = {name: units // 2 for name, units in whole.items()}
     lost = {} if kind == "sizes" else {1: kind}
     sizes = [half, whole, whole] if kind == "sizes" else [whole] * 3
-    return per_layer_config(adapter, config, range(3), sizes, frozenset(), lost)
+    return config_for(adapter, config, LayerSizes(range(3), sizes, lost))
 
 
 def require(modifier: Any, model_type: str, kind: str = "stock") -> None:
-    require_outputs_kept(
-        [modifier], [QUANTIZED], config_of_kind(model_type, kind), architecture_for(model_type), "my.yaml"
-    )
+    require_outputs_kept(modifier, [QUANTIZED], config_of_kind(model_type, kind), architecture_for(model_type))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -57,7 +56,7 @@ def require(modifier: Any, model_type: str, kind: str = "stock") -> None:
 def test_every_architecture_is_smoothed_exactly_or_refused(model_type: str, name: str) -> None:
     for kind in ("stock", "sizes"):
         if (name, model_type) in WITHOUT_TABLE:
-            with pytest.raises(ArchitectureError, match=f"my.yaml: {name} finds no modules to smooth in a .*mappings"):
+            with pytest.raises(ArchitectureError, match="it finds no modules to smooth in a .*mappings"):
                 require(KINDS[name](), model_type)
         else:
             require(KINDS[name](), model_type, kind)
@@ -99,16 +98,16 @@ extract_stage: {b_modifiers: {SubnetExtractionModifier: {shape: 3}}}
 quantize_stage: {c_modifiers: {SmoothQuantModifier: {}, QuantizationModifier: {targets: [Linear], scheme: W8A8}}}
 """
     config = AutoConfig.for_model(**CONFIGS["llama"])
-    with pytest.raises(ArchitectureError, match="SmoothQuantModifier finds no modules to smooth in a PerLayerLlama"):
-        check_against_model(check_recipe(text), config)
-    check_against_model(check_recipe(text.replace(", granularity: sublayer", "")), config)
+    with pytest.raises(ArchitectureError, match="line 4: SmoothQuantModifier: it finds no modules"):
+        plan_recipe(text).against(config)
+    plan_recipe(text.replace(", granularity: sublayer", "")).against(config)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_awq_is_refused_where_the_host_would_fail_in_the_end(tmp_path: Path) -> None:
     awq = {"AWQModifier": {}, "QuantizationModifier": {"targets": ["Linear"], "scheme": "W4A16"}}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({"a_stage": {"b_modifiers": awq}}, sort_keys=False))
-    with pytest.raises(RecipeError, match=r"my.yaml: AWQModifier .* accelerator"):
+    with pytest.raises(RecipeError, match=r"my.yaml, line 3: AWQModifier: .* accelerator"):
         run_recipe(str(tmp_path / "my.yaml"), str(tmp_path / "absent"), None, tmp_path / "out")
     with pytest.raises(RuntimeError, match="accelerator"):  # the host's, which no longer fails once this does not
         IntermediatesCache([{"states": IntermediateValue(torch.zeros(1), None)}], None).pin_memory(0)

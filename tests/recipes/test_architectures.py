@@ -31,10 +31,12 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes.run import RunOptions, run_recipe
+from amoeba_plugin.recipes.inputs import RunOptions
+from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import random_model
 
 SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
@@ -128,10 +130,8 @@ def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Data
     kept = {int(depth): tuple(layers) for depth, layers in recipe.modifiers[0].kept_layers.items()}
     adapter, whole = architecture_for(model_type), AutoModelForCausalLM.from_pretrained(base)
     rows = [{name: torch.tensor(data[name]) for name in data.column_names}]
-    widths = rank_widths(
-        whole, adapter, collect_statistics(whole, adapter, rows, progress=False),
-        widths=[Fraction(1), Fraction(3, 4)], importance=importance_named("flap"),
-    )  # fmt: skip
+    statistics = collect_statistics(whole, adapter, rows, progress=False)
+    widths = rank_widths(WidthTask(whole, adapter, importance_named("flap"), [Fraction(1), Fraction(3, 4)], statistics))
     elastic = ElasticModel(whole, SubnetStrategy(DepthStrategy(kept), widths, model_fingerprint(whole, adapter)))
     with elastic.active("3x3/4") as model:
         torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-4, rtol=0)

@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 import yaml
-from amoeba_plugin.recipes.check import check_recipe
-from amoeba_plugin.recipes.preflight import check_against_model, subnet_config
 from support.recipes import GOOD, config_of, grouped, refusal
 from transformers import GPT2Config
 
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, RecipeError, ShapeError
-from amoeba_plugin.modifiers import DepthShrinkingModifier, SubnetExtractionModifier
 from amoeba_plugin.recipes.files import find_recipe, shipped_recipes
+from amoeba_plugin.recipes.plan import plan_recipe
 
 SHIPPED = shipped_recipes()
 
 
 def test_a_good_recipe_gives_its_modifiers_in_order():
-    recipe = check_recipe(GOOD)
+    recipe = plan_recipe(GOOD)
     assert [type(modifier).__name__ for modifier in recipe.modifiers] == [
         "DepthShrinkingModifier",
         "WidthShrinkingModifier",
@@ -30,15 +28,17 @@ def test_a_good_recipe_gives_its_modifiers_in_order():
         "SubnetExtractionModifier",
         "QuantizationModifier",
     ]
-    assert recipe.find(DepthShrinkingModifier).min_depth == 2
-    assert recipe.find(SubnetExtractionModifier).group == "c"
-    assert recipe.is_structural
+    assert recipe.depth.min_depth == 2
+    assert recipe.extraction.group == "c"
+    assert recipe.structural == recipe.modifiers[:4]
+    assert [str(shape) for _, shape in recipe.shapes] == ["3x3/4"]
+    assert recipe.where(recipe.width) == "<text>, line 5: WidthShrinkingModifier"
     assert recipe.needs_data
 
 
 def test_a_recipe_of_the_host_alone_is_fine():
-    recipe = check_recipe("q_stage: {q_modifiers: {QuantizationModifier: {targets: [Linear], scheme: FP8_DYNAMIC}}}")
-    assert not recipe.is_structural
+    recipe = plan_recipe("q_stage: {q_modifiers: {QuantizationModifier: {targets: [Linear], scheme: FP8_DYNAMIC}}}")
+    assert not recipe.structural
     assert not recipe.needs_data
 
 
@@ -150,7 +150,7 @@ def test_a_file_is_named_in_the_message(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD.replace("min_depth", "mindepth"))
     with pytest.raises(RecipeError, match=r"mine\.yaml, line 4"):
-        check_recipe(path)
+        plan_recipe(path)
 
 
 @pytest.mark.parametrize(("name", "content"), [("mine.yaml", b"\xff\xfe"), ("mine.md", b"x: 1"), ("absent.yaml", None)])
@@ -158,7 +158,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, name: str, content: bytes
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(RecipeError, match=name):
-        check_recipe(tmp_path / name)
+        plan_recipe(tmp_path / name)
 
 
 def test_an_unknown_name_lists_the_shipped_recipes():
@@ -172,19 +172,19 @@ def test_an_unknown_name_lists_the_shipped_recipes():
 
 def test_a_recipe_that_fits_passes():
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
-        check_against_model(check_recipe(GOOD), config_of(model_type))
+        plan_recipe(GOOD).against(config_of(model_type))
 
 
 def test_an_unsupported_architecture_names_the_supported_ones():
     with pytest.raises(ArchitectureError, match="'gpt2' is not supported; supported are gemma2, .*llama, .*qwen2, "):
-        check_against_model(check_recipe(GOOD), GPT2Config())
+        plan_recipe(GOOD).against(GPT2Config())
 
 
 def test_a_quantized_model_is_refused():
     config = config_of()
     config.quantization_config = {"quant_method": "compressed-tensors"}
     with pytest.raises(ArchitectureError, match="already quantized"):
-        check_against_model(check_recipe(GOOD), config)
+        plan_recipe(GOOD).against(config)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_a_quantized_model_is_refused():
 def test_layers_given_must_be_the_models_and_hold_the_shape(kept: str, shape: str, message: str):
     text = GOOD.replace("min_depth: 2", f"min_depth: 2, kept_layers: {kept}").replace("3x3/4", shape)
     with pytest.raises(AmoebaError, match=message):
-        check_against_model(check_recipe(text), config_of())
+        plan_recipe(text).against(config_of())
     fits = GOOD.replace("min_depth: 2", "min_depth: 2, kept_layers: {2.5: [0, 2.mlp, 3]}").replace("3x3/4", "2.5x3/4")
-    assert is_per_layer(subnet_config(check_recipe(fits), config_of()))
+    assert is_per_layer(plan_recipe(fits).against(config_of()).subnet)
 
 
 @pytest.mark.parametrize(
@@ -218,24 +218,24 @@ def test_a_depth_written_in_two_ways_is_refused_with_the_recipe(kept: str, words
     if words:
         assert words in refusal(text)
     else:
-        assert check_recipe(text)  # what is no depth is refused against the model, where the message knows its layers
+        assert plan_recipe(text)  # what is no depth is refused against the model, where the message knows its layers
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_min_depth_must_be_below_the_number_of_layers(layers: int):
     with pytest.raises(RecipeError, match=f"min_depth 2 of a model with {layers} layers"):
-        check_against_model(check_recipe(GOOD), config_of(num_hidden_layers=layers))
+        plan_recipe(GOOD).against(config_of(num_hidden_layers=layers))
 
 
 def test_a_sampled_shape_deeper_than_the_model_is_refused():
-    recipe = check_recipe(GOOD.replace("max_steps: 2", "max_steps: 2, sampled_shapes: [4x3/4, 5x3/4]"))
+    recipe = plan_recipe(GOOD.replace("max_steps: 2", "max_steps: 2, sampled_shapes: [4x3/4, 5x3/4]"))
     with pytest.raises(ShapeError, match="shape 5x3/4 is outside the space: .* depths 2 to 4"):
-        check_against_model(recipe, config_of())
+        recipe.against(config_of())
 
 
 def test_a_shape_deeper_than_the_model_is_refused():
     with pytest.raises(ShapeError, match="depths 2 to 4"):
-        check_against_model(check_recipe(GOOD.replace("3x3/4", "5x3/4")), config_of())
+        plan_recipe(GOOD.replace("3x3/4", "5x3/4")).against(config_of())
 
 
 @pytest.mark.parametrize(
@@ -243,21 +243,21 @@ def test_a_shape_deeper_than_the_model_is_refused():
     [("256", "round_to 256"), ("{mpl: 2}", "mpl"), ("0", "round_to 0")],
 )
 def test_round_to_must_leave_something(round_to: str, words: str):
-    recipe = check_recipe(GOOD.replace('["1", "3/4"]', f'["1", "3/4"], round_to: {round_to}'))
+    recipe = plan_recipe(GOOD.replace('["1", "3/4"]', f'["1", "3/4"], round_to: {round_to}'))
     with pytest.raises(RecipeError, match=words):
-        check_against_model(recipe, config_of())
+        recipe.against(config_of())
 
 
 def test_a_width_that_rounding_leaves_nothing_of_is_refused():
     text = GOOD.replace('["1", "3/4"]', '["1", "3/4", "1/8"], round_to: {attention: 64}')
     with pytest.raises(RecipeError, match="width 1/8"):
-        check_against_model(check_recipe(text), config_of())
+        plan_recipe(text).against(config_of())
 
 
 def test_anchors_must_be_layers_of_the_model():
     text = GOOD.replace('["1", "3/4"]', '["1", "3/4"], anchor_layers: [1, 9]')
     with pytest.raises(RecipeError, match=r"anchor_layers \[1, 9\] are impossible: the model has layers 0\.\.3"):
-        check_against_model(check_recipe(text), config_of())
+        plan_recipe(text).against(config_of())
 
 
 @pytest.mark.parametrize("uneven", ["allocation: global", "anchor_layers: 1"])
@@ -265,50 +265,50 @@ def test_layers_of_different_sizes_are_checked_at_the_least_they_may_keep(uneven
     def text(round_to: str, size: int) -> str:
         return grouped(size).replace('["1", "3/4"]', f'["1", "3/4"], {uneven}, round_to: {round_to}')
 
-    check_against_model(check_recipe(text("32", 32)), config_of())
+    plan_recipe(text("32", 32)).against(config_of())
     with pytest.raises(RecipeError, match=r"groups of 32 .*down_proj"):
-        check_against_model(check_recipe(text("{attention: 32, mlp: 40}", 32)), config_of())
-    assert is_per_layer(subnet_config(check_recipe(text("32", 32)), config_of()))
+        plan_recipe(text("{attention: 32, mlp: 40}", 32)).against(config_of())
+    assert is_per_layer(plan_recipe(text("32", 32)).against(config_of()).subnet)
     portable = text("32", 32).replace("{shape: 3x3/4}", "{shape: 3x3/4, portable: true}")
-    assert not is_per_layer(subnet_config(check_recipe(portable), config_of()))
+    assert not is_per_layer(plan_recipe(portable).against(config_of()).subnet)
 
 
 def test_splits_that_are_not_measured_yet_are_checked_at_the_least_they_may_keep():
     text = grouped(32).replace('["1", "3/4"]', '["1", "3/4"], allocation: measured, round_to: {attention: 32, mlp: 40}')
     with pytest.raises(RecipeError, match=r"groups of 32 .*down_proj"):
-        check_against_model(check_recipe(text), config_of())
+        plan_recipe(text).against(config_of())
     possible = text.replace("mlp: 40", "mlp: 32")
-    check_against_model(check_recipe(possible), config_of())
-    assert not is_per_layer(subnet_config(check_recipe(possible), config_of()))
+    plan_recipe(possible).against(config_of())
+    assert not is_per_layer(plan_recipe(possible).against(config_of()).subnet)
 
 
 def test_a_group_size_must_divide_the_subnets_inputs():
     def text(size: int) -> str:
         return grouped(size).replace('["1", "3/4"]', '["1", "3/4"], allocation: uniform')
 
-    check_against_model(check_recipe(text(32)), config_of())  # 3 KV groups: 96 inputs of o_proj, 96 of down_proj
+    plan_recipe(text(32)).against(config_of())  # 3 KV groups: 96 inputs of o_proj, 96 of down_proj
     with pytest.raises(
         RecipeError, match=r"groups of 64 .*o_proj \(96 inputs\), down_proj \(96 inputs\).*group_size to 32"
     ):
-        check_against_model(check_recipe(text(64)), config_of())
+        plan_recipe(text(64)).against(config_of())
     any_of = r"o_proj \(any multiple of 32 inputs\), down_proj \(any multiple of 1 inputs\)"
     with pytest.raises(RecipeError, match=any_of):
-        check_against_model(check_recipe(grouped(64)), config_of())
+        plan_recipe(grouped(64)).against(config_of())
 
 
 def test_a_presets_group_size_is_resolved():
     text = GOOD.replace("scheme: W8A8", "scheme: W4A16")
     with pytest.raises(RecipeError, match="groups of 128 input channels"):
-        check_against_model(check_recipe(text), config_of())
+        plan_recipe(text).against(config_of())
     ignored = text.replace("[lm_head]", "[lm_head, 're:.*(q|k|v|o|gate|up|down)_proj']")
-    check_against_model(check_recipe(ignored), config_of())
+    plan_recipe(ignored).against(config_of())
 
 
 def test_bias_compensation_without_a_class_to_hold_it_is_refused():
-    recipe = check_recipe(GOOD.replace('["1", "3/4"]', '["1", "3/4"], bias_compensation: true'))
-    check_against_model(recipe, config_of("llama"))
+    recipe = plan_recipe(GOOD.replace('["1", "3/4"]', '["1", "3/4"], bias_compensation: true'))
+    recipe.against(config_of("llama"))
     with pytest.raises(ArchitectureError, match="qwen3"):
-        check_against_model(recipe, config_of("qwen3"))
+        recipe.against(config_of("qwen3"))
 
 
 # The shipped recipes.
@@ -339,7 +339,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_a_shipped_recipe_fits_the_model_it_names(name: str):
-    check_against_model(check_recipe(SHIPPED[name]), MODELS[name])
+    plan_recipe(SHIPPED[name]).against(MODELS[name])
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
@@ -352,7 +352,7 @@ def test_every_field_of_a_shipped_recipe_has_a_comment(name: str):
 
 
 def test_the_text_may_stand_for_the_file():
-    make: Callable[[str], Any] = check_recipe
+    make: Callable[[str], Any] = plan_recipe
     assert [type(each) for each in make(SHIPPED["demo"].read_text()).modifiers] == [
-        type(each) for each in check_recipe(SHIPPED["demo"]).modifiers
+        type(each) for each in plan_recipe(SHIPPED["demo"]).modifiers
     ]

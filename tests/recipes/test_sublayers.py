@@ -17,14 +17,14 @@ from support.recipes import QUANTIZATION, TRAIN, WIDTH, recipe, run
 from support.sublayers import TABLE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from amoeba_plugin.deployment.loads import uniform_sizes
 from amoeba_plugin.deployment.targets import candidate, require_loadable
 from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes.check import check_recipe
-from amoeba_plugin.recipes.model_plan import shape_config, subnet_config
-from amoeba_plugin.recipes.preflight import check_against_model
+from amoeba_plugin.recipes.plan import plan_recipe
 from amoeba_plugin.shape import SubnetShape
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -94,7 +94,7 @@ def test_every_shape_of_an_elastic_checkpoint_comes_out_with_its_adapter(
 def checked(tmp_path: Path, *groups: dict[str, Any]) -> Any:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe(*groups))
-    return check_recipe(path)
+    return plan_recipe(path)
 
 
 def extraction(shape: str, **fields: Any) -> dict[str, Any]:
@@ -127,8 +127,9 @@ def test_options_of_the_search_are_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp", "openvino"])
 def test_targets_are_asked_whether_they_load_layers_in_part(tiny_model: TinyModel, tmp_path: Path, target: str) -> None:
     config, adapter = tiny_model("llama").config, architecture_for("llama")
-    by_recipe = subnet_config(checked(tmp_path, DEPTH | WIDTH, extraction("3x1/2")), config)
-    for subnet in (shape_config(config, SubnetShape.parse("2.5x1/2")), by_recipe):
+    by_recipe = checked(tmp_path, DEPTH | WIDTH, extraction("3x1/2")).against(config).subnet
+    by_shape = config_for(adapter, config, uniform_sizes(adapter, config, SubnetShape.parse("2.5x1/2")))
+    for subnet in (by_shape, by_recipe):
         found = candidate(subnet, adapter, target)
         assert found.linears["down_proj of layer 0"] == found.linears["o_proj of layer 0"] == (64, 64)
         assert "o_proj of layer 1" not in found.linears
@@ -137,8 +138,8 @@ def test_targets_are_asked_whether_they_load_layers_in_part(tiny_model: TinyMode
         else:
             with pytest.raises(ArchitectureError, match="layers without attention or MLP: .*--portable"):
                 require_loadable(found, target)
-    stock = subnet_config(checked(tmp_path, DEPTH | WIDTH, extraction("3x1/2", portable=True)), config)
-    whole = subnet_config(checked(tmp_path, DEPTH | WIDTH, extraction("4x1/2")), config)
+    stock = checked(tmp_path, DEPTH | WIDTH, extraction("3x1/2", portable=True)).against(config).subnet
+    whole = checked(tmp_path, DEPTH | WIDTH, extraction("4x1/2")).against(config).subnet
     for subnet in (stock, whole):
         require_loadable(candidate(subnet, adapter, target), target)
 
@@ -147,10 +148,10 @@ def test_group_sizes_are_checked_where_layers_are_kept_in_part(tiny_model: TinyM
     config = tiny_model("llama").config
     for portable in (False, True):
         steps = (DEPTH | WIDTH, extraction("2.5x3/4", portable=portable))
-        check_against_model(checked(tmp_path, *steps, QUANTIZATION["gptq"]), config)  # 96 and 96 inputs
+        checked(tmp_path, *steps, QUANTIZATION["gptq"]).against(config)  # 96 and 96 inputs
         config.intermediate_size = 120
         with pytest.raises(RecipeError, match=r"do not divide down_proj \(90 inputs\)"):
-            check_against_model(checked(tmp_path, *steps, QUANTIZATION["gptq"]), config)
+            checked(tmp_path, *steps, QUANTIZATION["gptq"]).against(config)
         config.intermediate_size = 128
 
 
@@ -159,4 +160,4 @@ def test_what_no_class_holds_is_refused_before_the_search(tmp_path: Path) -> Non
                                   num_key_value_heads=4, hidden_size=64, intermediate_size=128)  # fmt: skip
     width = {"WidthShrinkingModifier": {"widths": ["1", "1/2"], "bias_compensation": True}}
     with pytest.raises(ArchitectureError, match="bias_compensation: false"):
-        check_against_model(checked(tmp_path, DEPTH | width, extraction("2.5x1/2")), config)
+        checked(tmp_path, DEPTH | width, extraction("2.5x1/2")).against(config)

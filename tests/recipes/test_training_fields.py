@@ -7,8 +7,7 @@ from support.recipes import GOOD, config_of, refusal
 
 from amoeba_plugin.errors import ShapeError
 from amoeba_plugin.modifiers import OneForAllDistillationModifier
-from amoeba_plugin.recipes.check import check_recipe
-from amoeba_plugin.recipes.preflight import check_against_model
+from amoeba_plugin.recipes.plan import plan_recipe
 
 # What stands in place of "max_steps: 2", and what the message says.
 BAD = {
@@ -60,4 +59,4 @@ def test_sampled_shapes_must_be_the_models_too(kept: str, shape: str):
     given = f"min_depth: 2, kept_layers: {kept}" if kept else "min_depth: 2"
     text = GOOD.replace("min_depth: 2", given).replace("max_steps: 2", f"sampled_shapes: [{shape}]")
     with pytest.raises(ShapeError, match=f"shape {shape} is outside the space"):
-        check_against_model(check_recipe(text.replace("{shape: 3x3/4}", "{shape: 2x3/4}")), config_of())
+        plan_recipe(text.replace("{shape: 3x3/4}", "{shape: 2x3/4}")).against(config_of())

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.errors import AmoebaError
 from amoeba_plugin.modifiers import TrainingEventsMixin
-from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.plan import plan_recipe
 from support.batches import tensor_rows
 from support.models import SIZES
 
@@ -116,7 +116,7 @@ def config_of(model_type: str = "llama", **overrides: Any) -> PretrainedConfig:
 def refusal(text: str) -> str:
     """Return with what words a recipe is refused."""
     with pytest.raises(AmoebaError) as caught:
-        check_recipe(text)
+        plan_recipe(text)
     return str(caught.value)
 
 

@@ -116,6 +116,20 @@ def uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping
     return sizes
 
 
+def kept_units(
+    groups: Sequence[ChannelGroup], width: Fraction, round_to: int | Mapping[str, int], anchored: Fraction = Fraction(0)
+) -> dict[str, int]:
+    """Return how many units of each group a width keeps with uniform allocation, before anything is scored.
+
+    Where a share of the layers is ``anchored``, this is what all others keep.
+
+    Raises:
+        RecipeError: If ``round_to`` names a group that does not exist, does not fit its units, or leaves nothing.
+    """
+    unscored = [RankedGroup(group.name, group, torch.empty(0), 0) for group in groups]
+    return uniform_units(unscored, other_share(width, anchored), rounding_steps(groups, round_to))
+
+
 def other_share(share: Fraction, anchored: Fraction) -> Fraction:
     """Return the share that other layers keep where ``anchored`` of the whole keep everything.
 

@@ -1,0 +1,73 @@
+"""What a run reads beside its recipe: options, and calibration data, which is opened before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.text import load_batches, read_text, require_file
+from amoeba_plugin.errors import DataError
+from amoeba_plugin.recipes.plan import RecipePlan
+from amoeba_plugin.runtime.model_files import load_tokenizer
+from amoeba_plugin.selection.registry import objective_named
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the model is loaded, and how calibration data is drawn from a data set.
+
+    Attributes:
+        split: Split of the data set.
+        text_column: Column with the text; ``None`` for the only text column, or for data that is tokenised already.
+        num_samples: Sequences.
+        max_seq_length: Tokens per sequence.
+        batch_size: Sequences per batch.
+        seed: Of the draw, and of everything random that follows.
+        dtype: That the model is loaded in: "auto" (its own), "float32", "bfloat16", "float16".
+    """
+
+    split: str = "train"
+    text_column: str | None = None
+    num_samples: int = 512
+    max_seq_length: int = 512
+    batch_size: int = 1
+    seed: int = 42
+    dtype: str = "auto"
+
+
+def calibration_batches(plan: RecipePlan, model: str, dataset: str | None, options: RunOptions) -> list[Batch] | None:
+    """Tokenise calibration data and check that the recipe's objective can be measured on it.
+
+    Raises:
+        DataError: If the recipe needs data and there is none, or it lacks what the objective needs.
+    """
+    if dataset is None:
+        if plan.needs_data:
+            raise DataError(
+                f"{plan.source} measures the model on text, and there is no calibration data; give --dataset"
+            )
+        return None
+    _require_own_data(plan)
+    batches = load_batches(
+        dataset,
+        load_tokenizer(model),
+        split=options.split,
+        text_column=options.text_column,
+        num_samples=options.num_samples,
+        max_seq_length=options.max_seq_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    depth = plan.depth
+    if depth is not None and depth.kept_layers is None and depth.questions is None:
+        objective_named(depth.objective).check(batches)
+    return batches
+
+
+def _require_own_data(plan: RecipePlan) -> None:
+    """Open what modifiers read after selection has taken its hours."""
+    depth, training = plan.depth, plan.training
+    if depth is not None and depth.questions is not None:
+        require_file(depth.questions.dataset)  # read first thing
+    if training is not None and training.dataset is not None and training.max_steps:
+        read_text(training.dataset, training.dataset_split, training.text_column)

@@ -1,0 +1,272 @@
+"""A recipe read once: its modifiers by their roles, the shapes it names, and where each of them stands in the file.
+
+``plan_recipe`` checks all that can be checked without a model; ``RecipePlan.against`` checks the rest against a model's
+configuration, and returns what only both together tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import filterfalse
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmcompressor.recipe import Recipe
+from transformers import PretrainedConfig
+
+from amoeba_plugin.deployment.expert_schemes import require_readable
+from amoeba_plugin.elastic.subnet_config import config_for, weightless
+from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.expert_linears import take_apart
+from amoeba_plugin.modifiers import (
+    DepthShrinkingModifier,
+    OneForAllDistillationModifier,
+    SubnetExtractionModifier,
+    WidthShrinkingModifier,
+)
+from amoeba_plugin.modifiers.order import require_order
+from amoeba_plugin.modifiers.own_stage import needs_own_stage
+from amoeba_plugin.modifiers.smoothing import require_outputs_kept, smooths
+from amoeba_plugin.recipes.expected import ExpectedDepths, ExpectedWidths, expected_sizes
+from amoeba_plugin.recipes.fields import create_modifier
+from amoeba_plugin.recipes.files import read_recipe
+from amoeba_plugin.recipes.model_plan import ModelPlan, adapter_of, require_full_precision, require_linears
+from amoeba_plugin.recipes.quantization import require_divisible
+from amoeba_plugin.recipes.text import SKELETON, Entry, entries_of
+from amoeba_plugin.shape import SubnetShape, parse_width
+
+ModifierT = TypeVar("ModifierT")
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """A recipe whose every key is known and whose every value is in range.
+
+    Attributes:
+        source: The file's path, or ``<text>``.
+        modifiers: llm-compressor modifiers, in the order in which they run.
+        lines: Of each the line it stands on.
+    """
+
+    source: str
+    modifiers: tuple[Any, ...]
+    lines: tuple[int, ...]
+
+    @cached_property
+    def depth(self) -> DepthShrinkingModifier | None:
+        """The modifier that selects layers."""
+        return self._only(DepthShrinkingModifier)
+
+    @cached_property
+    def width(self) -> WidthShrinkingModifier | None:
+        """The modifier that selects channels."""
+        return self._only(WidthShrinkingModifier)
+
+    @cached_property
+    def training(self) -> OneForAllDistillationModifier | None:
+        """The modifier that trains."""
+        return self._only(OneForAllDistillationModifier)
+
+    @cached_property
+    def extraction(self) -> SubnetExtractionModifier | None:
+        """The modifier that cuts a subnet."""
+        return self._only(SubnetExtractionModifier)
+
+    @cached_property
+    def structural(self) -> tuple[Any, ...]:
+        """The modifiers of this package."""
+        return tuple(filter(_is_ours, self.modifiers))
+
+    @cached_property
+    def rest(self) -> tuple[Any, ...]:
+        """The modifiers of others."""
+        return tuple(filterfalse(_is_ours, self.modifiers))
+
+    @cached_property
+    def shape(self) -> SubnetShape | None:
+        """The shape to extract."""
+        return None if self.extraction is None else SubnetShape.parse(self.extraction.shape)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[Any, SubnetShape], ...]:
+        """All shapes that the recipe names, to extract and to draw from in training, with the modifier that does."""
+        named = [] if self.shape is None else [(self.extraction, self.shape)]
+        sampled = [] if self.training is None else self.training.sampled_shapes
+        drawn = [] if isinstance(sampled, str) else [(self.training, SubnetShape.parse(each)) for each in sampled]
+        return (*named, *drawn)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a modifier wants calibration data."""
+        return bool(self.structural) or any(modifier.requires_calibration_data for modifier in self.modifiers)
+
+    @property
+    def sizes_unknown(self) -> bool:
+        """Whether the selection decides the sizes of what is extracted."""
+        if self.width is None or self.shape is None:
+            return False
+        return self.width.allocation != "uniform" and self.shape.width != 1
+
+    def where(self, modifier: Any) -> str:
+        """Return where a modifier stands, for messages: "recipe.yaml, line 4: DepthShrinkingModifier"."""
+        line = next(line for each, line in zip(self.modifiers, self.lines, strict=True) if each is modifier)
+        return f"{self.source}, line {line}: {type(modifier).__name__}"
+
+    @contextmanager
+    def blaming(self, modifier: Any) -> Iterator[None]:
+        """Put in front of what a block refuses where the modifier stands that asked for it."""
+        try:
+            yield
+        except AmoebaError as error:
+            raise type(error)(f"{self.where(modifier)}: {error}") from error
+
+    def against(self, config: PretrainedConfig) -> ModelPlan:
+        """Check the recipe against the sizes of the model it is meant for; weights are not needed.
+
+        Raises:
+            ArchitectureError: If the architecture is not supported, the model quantized, no class holds the shape, or
+                SmoothQuant or AWQ would change what the model computes.
+            RecipeError: If layers or linears named, ``min_depth``, ``round_to`` or a group size do not fit the model.
+            ShapeError: If the shape to extract is outside the space.
+        """
+        require_full_precision(config)
+        adapter = adapter_of(config, required=bool(self.structural))
+        subnet = config if adapter is None or not self.structural else self._subnet_config(config, adapter)
+        own_stage = False
+        if self.structural:
+            whole = weightless(config)
+            own_stage = needs_own_stage(whole)
+            if self.training is not None and self.training.adapter != "none":
+                with self.blaming(self.training):
+                    require_linears(self.training.adapter.target_modules or (), whole)
+        plan = ModelPlan(config, adapter, subnet, own_stage)
+        self._require_quantizable(plan)
+        return plan
+
+    def _subnet_config(self, config: PretrainedConfig, adapter: ArchitectureAdapter) -> PretrainedConfig:
+        """Return the configuration that quantization will see: the subnet's, as far as it is known."""
+        layers, groups = config.num_hidden_layers, adapter.channel_groups(config)
+        with self.blaming(self.depth):
+            depths = ExpectedDepths.of(self.depth, layers)
+        with self.blaming(self.width):
+            widths = ExpectedWidths.of(self.width, groups, layers)
+        for modifier, shape in self.shapes:
+            with self.blaming(modifier):
+                depths.require(shape)
+        if self.extraction is None or self.shape is None:
+            return config
+        with self.blaming(self.extraction):
+            return config_for(adapter, config, expected_sizes(depths, widths, self.shape, self.extraction.portable))
+
+    def _require_quantizable(self, plan: ModelPlan) -> None:
+        quantizing = [each for each in self.modifiers if hasattr(each, "resolve_quantization_config")]
+        quantizations = [modifier.resolve_quantization_config() for modifier in quantizing]
+        if quantizing:
+            model = weightless(plan.subnet)
+            if plan.adapter is not None and plan.has_experts:
+                with self.blaming(quantizing[0]):
+                    require_readable(quantizations, take_apart(model, plan.adapter))
+            for modifier, quantization in zip(quantizing, quantizations, strict=True):
+                with self.blaming(modifier):
+                    require_divisible(quantization, model, self.sizes_unknown)
+        if plan.adapter is None:  # nothing here knows how to make such a model small; the recipe only quantizes it
+            return
+        for modifier in filter(smooths, self.modifiers):
+            with self.blaming(modifier):
+                require_outputs_kept(modifier, quantizations, plan.subnet, plan.adapter)
+
+    def _only(self, kind: type[ModifierT]) -> ModifierT | None:
+        return next((modifier for modifier in self.modifiers if isinstance(modifier, kind)), None)
+
+
+def _is_ours(modifier: Any) -> bool:
+    return type(modifier).__module__.startswith("amoeba_plugin.")
+
+
+def plan_recipe(recipe: str | Path) -> RecipePlan:
+    """Read a recipe and check everything that can be checked without a model.
+
+    Args:
+        recipe: Path of a YAML or JSON file, the name of a shipped recipe, or the text itself (a string with a line
+            break or a colon and a space).
+
+    Returns:
+        The recipe with its modifiers made; no session was started, nothing was loaded.
+
+    Raises:
+        RecipeError: On the first thing that cannot run, or that llm-compressor would silently ignore.
+        ShapeError: If a shape that the recipe names is one that its selection does not make.
+    """
+    source, text = read_recipe(recipe)
+    entries = tuple(entries_of(text, source))
+    if not entries:
+        raise RecipeError(f"{source} holds no modifier; a recipe reads {SKELETON}")
+    _require_distinct_groups(entries, source)
+    modifiers = tuple(create_modifier(entry, source) for entry in entries)
+    plan = RecipePlan(source, modifiers, tuple(entry.line for entry in entries))
+    _require_order(plan)
+    _require_shapes(plan)
+    return plan
+
+
+def _require_distinct_groups(entries: Sequence[Entry], source: str) -> None:
+    stages: dict[str, str] = {}
+    for entry in entries:
+        if stages.setdefault(entry.group, entry.stage) != entry.stage:
+            raise RecipeError(
+                f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in "
+                f"{entry.stage}; the recipe saved beside a checkpoint would lose one of them: give them different names"
+            )
+
+
+def _require_order(plan: RecipePlan) -> None:
+    try:
+        require_order(plan.modifiers)
+        Recipe(modifiers=list(plan.modifiers))  # the host's own rules
+    except AmoebaError as error:
+        raise RecipeError(f"{plan.source}: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{plan.source}: {str(error).partition('Value error, ')[2] or error}") from error
+
+
+def _require_shapes(plan: RecipePlan) -> None:
+    """Refuse shapes that the selection does not make, whatever the model."""
+    depth, width = plan.depth, plan.width
+    if depth is not None and depth.keep_last > depth.min_depth:
+        raise RecipeError(
+            f"{plan.where(depth)}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet "
+            "cannot keep more last layers than it has layers; lower keep_last or raise min_depth"
+        )
+    widths = {Fraction(1)} if width is None else {parse_width(each) for each in width.widths}
+    for modifier, shape in plan.shapes:
+        with plan.blaming(modifier):
+            _require_depth(shape, depth)
+            _require_width(shape, widths)
+
+
+def _require_depth(shape: SubnetShape, depth: DepthShrinkingModifier | None) -> None:
+    if depth is not None and shape.depth < depth.min_depth:
+        raise ShapeError(
+            f"shape {shape} is outside the space: its depth is below min_depth {depth.min_depth}; take "
+            f"{depth.min_depth} layers or more, or lower min_depth"
+        )
+    in_parts = depth is not None and (depth.granularity == "sublayer" or depth.kept_layers is not None)
+    if shape.depth != int(shape.depth) and not in_parts:
+        raise ShapeError(
+            f"shape {shape} keeps half a layer, an attention or an MLP alone; set granularity: sublayer in "
+            "DepthShrinkingModifier, or take whole layers"
+        )
+
+
+def _require_width(shape: SubnetShape, widths: Collection[Fraction]) -> None:
+    if shape.width not in widths:
+        known = ", ".join(str(each) for each in sorted(widths, reverse=True))
+        raise ShapeError(
+            f"shape {shape} is outside the space: the widths are {known}; take one of these, or add "
+            f'"{shape.width}" to WidthShrinkingModifier.widths'
+        )
