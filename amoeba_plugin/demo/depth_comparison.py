@@ -13,7 +13,8 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.reports.report import DepthRow
-from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
+from amoeba_plugin.selection.depth.selectors import random_depths
+from amoeba_plugin.selection.depth.task import DepthTask
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 
 PUBLISHED = {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from amoeba_plugin.plugins.hooks import hookimpl
+from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.depth.selectors import (
-    DepthSelector,
-    dynamic_program,
     last_layers,
     least_angular_distance,
     least_block_influence,
@@ -17,6 +17,7 @@ from amoeba_plugin.selection.depth.selectors import (
     least_taylor_plus,
     one_shot,
 )
+from amoeba_plugin.selection.depth.task import DepthSelector, SearchOptions
 from amoeba_plugin.selection.importance import (
     GroupImportance,
     Importance,
@@ -30,7 +31,7 @@ from amoeba_plugin.selection.importance import (
 )
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss
 
-SEARCH_OPTIONS = ("beam", "exchanges", "granularity", "cache_gib", "resume_dir")
+SEARCH_OPTIONS = tuple(field.name for field in fields(SearchOptions))
 
 OBJECTIVES: tuple[Objective, ...] = (PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy())
 
@@ -48,7 +49,7 @@ IMPORTANCES: tuple[Importance | GroupImportance, ...] = (
 )
 
 DEPTH_SELECTORS: tuple[DepthSelector, ...] = (
-    DepthSelector("dynamic_program", dynamic_program, SEARCH_OPTIONS, "the paper's search"),
+    DepthSelector("dynamic_program", search_depths, SEARCH_OPTIONS, "the paper's search"),
     DepthSelector("block_influence", least_block_influence, (), "1 - cosine of input and output (ShortGPT)"),
     DepthSelector("one_shot", one_shot, (), "the objective without each layer alone (Shortened LLaMA)"),
     DepthSelector("taylor", least_taylor, (), "sum of |gradient x weight| (Shortened LLaMA)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +12,17 @@ from transformers import PreTrainedModel
 from amoeba_plugin.data.batch import Batch, model_inputs
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
+
+
+def states_into(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the states that a decoder layer is called with, (batch, positions, hidden): first, or by their name."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def states_out_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the states that a decoder layer answers with, alone or as the first of several values."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
@@ -21,8 +33,7 @@ def watched(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     def hook(
         module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor | tuple[Tensor, ...]
     ) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        flow.append((states, output if isinstance(output, Tensor) else output[0]))
+        flow.append((states_into(args, kwargs), states_out_of(output)))
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:

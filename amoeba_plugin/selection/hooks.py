@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
-    from amoeba_plugin.selection.depth.selectors import DepthSelector
+    from amoeba_plugin.selection.depth.task import DepthSelector
     from amoeba_plugin.selection.importance import GroupImportance, Importance
     from amoeba_plugin.selection.objectives import Objective
 

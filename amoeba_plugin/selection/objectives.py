@@ -18,7 +18,6 @@ from amoeba_plugin.data.batch import IGNORED, Batch, model_inputs, target_counts
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.runtime.module_calls import answering, evaluating, input_device
-from amoeba_plugin.runtime.ranks import gather
 
 LOGITS_AT_ONCE = 2**25  # 128 MB in fp32: a whole batch of a 150k vocabulary would take gigabytes
 
@@ -76,25 +75,6 @@ class Objective(ABC):
             return self.score(torch.cat([self.observe(model, batch) for batch in batches]))
 
 
-def score_over_ranks(objective: Objective, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
-    """Score a model on the batches of all ranks together; every rank gets the same.
-
-    Args:
-        objective: One that overrides ``measure`` scores as a whole: all ranks then follow the first one.
-        model: Not changed.
-        batches: This rank's; may be none.
-    """
-    if not objective.is_separable:
-        score = objective.measure(model, batches)
-        value, loss = gather(torch.tensor([[score.value, score.loss]], dtype=torch.float64))[0].tolist()
-        return Score(value, loss)
-    with evaluating(model):
-        observed = [objective.observe(model, batch) for batch in batches]
-    rows = torch.cat(observed) if observed else torch.empty(0, 0, dtype=torch.float64)
-    columns = int(gather(torch.tensor([rows.shape[1]])).max())  # unknown where a rank has no batch
-    return objective.score(gather(rows if observed else rows.new_zeros(0, columns)))
-
-
 def better(objective: Objective, a: Score, b: Score) -> bool:
     """Tell whether ``a`` is strictly better than ``b``.
 
@@ -103,12 +83,20 @@ def better(objective: Objective, a: Score, b: Score) -> bool:
     >>> better(PerTokenLoss(), Score(2.0, 2.0), Score(float("nan"), float("nan")))
     True
     """
-    return _badness(objective, a) < _badness(objective, b)
+    return _finite_first(badness(objective, a)) < _finite_first(badness(objective, b))
 
 
-def _badness(objective: Objective, score: Score) -> tuple[float, float]:
-    value = -score.value if objective.larger_is_better else score.value
-    return (value if math.isfinite(value) else math.inf, score.loss if math.isfinite(score.loss) else math.inf)
+def badness(objective: Objective, score: Score) -> tuple[float, float]:
+    """Return what orders scores from best to worst: the value, negated where larger is better, then the loss.
+
+    >>> badness(MultipleChoiceAccuracy(), Score(0.75, 2.0))
+    (-0.75, 2.0)
+    """
+    return (-score.value if objective.larger_is_better else score.value, score.loss)
+
+
+def _finite_first(bad: tuple[float, float]) -> tuple[float, ...]:
+    return tuple(each if math.isfinite(each) else math.inf for each in bad)
 
 
 def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:

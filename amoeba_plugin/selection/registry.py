@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from amoeba_plugin.plugins.manager import named
-from amoeba_plugin.selection.depth.selectors import DepthSelector
+from amoeba_plugin.selection.depth.task import DepthSelector
 from amoeba_plugin.selection.importance import GroupImportance, Importance
 from amoeba_plugin.selection.objectives import Objective
 

@@ -20,6 +20,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -36,10 +37,12 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.selection.depth import search as depth
 from amoeba_plugin.selection.depth.dynamic_program import Search, Table
-from amoeba_plugin.selection.depth.lockstep import WHOLE, Removed, walk
+from amoeba_plugin.selection.depth.lockstep import walk
 from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
 from amoeba_plugin.selection.depth.score_table import MeasuredTable
-from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.depth.search import runner_for, search_depths
+from amoeba_plugin.selection.depth.steps import WHOLE, Removed
+from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.objectives import PerTokenLoss, Score
 
 BATCH_SIZE = 8
@@ -97,11 +100,11 @@ def cost(options: argparse.Namespace) -> None:
     for name, how in (("one by one", Contract("for comparison")), ("in lockstep", contract)):
         with mock.patch.object(depth, "check_contract", return_value=how):
             start = time.process_time()
-            strategy = search_depths(
-                model, adapter, PerTokenLoss(), batches,
-                min_depth=options.min_depth, exchanges=options.exchanges, progress=False,
-                granularity="sublayer" if options.sublayers else "layer",
-            )  # fmt: skip
+            told = SearchOptions(exchanges=options.exchanges, granularity="sublayer" if options.sublayers else "layer")
+            task = DepthTask(
+                model, adapter, PerTokenLoss(), batches, min_depth=options.min_depth, progress=False, options=told
+            )
+            strategy = search_depths(task)
         took, seconds = strategy.search, time.process_time() - start
         forwards = round(took["layer_forwards"] / len(batches))
         calls = round(took.get("layer_calls", took["layer_forwards"]) / len(batches))
@@ -141,13 +144,9 @@ def searches(model: PreTrainedModel, batches: Sequence[Batch], min_depth: int) -
     adapter, objective = architecture_for("llama"), PerTokenLoss()
     layers = len(model.model.layers)
     candidates, most = layers - 1, layers - min_depth
-    with (
-        depth._Measurement.of(
-            model, adapter, objective, batches, batches, candidates, 2**32, lambda n: None
-        ) as measure,
-        evaluating(model),
-    ):
-        everything = MeasuredTable(measure, {})
+    task = DepthTask(model, adapter, objective, batches, min_depth)
+    with runner_for(task, batches) as runner, evaluating(model):
+        everything = MeasuredTable(partial(runner.measure, objective, progress=lambda: None), {})
         sets = [Removed(s) for count in range(most + 1) for s in itertools.combinations(range(candidates), count)]
         everything(sets)
         best = {
@@ -185,14 +184,9 @@ def sublayer_searches(
     candidates, most = 2 * (len(layers) - 1), 2 * (len(layers) - min_depth)
     deepest = min(candidates, most + 4)  # attentions are small: as many parameters are more of them
     sizes = [parameters(layers[0].self_attn), parameters(layers[0].mlp)]
-    stand_ins = StandIns(adapter.sublayers(model.config), layers)
-    with (
-        depth._Measurement.of(
-            model, adapter, objective, batches, batches, candidates, 2**32, lambda n: None, stand_ins
-        ) as measure,
-        evaluating(model),
-    ):
-        everything = MeasuredTable(measure, {})
+    task = DepthTask(model, adapter, objective, batches, min_depth, options=SearchOptions(granularity="sublayer"))
+    with runner_for(task, batches) as runner, evaluating(model):
+        everything = MeasuredTable(partial(runner.measure, objective, progress=lambda: None), {})
         everything([WHOLE])
         results: list[Result] = []
         for beam, rounds in ((1, 0), (4, 0), (1, 1)):

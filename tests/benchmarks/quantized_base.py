@@ -39,6 +39,7 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
@@ -157,7 +158,7 @@ def cut(steps: int) -> dict[str, Any]:
     for name, quantized in (("fp32", False), ("4-bit", True)):
         model = load(demo, quantized)
         statistics_ = collect_statistics(model, adapter, calibration)
-        width = rank_widths(model, adapter, statistics_, widths=WIDTHS[:2], importance=importance_named("flap"))
+        width = rank_widths(WidthTask(model, adapter, importance_named("flap"), WIDTHS[:2], statistics_))
         elastic = ElasticModel(model, SubnetStrategy(kept, width, model_fingerprint(model, adapter)))
         untrained = {shape: _loss(extract(elastic, shape), held_out) for shape in CUT_SHAPES}
         peft_model = adapted(elastic)

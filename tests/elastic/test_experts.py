@@ -21,6 +21,7 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_group, rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import KEPT, random_model, random_strategy
 
 TYPES = ["mixtral", "qwen3_moe"]
@@ -61,7 +62,7 @@ def test_every_expert_keeps_its_own_best_neurons(model_type: str) -> None:
     model = random_model(CONFIGS[model_type])
     adapter = architecture_for(model_type)
     widths = [Fraction(1), Fraction(1, 2)]
-    strategy = rank_widths(model, adapter, {}, widths=widths, importance=importance_named("magnitude"))
+    strategy = rank_widths(WidthTask(model, adapter, importance_named("magnitude"), widths))
     half = widths[1]
     orders = set()
     for index, layer in enumerate(model.model.layers):
@@ -80,9 +81,7 @@ def test_taylor_sums_over_all_weights_of_a_neuron(model_type: str) -> None:
     model = random_model(CONFIGS[model_type])
     adapter, data = architecture_for(model_type), batches()
     gradients = loss_gradients(model, coupled_parameters(model, adapter), data, progress=False)
-    strategy = rank_widths(
-        model, adapter, {}, widths=[Fraction(1)], importance=importance_named("taylor"), gradients=gradients
-    )
+    strategy = rank_widths(WidthTask(model, adapter, importance_named("taylor"), [Fraction(1)], gradients=gradients))
     mlp = model.model.layers[1].mlp
     if model_type == "phi3":
         key, up, down = "1.mlp", mlp.gate_up_proj.weight, mlp.down_proj.weight
@@ -104,10 +103,10 @@ def test_anchors_keep_all_neurons_of_all_experts_and_the_others_make_up_for_them
 ) -> None:
     model = random_model(CONFIGS[model_type])
     adapter, half = architecture_for(model_type), Fraction(1, 2)
-    strategy = rank_widths(
-        model, adapter, {}, widths=[Fraction(1), half], importance=importance_named("magnitude"),
-        allocation=allocation, anchors=[2],
-    )  # fmt: skip
+    task = WidthTask(
+        model, adapter, importance_named("magnitude"), [Fraction(1), half], allocation=allocation, anchors=[2]
+    )
+    strategy = rank_widths(task)
     whole, units = strategy.units[Fraction(1)], strategy.units[half]
     experts = range(model.config.num_experts)
     neurons = whole["2.mlp.0"]
@@ -147,14 +146,13 @@ def test_a_threshold_over_all_layers_leaves_the_experts_of_a_layer_one_size(mode
             layer.mlp.experts.down_proj[:, :, ::3] *= 1 + 5 * index
     adapter, importance = architecture_for(model_type), importance_named("magnitude")
     share = Fraction(1, 2)
-    strategy = rank_widths(
-        model, adapter, {}, widths=[Fraction(1), share], importance=importance, allocation="global"
-    )  # fmt: skip
+    task = WidthTask(model, adapter, importance, [Fraction(1), share], allocation="global")
+    strategy = rank_widths(task)
     groups = adapter.channel_groups(model.config)
     values: dict[str, list[float]] = {}
     costs, kept = {}, {}
-    for index, layer in enumerate(model.model.layers):
-        ranked = [rank_group(layer, index, group, {}, {}, importance) for group in groups]
+    for index in range(len(model.model.layers)):
+        ranked = [rank_group(task, index, group) for group in groups]
         attention, experts = ranked[0], ranked[1:]
         values[f"{index}.attention"] = sorted(attention.scores.tolist(), reverse=True)
         costs[f"{index}.attention"] = attention.cost

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from support.architectures import CONFIGS
+from support.depth_search import searched
 from support.models import logits, require_close
 from support.packed_linears import IntegerLinear, PackedLinear, pack, unpack
 from support.strategies import random_strategy
@@ -24,9 +25,9 @@ from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics
-from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import WIDTHS, random_model
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -141,10 +142,10 @@ def test_selection_sees_the_unpacked_weights(random_batches: Callable[..., Any])
     found = []
     for model in (pack(random_model(config)), unpack(pack(random_model(config)))):
         adapter, batches = architecture_for("llama"), materialise(random_batches())
-        depth = search_depths(model, adapter, objective_named("loss"), batches, min_depth=2)
+        depth = searched(model, adapter, objective_named("loss"), batches, min_depth=2)
         stats = collect_statistics(model, adapter, batches, progress=False)
         widths = [
-            rank_widths(model, adapter, stats, widths=WIDTHS, importance=importance_named(name))
+            rank_widths(WidthTask(model, adapter, importance_named(name), WIDTHS, stats))
             for name in ("flap", "wanda", "magnitude", "group_magnitude")
         ]
         found.append((depth.kept, [{key: order.tolist() for key, order in each.order.items()} for each in widths]))

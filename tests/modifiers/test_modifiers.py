@@ -35,7 +35,7 @@ from amoeba_plugin.modifiers import (
 )
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.selection import on_main_device
-from amoeba_plugin.selection.depth import selectors
+from amoeba_plugin.selection.depth import search
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -175,7 +175,7 @@ def test_the_adapter_was_trained_and_folded_in(base: Path, data: Dataset) -> Non
 def test_a_saved_recipe_repeats_its_depths_without_searching(
     base: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selectors, "search_depths", None)
+    monkeypatch.setattr(search, "Search", None)
     given = {"DepthShrinkingModifier": {"min_depth": 2, "kept_layers": GIVEN_DEPTHS}}
     assert run(base, recipe(given, {"SubnetExtractionModifier": {"shape": "2x1"}}), data).config.num_hidden_layers == 2
 

@@ -22,6 +22,7 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.depth.layer_importance import angular_distances, magnitude
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[dict[str, Tensor]]]
@@ -29,10 +30,8 @@ RandomBatches = Callable[..., list[dict[str, Tensor]]]
 
 def widths_of(model: PreTrainedModel, batches: list[dict[str, Tensor]], importance: str) -> WidthStrategy:
     adapter = architecture_for(model.config.model_type)
-    return rank_widths(
-        model, adapter, collect_statistics(model, adapter, batches, progress=False),
-        widths=[Fraction(1), Fraction(1, 2)], importance=importance_named(importance), allocation="global",
-    )  # fmt: skip
+    statistics, widths = collect_statistics(model, adapter, batches, progress=False), [Fraction(1), Fraction(1, 2)]
+    return rank_widths(WidthTask(model, adapter, importance_named(importance), widths, statistics, allocation="global"))
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

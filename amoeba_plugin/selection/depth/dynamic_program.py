@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from amoeba_plugin.errors import DataError
+from amoeba_plugin.selection.depth.steps import Removed
 from amoeba_plugin.selection.objectives import Objective, Score, better
 
 NEAR = 1e-5  # relative; how far fp32 may round differently where states are batched differently
 
-Removed = frozenset[int]
 Table = dict[int, tuple[Removed, Score]]  # by number of layers removed
 
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.sublayers import StandIns
@@ -25,7 +24,8 @@ from amoeba_plugin.runtime.module_calls import evaluating, onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.hidden_states import layer_flow
-from amoeba_plugin.selection.objectives import Objective, Score, better, score_over_ranks
+from amoeba_plugin.selection.objectives import Objective, Score, better
+from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
 
 
 def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:
@@ -95,7 +95,7 @@ def scores_without(
     Ranks that were given the same batches share them out.
     """
     objective.check(batches)
-    mine = shard(batches)[0] if objective.is_separable else batches
+    mine, _ = share_of(objective, batches)
     layers = len(adapter.layers(model))
     scores = []
     for removed in tqdm(range(layers), desc="layers left out", unit="layer", disable=not progress):

@@ -21,13 +21,15 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.kept import OTHER, PARTS
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
+from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.runtime.state_store import StateStore
-from amoeba_plugin.selection.objectives import Objective
+from amoeba_plugin.selection.depth.steps import WHOLE, Removed
+from amoeba_plugin.selection.hidden_states import states_into, states_out_of
+from amoeba_plugin.selection.objectives import Objective, Score
+from amoeba_plugin.selection.over_ranks import joined, scores_over_ranks
 from amoeba_plugin.shape import half_steps
 
-Removed = frozenset[int]
 Call = Callable[[Tensor], Any]  # a decoder layer with all its arguments but the states
-WHOLE = Removed()
 TOKENS_AT_ONCE = 2**13  # beyond, one call of a layer is not faster than two
 CALLS_KEPT = 8  # recorded arguments hold a mask of (rows, 1, positions, positions) where there is padding
 
@@ -66,7 +68,7 @@ class Lockstep:
     """Runs the layers of a causal LM one at a time, for many subnets at once.
 
     The arguments that the decoder hands to its layers beside the states are recorded, and what it does before and after
-    its layers it does itself, while they answer with states that are known. ``lockstep_check`` tells whether a decoder
+    its layers it does itself, while they answer with states that are known. ``check_contract`` tells whether a decoder
     allows it.
 
     Attributes:
@@ -121,7 +123,7 @@ class Lockstep:
 
     @property
     def num_steps(self) -> int:
-        """Of the whole model."""
+        """Steps of the whole model, of which the first ``removable`` may go."""
         return self.steps_per_layer * len(self.layers)
 
     @property
@@ -132,21 +134,29 @@ class Lockstep:
     def observe(
         self, objective: Objective, sets: Sequence[Removed], progress: Callable[[], object] = lambda: None
     ) -> list[Tensor]:
-        """Return what an objective observes of the model without each of some sets of layers.
-
-        Args:
-            objective: What to observe.
-            sets: Steps removed, different from one another; the empty set is the whole model.
-            progress: Called for every set and batch.
-
-        Returns:
-            For each set (rows, columns) fp64, the rows of all batches in order.
-        """
+        """Return what an objective observes without each of some sets of steps; see ``Runner.observe``."""
         rows: dict[Removed, list[Tensor]] = {removed: [] for removed in sets}
         for removed, batch in self._finished(sets):
             rows[removed].append(self.observe_final(objective, removed, batch))
             progress()
-        return [torch.cat(rows[removed]) if rows[removed] else torch.zeros(0, 0).double() for removed in sets]
+        return [joined(rows[removed]) for removed in sets]
+
+    def measure(self, objective: Objective, sets: Sequence[Removed], progress: Callable[[], object]) -> list[Score]:
+        """Return the scores of sets, over all ranks, by an objective made of observations; see ``Runner.measure``."""
+        return scores_over_ranks(objective, self.observe(objective, sets, progress))
+
+    def report(self) -> dict[str, Any]:
+        """Return what was run, in how many ``layer_calls``, and most bytes held of ``states on PLACE``."""
+        states = {
+            f"states on {place}": self.cached.peak.get(place, 0) + self.flying.peak.get(place, 0)
+            for place in {**self.cached.peak, **self.flying.peak}
+        }
+        return {
+            "lockstep": True,
+            "layer_forwards": self.layer_forwards,
+            "layer_calls": self.layer_calls,
+            "peak_bytes": states | peak_memory(),
+        }
 
     def observe_final(self, objective: Objective, removed: Removed, batch: int) -> Tensor:
         """Return an observation of a subnet whose states are behind the last layer."""
@@ -158,7 +168,7 @@ class Lockstep:
         """Let the last layer answer with states that are known, and those before it do nothing."""
 
         def last(*args: Any, **kwargs: Any) -> Any:
-            if _states_of(args, kwargs).shape != states.shape:
+            if states_into(args, kwargs).shape != states.shape:
                 raise DataError(
                     "the objective runs the model on something else than the batch it observes; let it override "
                     "measure in place of observe and score"
@@ -167,7 +177,7 @@ class Lockstep:
 
         with ExitStack() as stack:
             for layer in self.layers[:-1]:
-                stack.enter_context(answering(layer, lambda *args, **kwargs: self._returned(_states_of(args, kwargs))))
+                stack.enter_context(answering(layer, lambda *args, **kwargs: self._returned(states_into(args, kwargs))))
             stack.enter_context(answering(self.layers[-1], last))
             yield
 
@@ -216,7 +226,7 @@ class Lockstep:
         for some in _cut(visit.through, self.tokens_at_once // tokens):
             states = torch.cat([self._state(removed, step, batch) for removed in some])
             output = self._record(batch, len(some))[step // self.steps_per_layer](states)
-            passed += (output if isinstance(output, Tensor) else output[0]).chunk(len(some))
+            passed += states_out_of(output).chunk(len(some))
             self.step_forwards, self.layer_calls = self.step_forwards + len(some), self.layer_calls + 1
         for removed in visit.around:
             if removed:
@@ -243,9 +253,9 @@ class Lockstep:
             entering: list[Tensor] = []
 
             def note(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                entering[:] = entering[:1] or [_states_of(args, kwargs)]
+                entering[:] = entering[:1] or [states_into(args, kwargs)]
                 calls.append(_call(layer, args[1:], kwargs, "hidden_states" if not args else None))
-                return self._returned(_states_of(args, kwargs))
+                return self._returned(states_into(args, kwargs))
 
             inputs = model_inputs(self.batches[batch], input_device(self.model))
             with ExitStack() as stack:
@@ -269,8 +279,3 @@ def _cut(sets: Sequence[Removed], size: float) -> Iterator[Sequence[Removed]]:
 def _call(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], keyword: str | None) -> Call:
     others = {name: value for name, value in kwargs.items() if name != keyword}  # the states themselves are not kept
     return lambda states: layer(**{keyword: states}, **others) if keyword else layer(states, *args, **others)
-
-
-def _states_of(args: Sequence[Any], kwargs: Any) -> Tensor:
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
-    return states

@@ -1,23 +1,24 @@
-"""Whether a decoder's layers can be run one at a time, and the way to score subnets where they cannot."""
+"""Whether a decoder's layers can be run one at a time: tried on a few tokens, against the decoder itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from amoeba_plugin.data.batch import MODEL_INPUTS, Batch, model_inputs
-from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
-from amoeba_plugin.models.kept import PARTS, kept_without, removed_names
+from amoeba_plugin.data.batch import MODEL_INPUTS, Batch
+from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.kept import PARTS
 from amoeba_plugin.models.sublayers import StandIns
-from amoeba_plugin.runtime.module_calls import evaluating, input_device
-from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep, Removed
-from amoeba_plugin.selection.objectives import Objective, Score
-from amoeba_plugin.shape import half_steps
+from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.selection.depth.lockstep import Lockstep
+from amoeba_plugin.selection.depth.one_by_one import OneByOne
+from amoeba_plugin.selection.depth.steps import WHOLE, Removed
+from amoeba_plugin.selection.objectives import Objective
 
 ROWS, POSITIONS = 2, 64  # of the first batch: what is checked does not depend on the data
 TOLERANCE = 16  # times the resolution of the dtype, relative to the largest state
@@ -107,76 +108,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     # The same kernels on the same sizes: next to nothing may differ. NaN is for the objective to complain of.
     largest = b.abs().max().item()
     return bool(torch.allclose(a, b, rtol=0, atol=TOLERANCE * torch.finfo(b.dtype).eps * largest, equal_nan=True))
-
-
-@dataclass
-class OneByOne:
-    """Runs every subnet from its embeddings, by exchanging the model's list of layers.
-
-    With ``stand_ins``, what is removed are sublayers: 2 * layer is a layer's attention, 2 * layer + 1 its MLP.
-    """
-
-    model: PreTrainedModel
-    adapter: ArchitectureAdapter
-    batches: Sequence[Batch]
-    layers: tuple[nn.Module, ...]
-    config: PretrainedConfig
-    stand_ins: StandIns | None = None
-    layer_forwards: float = 0
-
-    @classmethod
-    @contextmanager
-    def of(
-        cls,
-        model: PreTrainedModel,
-        adapter: ArchitectureAdapter,
-        batches: Sequence[Batch],
-        stand_ins: StandIns | None = None,
-    ) -> Iterator[OneByOne]:
-        """Yield one; layers and configuration are given back with the block."""
-        layers, config = tuple(adapter.layers(model)), copy_config(model.config)
-        try:
-            yield cls(model, adapter, batches, layers, config, stand_ins)
-        finally:
-            if stand_ins is not None:
-                stand_ins.restore()
-            adapter.set_layers(model, layers, range(len(layers)), config)
-
-    @contextmanager
-    def active(self, removed: Removed) -> Iterator[None]:
-        """Run a block without some layers, or sublayers."""
-        kept, lost = kept_without(len(self.layers), removed, sublayers=self.stand_ins is not None)
-        if self.stand_ins is not None:
-            self.stand_ins.set(lost)
-        self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
-        self.layer_forwards += half_steps(len(kept) - len(lost) / 2) * len(self.batches)
-        yield
-
-    def names(self, removed: Removed) -> list[str]:
-        """Return what is removed, for people."""
-        return removed_names(removed, sublayers=self.stand_ins is not None)
-
-    def last_states(self, batch: Batch) -> Tensor:
-        """Return what the decoder makes of a batch, (batch, positions, hidden)."""
-        inputs = model_inputs(batch, input_device(self.model))
-        states: Tensor = self.adapter.decoder(self.model)(**inputs, use_cache=False).last_hidden_state
-        return states
-
-    def observe(
-        self, objective: Objective, sets: Sequence[Removed], progress: Callable[[], object] = lambda: None
-    ) -> list[Tensor]:
-        """Return what :meth:`Lockstep.observe` returns."""
-        return [self._rows(objective, removed, progress) for removed in sets]
-
-    def _rows(self, objective: Objective, removed: Removed, progress: Callable[[], object]) -> Tensor:
-        rows = []
-        with self.active(removed):
-            for batch in self.batches:
-                rows.append(objective.observe(self.model, batch))
-                progress()
-        return torch.cat(rows) if rows else torch.zeros(0, 0).double()
-
-    def measure(self, objective: Objective, removed: Removed, batches: Sequence[Batch]) -> Score:
-        """Measure a subnet as a whole, for objectives that are not made of observations."""
-        with self.active(removed):
-            return objective.measure(self.model, batches)

@@ -12,11 +12,11 @@ from typing import Any
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.runtime.ranks import from_first_rank, rank
+from amoeba_plugin.selection.depth.steps import Granularity, Removed
 from amoeba_plugin.selection.objectives import Score
 
-Removed = frozenset[int]
 FORMAT, VERSION = "amoeba_plugin.DepthSearch", 1
-NAMES = {"layer": "depth_search.json", "sublayer": "sublayer_search.json"}  # by what is removed
+NAMES: Mapping[Granularity, str] = {"layer": "depth_search.json", "sublayer": "sublayer_search.json"}
 
 
 @dataclass
@@ -46,7 +46,7 @@ class MeasuredTable:
         measure: Callable[[Sequence[Removed]], Sequence[Score]],
         identity: Mapping[str, str],
         directory: Path | None,
-        granularity: str = "layer",
+        granularity: Granularity = "layer",
     ) -> MeasuredTable:
         """Return a table that begins with what a directory holds; every rank gets what the first one reads.
 

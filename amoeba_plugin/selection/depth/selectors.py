@@ -1,22 +1,17 @@
-"""Ways to choose the layers of every depth: the dynamic program, and the published ones it is compared with.
+"""The published ways to choose the layers of every depth, which the dynamic program is compared with.
 
-All but the program rank layers once. What they rank by is in :mod:`amoeba_plugin.selection.depth.layer_importance`.
+All rank layers once. What they rank by is in :mod:`amoeba_plugin.selection.depth.layer_importance`.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
-from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.selection.depth.layer_importance import (
     angular_distances,
     block_influence,
@@ -24,76 +19,15 @@ from amoeba_plugin.selection.depth.layer_importance import (
     scores_without,
     taylor,
 )
-from amoeba_plugin.selection.depth.search import search_depths
-from amoeba_plugin.selection.objectives import Objective
+from amoeba_plugin.selection.depth.task import DepthTask
+from amoeba_plugin.selection.objectives import badness
 
 PROTECTED_FIRST, PROTECTED_LAST = 4, 2  # what the "+" of Shortened LLaMA means (arXiv:2402.02834, section 2.2)
 
 
-@dataclass(frozen=True)
-class DepthTask:
-    """What a selector is asked.
-
-    Attributes:
-        model: A causal LM with all its layers; to be left as it was.
-        adapter: Its architecture.
-        objective: What to make best, for selectors that measure it.
-        batches: Calibration data.
-        min_depth: Layers of the shallowest subnet.
-        keep_last: Last layers that are never removed.
-        progress: Show progress bars.
-        options: Those fields of ``DepthShrinkingModifier`` that the selector names in ``DepthSelector.options``.
-    """
-
-    model: PreTrainedModel
-    adapter: ArchitectureAdapter
-    objective: Objective
-    batches: Sequence[Batch]
-    min_depth: int
-    keep_last: int = 1
-    progress: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the whole model."""
-        return len(self.adapter.layers(self.model))
-
-
-@dataclass(frozen=True)
-class DepthSelector:
-    """A way to choose, for every depth, the layers to keep.
-
-    Attributes:
-        name: The name it is registered under.
-        select: Returns a strategy for every depth from the whole model's down to ``DepthTask.min_depth``.
-        options: Fields of ``DepthShrinkingModifier`` that it takes beside the common ones.
-        description: One line for people.
-    """
-
-    name: str
-    select: Callable[[DepthTask], DepthStrategy]
-    options: tuple[str, ...] = ()
-    description: str = ""
-
-
-def dynamic_program(task: DepthTask) -> DepthStrategy:
-    """Search (AmoebaLLM); see :func:`amoeba_plugin.selection.depth.search.search_depths`."""
-    return search_depths(
-        task.model,
-        task.adapter,
-        task.objective,
-        task.batches,
-        min_depth=task.min_depth,
-        keep_last=task.keep_last,
-        progress=task.progress,
-        **task.options,
-    )
-
-
 def least_block_influence(task: DepthTask) -> DepthStrategy:
     """Remove the layers of least block influence first (ShortGPT, arXiv:2403.03853); nested."""
-    removable = range(_removable(task))
+    removable = range(task.removable())
     return _least_first(task, "block_influence", block_influence(task.model, task.adapter, task.batches), removable)
 
 
@@ -102,15 +36,14 @@ def one_shot(task: DepthTask) -> DepthStrategy:
 
     With the objective loss or perplexity this is Shortened LLaMA's PPL, arXiv:2402.02834.
     """
-    removable = range(_removable(task))
+    removable = range(task.removable())
     scores = scores_without(task.model, task.adapter, task.objective, task.batches, task.progress)
-    badness = [(-score.value if task.objective.larger_is_better else score.value, score.loss) for score in scores]
-    return _least_first(task, "one_shot", badness, removable)
+    return _least_first(task, "one_shot", [badness(task.objective, score) for score in scores], removable)
 
 
 def least_taylor(task: DepthTask) -> DepthStrategy:
     """Remove the layers with the least first-order Taylor importance first (Shortened LLaMA); nested."""
-    removable = range(_removable(task))
+    removable = range(task.removable())
     return _least_first(task, "taylor", taylor(task.model, task.adapter, task.batches, task.progress), removable)
 
 
@@ -122,7 +55,7 @@ def least_taylor_plus(task: DepthTask) -> DepthStrategy:
 
 def least_magnitude(task: DepthTask) -> DepthStrategy:
     """Remove the layers with the least sum of absolute weights first (Shortened LLaMA); nested. No data is needed."""
-    return _least_first(task, "magnitude", magnitude(task.model, task.adapter), range(_removable(task)))
+    return _least_first(task, "magnitude", magnitude(task.model, task.adapter), range(task.removable()))
 
 
 def least_magnitude_plus(task: DepthTask) -> DepthStrategy:
@@ -135,7 +68,7 @@ def least_angular_distance(task: DepthTask) -> DepthStrategy:
 
     Gromov et al., arXiv:2403.17887, section 3.2; of equal runs the deepest.
     """
-    layers, removable = task.num_layers, _removable(task)
+    layers, removable = task.num_layers, task.removable()
     distances = angular_distances(task.model, task.adapter, task.batches)
     _require_scores("angular_distance", distances.diagonal(1).tolist())
     kept: dict[float, tuple[int, ...]] = {layers: tuple(range(layers))}
@@ -148,7 +81,7 @@ def least_angular_distance(task: DepthTask) -> DepthStrategy:
 
 def last_layers(task: DepthTask) -> DepthStrategy:
     """Remove the deepest layers but the last ``keep_last`` (Gromov et al., arXiv:2403.17887, section 4.4); nested."""
-    return _removed_in_order(task, "last_layers", range(_removable(task) - 1, -1, -1))
+    return _removed_in_order(task, "last_layers", range(task.removable() - 1, -1, -1))
 
 
 def random_depths(num_layers: int, depths: Sequence[int], seed: int) -> DepthStrategy:
@@ -159,25 +92,9 @@ def random_depths(num_layers: int, depths: Sequence[int], seed: int) -> DepthStr
     )
 
 
-def _removable(task: DepthTask) -> int:
-    """Return how many layers, from the first on, may go; refuse depths that cannot be."""
-    layers = task.num_layers
-    if not 1 <= task.min_depth < layers:
-        raise RecipeError(
-            f"min_depth {task.min_depth} is impossible: the model has {layers} layers; take 1..{layers - 1}, "
-            "or leave DepthShrinkingModifier out to keep all layers"
-        )
-    if not 0 <= task.keep_last <= task.min_depth:
-        raise RecipeError(
-            f"keep_last {task.keep_last} is impossible with min_depth {task.min_depth}: layers never removed are among "
-            f"those kept; take 0..{task.min_depth}"
-        )
-    return layers - task.keep_last
-
-
 def _unprotected(task: DepthTask, plain: str) -> range:
     last = max(PROTECTED_LAST, task.keep_last)
-    removable = range(PROTECTED_FIRST, min(_removable(task), task.num_layers - last))
+    removable = range(PROTECTED_FIRST, min(task.removable(), task.num_layers - last))
     wanted = task.num_layers - task.min_depth
     if len(removable) < wanted:
         raise RecipeError(

@@ -18,15 +18,16 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
-from amoeba_plugin.selection.objectives import Objective, Score, better, score_over_ranks
+from amoeba_plugin.selection.objectives import Objective, Score, better
+from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
 from amoeba_plugin.selection.width.allocation import rounding_steps, tell_equal
-from amoeba_plugin.selection.width.ranking import require_widths, unit_cost
+from amoeba_plugin.selection.width.ranking import rank_widths, require_widths, unit_cost
+from amoeba_plugin.selection.width.task import WidthTask
 
 logger = logging.getLogger(__name__)
 MOST_SPLITS = 16  # tried per width; of more, as many at even distances
@@ -49,15 +50,7 @@ class Part:
 
 
 def measured_widths(
-    model: PreTrainedModel,
-    adapter: ArchitectureAdapter,
-    ranked: WidthStrategy,
-    objective: Objective,
-    batches: Sequence[Batch],
-    *,
-    widths: Sequence[Fraction],
-    round_to: Mapping[str, int] | int = 1,
-    progress: bool = True,
+    task: WidthTask, objective: Objective, batches: Sequence[Batch], progress: bool = True
 ) -> WidthStrategy:
     """Give every width the sizes, the same in all layers, that are best of those with its share of the parameters.
 
@@ -65,13 +58,9 @@ def measured_widths(
     Biases that stand in for missing channels are not measured.
 
     Args:
-        model: The dense model; as it was afterwards, to the last bit.
-        adapter: Its architecture.
-        ranked: Holds the order of every group's units, from ``rank_widths``.
+        task: Its widths are shares of the parameters of all units.
         objective: Decides between splits.
         batches: Calibration data; ranks that were given the same share them out.
-        widths: Shares of the parameters of all units, in (0, 1].
-        round_to: Consumer's channels that sizes are multiples of, for all groups or by group name.
         progress: Show a bar.
 
     Returns:
@@ -79,16 +68,19 @@ def measured_widths(
 
     Raises:
         RecipeError: If a width or a rounding is impossible.
+        DataError: If statistics or batches lack what is needed, or scores are not finite.
         ArchitectureError: If the model cannot be made elastic, as when accelerate offloads weights of it.
     """
+    model, adapter = task.model, task.adapter
+    ranked = rank_widths(replace(task, widths=[Fraction(1)], allocation="uniform", anchors=()))
     objective.check(batches)
-    mine = shard(batches)[0] if objective.is_separable else batches
-    parts = parts_of(model, adapter, round_to)
-    has_class = _class_finder(model.config, adapter, ranked.bias_compensation)
+    mine, _ = share_of(objective, batches)
+    parts = parts_of(model, adapter, task.round_to)
+    has_class = _class_finder(model.config, adapter, task.bias_compensation)
     chosen: dict[Fraction, Sizes] = {}
     most: Sizes = {part.name: part.units for part in parts}
     with _in_order(model, adapter, ranked) as elastic:
-        for share in tqdm(require_widths(widths), desc="sizes of widths", unit="width", disable=not progress):
+        for share in tqdm(require_widths(task.widths), desc="sizes of widths", unit="width", disable=not progress):
             tried = splits(parts, share, most, has_class)
             scores: list[Score] = []
             for sizes in tried if len(tried) > 1 else []:

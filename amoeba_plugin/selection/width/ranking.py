@@ -10,7 +10,6 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,42 +23,13 @@ from amoeba_plugin.runtime.module_calls import onloaded
 from amoeba_plugin.selection.activation_stats import ActivationStats
 from amoeba_plugin.selection.importance import CoupledWeights, GroupImportance, Importance
 from amoeba_plugin.selection.width.allocation import RankedGroup, allocated, rounding_steps
+from amoeba_plugin.selection.width.task import WidthTask
 
 logger = logging.getLogger(__name__)
 
 
-def rank_widths(
-    model: PreTrainedModel,
-    adapter: ArchitectureAdapter,
-    stats: Mapping[str, ActivationStats],
-    *,
-    widths: Sequence[Fraction],
-    importance: Importance | GroupImportance,
-    gradients: Mapping[str, Tensor] | None = None,
-    allocation: Literal["uniform", "global"] = "uniform",
-    round_to: Mapping[str, int] | int = 1,
-    anchors: Collection[int] = (),
-    bias_compensation: bool = False,
-) -> WidthStrategy:
+def rank_widths(task: WidthTask) -> WidthStrategy:
     """Order the units of every group by importance and decide how many each width keeps.
-
-    Args:
-        model: The dense model, not changed.
-        adapter: Its architecture.
-        stats: By ``group_key``, from ``collect_statistics``; may lack groups where nothing needs them.
-        widths: Shares kept, in (0, 1]. 1 keeps everything, whatever ``round_to`` is.
-        importance: Scores channels or units.
-        gradients: From ``loss_gradients`` of :func:`coupled_parameters`, for importances that need them.
-        allocation: ``uniform`` keeps the same number of units in every layer: the share of that group's units.
-            ``global`` is the paper's: one threshold over the units of all layers, so that the share counts the
-            parameters of units, and layers differ; every group keeps its best unit at least, and all experts of a
-            layer the same number (:func:`experts_together`).
-        round_to: Consumer's channels that kept sizes are multiples of (the nearest one), for all groups or by group
-            name. With ``global`` it moves the share away from the one asked for.
-        anchors: Indices of layers that keep full width (ELMS). The others make up for them: their share is
-            (width * layers - anchors) / (layers - anchors), so that the width is still that of the whole model. With
-            ``global`` they are left out of the threshold, and their parameters count as kept.
-        bias_compensation: Also store every channel's mean input.
 
     Returns:
         The strategy, widths largest first.
@@ -68,53 +38,44 @@ def rank_widths(
         RecipeError: If a width, an allocation or a rounding is impossible.
         DataError: If statistics are missing, or scores are not finite.
     """
-    shares = require_widths(widths)
-    steps = rounding_steps(adapter.channel_groups(model.config), round_to)
+    model, adapter = task.model, task.adapter
+    shares = require_widths(task.widths)
+    steps = rounding_steps(adapter.channel_groups(model.config), task.round_to)
     layers = adapter.layers(model)
-    require_anchors(anchors, len(layers))
-    if bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
-        _require_statistics(model, adapter, stats, importance)
+    require_anchors(task.anchors, len(layers))
+    _require_statistics(task)
     ranked = []
     for index, layer in enumerate(layers):
         with onloaded(layer.modules()):
             for group in adapter.channel_groups(model.config):
-                each = rank_group(layer, index, group, stats, gradients or {}, importance)
-                ranked.append(replace(each, anchored=index in anchors))
-    units = allocated(ranked, shares, steps, allocation)
-    if bias_compensation:
+                ranked.append(replace(rank_group(task, index, group), anchored=index in task.anchors))
+    units = allocated(ranked, shares, steps, task.allocation)
+    if task.bias_compensation:
         _tell_where_biases_go(model.config, adapter, units[shares[-1]])
+    means = {each.key: task.statistics[each.key].mean.float().cpu() for each in ranked if task.bias_compensation}
     return WidthStrategy(
         units,
         {each.key: each.order.cpu() for each in ranked},
-        {each.key: stats[each.key].mean.float().cpu() for each in ranked} if bias_compensation else {},
-        importance.name,
-        allocation,
-        bias_compensation,
+        means,
+        task.importance.name,
+        task.allocation,
+        task.bias_compensation,
     )
 
 
-def rank_group(
-    layer: nn.Module,
-    index: int,
-    group: ChannelGroup,
-    stats: Mapping[str, ActivationStats],
-    gradients: Mapping[str, Tensor],
-    importance: Importance | GroupImportance,
-) -> RankedGroup:
-    """Score the units of one group of one layer.
+def rank_group(task: WidthTask, index: int, group: ChannelGroup) -> RankedGroup:
+    """Score the units of one group of layer ``index``.
 
     Raises:
         DataError: If a score is NaN or infinite, or gradients are missing.
     """
-    key = group_key(index, group)
+    layer, importance, key = task.adapter.layers(task.model)[index], task.importance, group_key(index, group)
     if isinstance(importance, GroupImportance):
-        scores = importance.score(_coupled(layer, index, group, gradients, importance)).double().cpu()
-        _require_finite(scores, key, importance.name)
-        scores = standardised(scores)
+        coupled = _coupled(layer, index, group, task.gradients, importance)
+        scores = standardised(_finite(importance.score(coupled), key, importance))
     else:
-        weight = group.consumer.weight(layer).detach()
-        channels = importance.score(stats.get(key) or ActivationStats.empty(group.channels), weight).double().cpu()
-        _require_finite(channels, key, importance.name)
+        stats = task.statistics.get(key) or ActivationStats.empty(group.channels)
+        channels = _finite(importance.score(stats, group.consumer.weight(layer).detach()), key, importance)
         if importance.square_attention and group.name == "attention":
             channels = channels.square()
         # score(unit) = mean of its channels' standardised scores  (FLAP, arXiv:2312.11983, section 4.2)
@@ -176,9 +137,14 @@ def _coupled(
     return CoupledWeights(group, weights, {axis: axis.part(gradients[_name(index, axis)]) for axis in axes})
 
 
-def _require_finite(scores: Tensor, key: str, name: str) -> None:
+def _finite(scores: Tensor, key: str, importance: Importance | GroupImportance) -> Tensor:
+    """Return scores in fp64 on the CPU; refuse those that are NaN or infinite."""
+    scores = scores.double().cpu()
     if not bool(torch.isfinite(scores).all()):
-        raise DataError(f"importance {name} of {key} is NaN or infinite; check the weights and the calibration data")
+        raise DataError(
+            f"importance {importance.name} of {key} is NaN or infinite; check the weights and the calibration data"
+        )
+    return scores
 
 
 def standardised(scores: Tensor) -> Tensor:
@@ -231,19 +197,17 @@ def require_anchors(anchors: Collection[int], layers: int) -> None:
         )
 
 
-def _require_statistics(
-    model: PreTrainedModel,
-    adapter: ArchitectureAdapter,
-    stats: Mapping[str, ActivationStats],
-    importance: Importance | GroupImportance,
-) -> None:
-    for index in range(len(adapter.layers(model))):
-        for group in adapter.channel_groups(model.config):
+def _require_statistics(task: WidthTask) -> None:
+    """Refuse statistics that lack a group, or are of other channels than its; where none are needed, take anything."""
+    scored = isinstance(task.importance, Importance) and task.importance.needs_statistics
+    if not (scored or task.bias_compensation):
+        return
+    for index in range(len(task.adapter.layers(task.model))):
+        for group in task.adapter.channel_groups(task.model.config):
             key = group_key(index, group)
-            found = len(stats[key].mean) if key in stats else None
+            found = len(task.statistics[key].mean) if key in task.statistics else None
             if found != group.channels:
-                scored = isinstance(importance, Importance) and importance.needs_statistics
-                asker = f"importance {importance.name}" if scored else "bias_compensation"
+                asker = f"importance {task.importance.name}" if scored else "bias_compensation"
                 raise DataError(
                     f"{asker} needs statistics of {key} over {group.channels} channels, there are "
                     f"{'none' if found is None else f'{found} channels'}; collect them on this model"

@@ -15,12 +15,14 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, WidthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics
-from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
+from amoeba_plugin.selection.depth.selectors import random_depths
+from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.importance import GroupImportance
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
 from amoeba_plugin.selection.width.measured_split import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 
 OURS = Variant("one-for-all, SMOL (factors)")
 
@@ -89,19 +91,19 @@ def _before_and_after(
 
 def search(subject: Subject, text: str | None = None, min_depth: int | None = None) -> DepthStrategy:
     """Choose layers on one text as the demo's recipe does."""
-    return choose_layers(subject, "dynamic_program", text, {"exchanges": 1}, min_depth)
+    return choose_layers(subject, "dynamic_program", text, SearchOptions(exchanges=1), min_depth)
 
 
 def choose_layers(
     subject: Subject, selector: str = "dynamic_program", text: str | None = None,
-    options: Mapping[str, int] | None = None, min_depth: int | None = None,
+    options: SearchOptions | None = None, min_depth: int | None = None,
 ) -> DepthStrategy:  # fmt: skip
     """Choose layers by a selector's name."""
     model = subject.model()
     calibration = subject.calibrations[text or subject.own_text]
     task = DepthTask(
         model, architecture_for(model.config.model_type), objective_named("loss"), calibration,
-        min_depth=min_depth or subject.depths[-1], options=options or {},
+        min_depth=min_depth or subject.depths[-1], options=options or SearchOptions(),
     )  # fmt: skip
     return depth_selector_named(selector).select(task)
 
@@ -118,13 +120,10 @@ def choose_channels(
     gradients = {}
     if isinstance(scored, GroupImportance) and scored.needs_gradients:
         gradients = loss_gradients(model, coupled_parameters(model, adapter), calibration)
-    widths, allocation = widths or subject.widths, allocation or subject.allocation
-    ranked = rank_widths(
-        model, adapter, statistics, gradients=gradients, widths=[Fraction(1)] if allocation == "measured" else widths,
-        importance=scored, allocation="global" if allocation == "global" else "uniform",
-        bias_compensation=bias_compensation, round_to=subject.round_to,
+    task = WidthTask(
+        model, adapter, scored, widths or subject.widths, statistics, gradients, allocation or subject.allocation,
+        subject.round_to, bias_compensation=bias_compensation,
     )  # fmt: skip
-    if allocation != "measured":
-        return ranked
-    loss = objective_named("loss")
-    return measured_widths(model, adapter, ranked, loss, calibration, widths=widths, round_to=subject.round_to)
+    if task.allocation == "measured":
+        return measured_widths(task, objective_named("loss"), calibration)
+    return rank_widths(task)

@@ -13,6 +13,7 @@ import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
 from support.deleted_layers import SLIDING, deleted
+from support.depth_search import searched
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,13 +25,12 @@ from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.selection.depth import lockstep
 from amoeba_plugin.selection.depth import search as depth
 from amoeba_plugin.selection.depth.dynamic_program import Search
-from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep, walk
+from amoeba_plugin.selection.depth.lockstep import Lockstep, walk
 from amoeba_plugin.selection.depth.lockstep_contract import check_contract
-from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.depth.steps import WHOLE, Removed
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss, Score
 
 Batch = dict[str, Tensor]
-Removed = frozenset[int]
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[Batch]]
 ARCHITECTURES = {
@@ -123,13 +123,13 @@ def test_the_search_runs_every_shared_state_once_and_no_other(
     monkeypatch.setattr(Lockstep, "observe", noted)
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(count)
-    found = search_depths(model, AnyDecoder(), PerTokenLoss(), batches, **options)
+    found = searched(model, AnyDecoder(), PerTokenLoss(), batches, **options)
     assert found.search["lockstep"]
     assert len(batches) * distinct_states(steps, layers) == rows / 2 == found.search["layer_forwards"]
     assert calls == found.search["layer_calls"] < rows / 2
     assert found.search["measured"] == sum(map(len, steps)) == len({removed for step in steps for removed in step})
     monkeypatch.setattr(depth, "check_contract", lambda *args: depth.Contract("for comparison"))
-    one_by_one = search_depths(model, AnyDecoder(), PerTokenLoss(), batches, **options)
+    one_by_one = searched(model, AnyDecoder(), PerTokenLoss(), batches, **options)
     assert one_by_one.kept == found.kept
     assert one_by_one.metric == pytest.approx(found.metric, rel=1e-5)
     assert not one_by_one.search["lockstep"]
@@ -160,9 +160,7 @@ def test_states_beyond_the_budget_go_to_disk_and_come_back(
 ) -> None:
     model, batches = tiny_model("qwen3", layers=6), random_batches(3, 2, 14, lengths=(14, 9))
     found = [
-        search_depths(
-            model, AnyDecoder(), PerTokenLoss(), batches, min_depth=2, exchanges=1, cache_gib=gib, progress=False
-        )
+        searched(model, AnyDecoder(), PerTokenLoss(), batches, min_depth=2, exchanges=1, cache_gib=gib, progress=False)
         for gib in (4.0, 1e-9)
     ]
     assert found[0] == found[1]
@@ -201,7 +199,7 @@ def test_an_offloaded_model_fetches_each_layer_once_a_step(
 ) -> None:
     layers, batches = 5, random_batches(3, 2, 12, lengths=(12, 7))
     options = {"min_depth": 2, "exchanges": 1, "progress": False}
-    wanted = search_depths(tiny_model("llama", layers=layers), AnyDecoder(), PerTokenLoss(), batches, **options)
+    wanted = searched(tiny_model("llama", layers=layers), AnyDecoder(), PerTokenLoss(), batches, **options)
     model = tiny_model("llama", layers=layers)
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     fetched: Counter[nn.Module] = Counter()
@@ -220,7 +218,7 @@ def test_an_offloaded_model_fetches_each_layer_once_a_step(
 
     monkeypatch.setattr(AlignDevicesHook, "pre_forward", counted)
     monkeypatch.setattr(Lockstep, "observe", step)
-    assert search_depths(model, AnyDecoder(), PerTokenLoss(), batches, **options) == wanted
+    assert searched(model, AnyDecoder(), PerTokenLoss(), batches, **options) == wanted
     # after the check: the whole model; layers behind the one that all subnets of a step lack; exchanges
     assert steps[1:] == [[1] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
     assert all(parameter.device == torch.device("meta") for parameter in model.model.layers.parameters())
@@ -244,7 +242,7 @@ def test_a_decoder_that_does_something_between_its_layers_is_run_as_a_whole(
     for layer in model.model.layers:
         layer.register_forward_pre_hook(scale)
     with caplog.at_level(logging.WARNING):
-        found = search_depths(model, AnyDecoder(), PerTokenLoss(), batches, min_depth=3, progress=False)
+        found = searched(model, AnyDecoder(), PerTokenLoss(), batches, min_depth=3, progress=False)
     assert not found.search["lockstep"]
     assert "run from its embeddings" in caplog.text
     assert "computes something else when its layers are called one at a time" in caplog.text
@@ -260,7 +258,7 @@ def test_a_model_with_hooks_of_its_own_is_run_as_a_whole(tiny_model: TinyModel, 
     model, batches = tiny_model("llama"), random_batches()
     model.register_forward_pre_hook(lambda module, args: None)
     assert check_contract(model, AnyDecoder(), batches).broken == "the model has forward hooks of its own"
-    found = search_depths(model, AnyDecoder(), PerTokenLoss(), batches, min_depth=3, progress=False)
+    found = searched(model, AnyDecoder(), PerTokenLoss(), batches, min_depth=3, progress=False)
     assert not found.search["lockstep"]
 
 
@@ -272,7 +270,7 @@ def test_an_objective_that_looks_at_something_else_than_the_batch_is_told(
             return super().observe(model, {name: values[:1] for name, values in batch.items()})
 
     with pytest.raises(DataError, match="let it override measure in place of observe and score"):
-        search_depths(tiny_model("llama"), AnyDecoder(), FirstRow(), random_batches(), min_depth=3, progress=False)
+        searched(tiny_model("llama"), AnyDecoder(), FirstRow(), random_batches(), min_depth=3, progress=False)
 
 
 def test_few_recorded_calls_are_kept(
@@ -290,7 +288,7 @@ def test_what_a_search_took_is_saved_with_its_strategy(
     tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    found = search_depths(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=2, progress=False)
+    found = searched(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=2, progress=False)
     SubnetStrategy(found, WidthStrategy.whole(), "fingerprint").save(tmp_path)
     search = SubnetStrategy.load(tmp_path).depth.search
     assert search == found.search
@@ -307,7 +305,7 @@ def test_near_ties_are_listed_and_logged(
     twin = model.model.layers[1].state_dict()
     for name, value in model.model.layers[2].state_dict().items():
         value.copy_(twin[name])  # it makes no difference which of the two goes
-    found = search_depths(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=3, progress=False)
+    found = searched(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=3, progress=False)
     assert {"preferred": [2], "other": [1]} in found.search["near_ties"]
     assert "may turn out the other way on other hardware" in caplog.text
 
@@ -317,7 +315,7 @@ def test_bfloat16_is_searched_in_lockstep_too(
     tiny_model: TinyModel, random_batches: RandomBatches, model_type: str
 ) -> None:
     model = tiny_model(model_type, layers=6).to(torch.bfloat16)
-    found = search_depths(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=3, progress=False)
+    found = searched(model, AnyDecoder(), PerTokenLoss(), random_batches(), min_depth=3, progress=False)
     assert found.search["lockstep"]
     for kept, metric in zip(found.kept.values(), found.metric.values(), strict=True):
         subnet = deleted(model, Removed(range(6)) - Removed(kept))

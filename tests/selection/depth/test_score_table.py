@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.depth_search import searched
 from support.forked import forked
 from support.packed_linears import pack
 from torch import Tensor, distributed, nn
@@ -23,7 +24,6 @@ from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.runtime.ranks import from_first_rank
 from amoeba_plugin.selection.depth.score_table import NAMES, MeasuredTable
-from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
 
 Batch = dict[str, Tensor]
@@ -34,7 +34,7 @@ RandomBatches = Callable[..., list[Batch]]
 def search(
     model: PreTrainedModel, batches: list[Batch], directory: Path | None, objective: Objective | None = None
 ) -> DepthStrategy:
-    return search_depths(
+    return searched(
         model, architecture_for("llama"), objective or PerTokenLoss(), batches,
         min_depth=2, exchanges=1, resume_dir=directory, progress=False,
     )  # fmt: skip
@@ -187,8 +187,8 @@ def test_a_table_serves_other_depths_and_beams_too(
     model, batches, adapter = tiny_model("llama", layers=6), random_batches(), architecture_for("llama")
     search(model, batches, tmp_path)
     options = {"min_depth": 3, "beam": 2, "progress": False}
-    found = search_depths(model, adapter, PerTokenLoss(), batches, resume_dir=tmp_path, **options)
-    fresh = search_depths(model, adapter, PerTokenLoss(), batches, **options)
+    found = searched(model, adapter, PerTokenLoss(), batches, resume_dir=tmp_path, **options)
+    fresh = searched(model, adapter, PerTokenLoss(), batches, **options)
     assert found == fresh
     assert found.search["measured"] < fresh.search["measured"]
 

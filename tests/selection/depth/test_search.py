@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.deleted_layers import SLIDING, deleted, plain_loss, recurrence
+from support.depth_search import searched
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +21,6 @@ from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.depth.dynamic_program import Search, Table, evaluations, exchange_evaluations
-from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
 
 Batch = dict[str, Tensor]
@@ -67,7 +67,7 @@ def test_the_search_is_the_recurrence_on_models_whose_layers_are_deleted(
 ) -> None:
     model = tiny_model(model_type, seed=layers, layers=layers, **overrides)
     batches = random_batches(2, 2, 14, lengths=(14, 9))
-    found = search_depths(
+    found = searched(
         model,
         architecture_for(model_type),
         PerTokenLoss(),
@@ -228,9 +228,7 @@ def test_accuracy_drives_the_search_through_the_model(tiny_model: TinyModel, ran
     model, batches = tiny_model("llama", seed=1), random_batches(8, 4)
     for number, batch in enumerate(batches):
         batch["question"], batch["is_answer"] = torch.full((4,), number), torch.tensor([0, 0, 1, 0])
-    found = search_depths(
-        model, architecture_for("llama"), MultipleChoiceAccuracy(), batches, min_depth=2, progress=False
-    )
+    found = searched(model, architecture_for("llama"), MultipleChoiceAccuracy(), batches, min_depth=2, progress=False)
     for kept, metric in zip(found.kept.values(), found.metric.values(), strict=True):
         subnet = deleted(model, frozenset(range(4)) - frozenset(kept))
         assert MultipleChoiceAccuracy().measure(subnet, batches).value == metric
@@ -276,9 +274,7 @@ def test_the_model_is_restored_after_an_exception_too(
     layers, config = list(model.model.layers), model.config.to_dict()
 
     def search() -> None:
-        search_depths(
-            model, architecture_for(model_type), objective(calls), random_batches(), min_depth=2, progress=False
-        )
+        searched(model, architecture_for(model_type), objective(calls), random_batches(), min_depth=2, progress=False)
 
     if calls == 100:
         search()
@@ -305,7 +301,7 @@ class Given(PerTokenLoss):
 
 def given_search(tiny_model: TinyModel, random_batches: RandomBatches, *values: float) -> DepthStrategy:
     model = tiny_model("llama", layers=3)
-    return search_depths(
+    return searched(
         model, architecture_for("llama"), Given(*values), random_batches(), min_depth=1, keep_last=0, progress=False
     )
 
@@ -346,10 +342,10 @@ def test_impossible_depths_are_refused_before_anything_runs(
 ) -> None:
     model, adapter = tiny_model("llama"), architecture_for("llama")
     with pytest.raises(RecipeError, match=message):
-        search_depths(model, adapter, Failing(1), random_batches(), min_depth=min_depth, keep_last=keep_last)
+        searched(model, adapter, Failing(1), random_batches(), min_depth=min_depth, keep_last=keep_last)
 
 
 def test_the_objective_s_check_comes_first(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
     model = tiny_model("llama")
     with pytest.raises(DataError, match="lacks question, is_answer"):
-        search_depths(model, architecture_for("llama"), MultipleChoiceAccuracy(), random_batches(), min_depth=2)
+        searched(model, architecture_for("llama"), MultipleChoiceAccuracy(), random_batches(), min_depth=2)

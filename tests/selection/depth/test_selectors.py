@@ -18,7 +18,8 @@ from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.builtin import amoeba_depth_selectors
 from amoeba_plugin.selection.depth.layer_importance import block_influence, taylor
-from amoeba_plugin.selection.depth.selectors import DepthTask, random_depths
+from amoeba_plugin.selection.depth.selectors import random_depths
+from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 
 Batch = dict[str, Tensor]
@@ -88,7 +89,7 @@ def test_the_last_layers_go_but_the_very_last(
 
 
 def test_the_dynamic_program_is_one_of_them(tiny_model: TinyModel, random_batches: RandomBatches) -> None:
-    found = select("dynamic_program", tiny_model("llama"), random_batches(), 2, options={"exchanges": 1})
+    found = select("dynamic_program", tiny_model("llama"), random_batches(), 2, options=SearchOptions(exchanges=1))
     assert list(found.kept) == list(found.metric) == [4, 3, 2]
 
 

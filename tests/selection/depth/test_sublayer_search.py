@@ -15,6 +15,7 @@ import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
 from support.deleted_layers import plain_loss, recurrence
+from support.depth_search import searched
 from support.forked import forked
 from support.sublayers import CASES, zeroed
 from torch import Tensor, distributed, nn
@@ -27,16 +28,15 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.selection.depth import search as depth
-from amoeba_plugin.selection.depth.lockstep import WHOLE, Lockstep
+from amoeba_plugin.selection.depth.lockstep import Lockstep
 from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
-from amoeba_plugin.selection.depth.search import search_depths
-from amoeba_plugin.selection.depth.selectors import DepthTask
+from amoeba_plugin.selection.depth.steps import WHOLE, Removed
+from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named
 from amoeba_plugin.testing.architectures import random_model
 
 Batch = dict[str, Tensor]
-Removed = frozenset[int]
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[Batch]]
 SETS = [Removed({1}), Removed({0, 1, 6}), WHOLE, Removed({2, 3, 4}), Removed({0}), Removed({0, 2, 5}), Removed({7})]
@@ -44,7 +44,7 @@ SETS = [Removed({1}), Removed({0, 1, 6}), WHOLE, Removed({2, 3, 4}), Removed({0}
 
 def search(model: PreTrainedModel, batches: list[Batch], **options: Any) -> DepthStrategy:
     fields = {"min_depth": 2, "granularity": "sublayer", "progress": False} | options
-    return search_depths(model, architecture_for(model.config.model_type), PerTokenLoss(), batches, **fields)
+    return searched(model, architecture_for(model.config.model_type), PerTokenLoss(), batches, **fields)
 
 
 def loss_without(model: PreTrainedModel, removed: Removed, batches: list[Batch]) -> float:
@@ -238,7 +238,7 @@ def test_published_selectors_have_no_sublayers(tiny_model: TinyModel, random_bat
     model = tiny_model("llama")
     task = DepthTask(
         model, architecture_for("llama"), PerTokenLoss(), random_batches(1), min_depth=3, progress=False,
-        options={"granularity": "sublayer"},
+        options=SearchOptions(granularity="sublayer"),
     )  # fmt: skip
     assert set(depth_selector_named("dynamic_program").select(task).kept) == {4, 3.5, 3}
     with pytest.raises(RecipeError, match="min_depth 4 is impossible"):

@@ -22,7 +22,7 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.measured_split import MOST_SPLITS, Part, measured_widths, splits
-from amoeba_plugin.selection.width.ranking import rank_widths
+from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import random_model
 
 Batches = Callable[..., list[dict[str, Tensor]]]
@@ -34,9 +34,9 @@ NEURON = 3 * 64
 def measured(model: PreTrainedModel, batches: list[dict[str, Tensor]], **options: Any) -> WidthStrategy:
     adapter = architecture_for(model.config.model_type)
     stats = collect_statistics(model, adapter, batches, progress=False)
-    ranked = rank_widths(model, adapter, stats, widths=[Fraction(1)], importance=importance_named("magnitude"))
-    options = {"widths": WIDTHS} | options
-    return measured_widths(model, adapter, ranked, objective_named("loss"), batches, progress=False, **options)
+    fields = {"widths": WIDTHS, "statistics": stats} | options
+    task = WidthTask(model, adapter, importance_named("magnitude"), **fields)
+    return measured_widths(task, objective_named("loss"), batches, progress=False)
 
 
 def loss_of(model: PreTrainedModel, strategy: WidthStrategy, sizes: dict[str, int], batches: Any) -> float:

@@ -26,6 +26,7 @@ from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.allocation import global_prefix, nearest_size, other_share
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths, standardised, unit_cost
+from amoeba_plugin.selection.width.task import WidthTask
 
 TinyModel = Callable[..., PreTrainedModel]
 Batches = Callable[..., list[dict[str, Tensor]]]
@@ -40,7 +41,7 @@ def rank(tiny_model: TinyModel, random_batches: Batches) -> Callable[..., tuple[
         model, adapter = tiny_model(model_type), architecture_for(model_type)
         stats = collect_statistics(model, adapter, random_batches(lengths=(12, 7)), progress=False)
         options = {"widths": WIDTHS, "importance": importance_named("flap")} | options
-        return model, rank_widths(model, adapter, stats, **options)
+        return model, rank_widths(WidthTask(model, adapter, statistics=stats, **options))
 
     return rank
 
@@ -220,7 +221,7 @@ def test_group_importances_equal_loops_over_the_elements_of_units(
     model, adapter = tiny_model(model_type, layers=2, **EXTRA.get(model_type, {})), architecture_for(model_type)
     batches = random_batches(3, lengths=(12, 7))
     gradients = loss_gradients(model, coupled_parameters(model, adapter), batches, progress=False)
-    strategy = rank_widths(model, adapter, {}, widths=WIDTHS, importance=importance_named(name), gradients=gradients)
+    strategy = rank_widths(WidthTask(model, adapter, importance_named(name), WIDTHS, gradients=gradients))
     plain = copy.deepcopy(model)
     targets = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
     losses = [plain(**batch, use_cache=False).loss * count for batch, count in zip(batches, targets, strict=True)]
@@ -261,7 +262,7 @@ def looped(name: str, layer: nn.Module, axis: ChannelAxis, unit: int, is_consume
 def test_taylor_says_which_gradient_it_lacks(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
     with pytest.raises(DataError, match=r"importance taylor needs the gradient of 0\.self_attn\.q_proj"):
-        rank_widths(model, architecture_for("llama"), {}, widths=WIDTHS, importance=importance_named("taylor"))
+        rank_widths(WidthTask(model, architecture_for("llama"), importance_named("taylor"), WIDTHS))
 
 
 def test_a_layer_that_would_lose_everything_keeps_one_unit_and_is_named(
@@ -334,16 +335,16 @@ def test_standardised_of_constants_and_single_channels_is_zero() -> None:
 
 def test_magnitude_needs_no_statistics_the_others_say_which_lack(tiny_model: TinyModel) -> None:
     model, adapter = tiny_model("llama"), architecture_for("llama")
-    assert rank_widths(model, adapter, {}, widths=WIDTHS, importance=importance_named("magnitude")).mean_input == {}
+    assert rank_widths(WidthTask(model, adapter, importance_named("magnitude"), WIDTHS)).mean_input == {}
     with pytest.raises(
         DataError, match=r"importance flap needs statistics of 0\.attention over 128 channels, there are none"
     ):
-        rank_widths(model, adapter, {}, widths=WIDTHS, importance=importance_named("flap"))
+        rank_widths(WidthTask(model, adapter, importance_named("flap"), WIDTHS))
     with pytest.raises(DataError, match="bias_compensation needs statistics"):
-        rank_widths(model, adapter, {}, widths=WIDTHS, importance=importance_named("magnitude"), bias_compensation=True)
+        rank_widths(WidthTask(model, adapter, importance_named("magnitude"), WIDTHS, bias_compensation=True))
     wrong = {"0.attention": ActivationStats.empty(64)}
     with pytest.raises(DataError, match="there are 64 channels; collect them on this model"):
-        rank_widths(model, adapter, wrong, widths=WIDTHS, importance=importance_named("flap"))
+        rank_widths(WidthTask(model, adapter, importance_named("flap"), WIDTHS, wrong))
 
 
 def test_scores_that_are_not_finite_are_refused(rank: Any) -> None:
