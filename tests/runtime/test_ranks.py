@@ -63,7 +63,7 @@ save_file(found, root / f"{ranks}.{rank}.safetensors")
 
 
 def test_two_ranks_know_what_one_process_knows(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(tmp_path)]
+    arguments = [sys.executable, "-c", MEASURE, str(Path(__file__).parent.parent), str(tmp_path)]
     runs = [subprocess.Popen([*arguments, rank, ranks]) for rank, ranks in (("0", "1"), ("0", "2"), ("1", "2"))]
     assert [run.wait(timeout=500) for run in runs] == [0, 0, 0]
     one, *two = (load_file(tmp_path / f"{name}.safetensors") for name in ("1.0", "2.0", "2.1"))

@@ -30,6 +30,20 @@ def make_random_batches(
     return batches
 
 
+def make_questions(batches: list[dict[str, Tensor]], choices: int, continuation: int = 4) -> list[dict[str, Tensor]]:
+    """Turn random batches into questions of ``choices`` rows each, in place; which choice is the answer differs."""
+    number = 0
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][:, : batch["labels"].shape[1] - continuation] = -100
+        indices = torch.arange(number, number + rows)
+        batch["question"] = indices // choices + 10
+        batch["is_answer"] = (indices % choices == (indices // choices) % choices).long()
+        number += rows
+    return batches
+
+
 def make_rows(
     count: int = 16, targets: int | Sequence[int] = 5, length: int = 12, seed: int = 0
 ) -> list[dict[str, list[int]]]:
