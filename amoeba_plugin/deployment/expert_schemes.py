@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import transformers
 from compressed_tensors.quantization import ActivationOrdering, QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils import match_named_modules
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import compressed_tensors
 
 from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.runtime import compat
 
 
 def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedModel) -> None:
@@ -38,8 +37,8 @@ def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedMod
         path for path, module in model.named_modules() if _in_experts(path, module) and path not in quantized
     )
     wrong = next((reason for scheme, _ in schemes if (reason := unreadable(scheme))), None)
-    if not hasattr(compressed_tensors, "DecompressExperts"):
-        wrong = f"with transformers {transformers.__version__}, which is too old; 5.17 does"
+    if not compat.reads_packed_experts():
+        wrong = "with the transformers installed, which is too old; 5.17 does"
     if wrong is None and len(schemes) > 1:
         wrong = "several schemes, of which it takes one for all experts"
     if wrong is None and whole:

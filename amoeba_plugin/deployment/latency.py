@@ -11,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from amoeba_plugin.runtime.compat import cache_name
+
 PROMPT_TOKENS, DECODE_TOKENS = 192, 16
 
 
@@ -50,11 +52,11 @@ def measure_latency(
 def _one_run(model: PreTrainedModel, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
     tokens = torch.arange(prompt_tokens, device=model.device)[None] % model.config.vocab_size
     started = _now(model)
-    output = model(tokens, use_cache=True)
+    output, cache = model(tokens, use_cache=True), cache_name(model)
     prefilled = _now(model)
     for _ in range(decode_tokens):
         tokens = output.logits[:, -1:].argmax(-1)
-        output = model(tokens, past_key_values=output.past_key_values, use_cache=True)
+        output = model(tokens, use_cache=True, **{cache: getattr(output, cache)})
     return (prefilled - started) * 1e3, (_now(model) - prefilled) * 1e3
 
 

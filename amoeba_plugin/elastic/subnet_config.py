@@ -12,6 +12,7 @@ from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.runtime import compat
 
 PER_LAYER_FILE = "modeling_per_layer.py"  # beside a checkpoint whose layers differ in size
 
@@ -74,11 +75,11 @@ def _own_fields(
 
 
 def _require_per_layer_config() -> None:
-    if not hasattr(PretrainedConfig, "per_layer_config"):
+    if not compat.has_per_layer_config():
         raise ArchitectureError(
             "layers differ (allocation: global, granularity: sublayer), and this transformers has no "
-            "config.per_layer_config; install transformers>=5.15, or extract with --portable (padded with zeros to a "
-            "stock class)"
+            f"config.per_layer_config; install transformers>={compat.PER_LAYER_CONFIG_SINCE}, or extract with "
+            "--portable (padded with zeros to a stock class)"
         )
 
 

@@ -43,6 +43,10 @@ else:
     _Stock = object
 
 
+#: What layers call the cache: the first since transformers 5.24, the second before, the third in GPT-NeoX.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
+
 class NoAttention(nn.Module):
     """In place of an attention that is gone: adds zero, and lets the cache count tokens as at every other layer."""
 
@@ -50,11 +54,9 @@ class NoAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: Tensor, past_key_values: Any = None, layer_past: Any = None, **_: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
         """Return zeros, (batch, positions, hidden) without memory of their own, and no attention weights."""
-        cache = past_key_values if past_key_values is not None else layer_past
+        cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
         if cache is not None:  # the model asks the first layer how many tokens it has seen: one channel counts them
             tokens = hidden_states[:, None, :, :1]
             cache.update(tokens, tokens, self.layer_idx)
@@ -125,11 +127,19 @@ class PerLayerSizes(_Stock):
                     vars(modules[path])["config"] = _OwnFields(config, fields)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    # transformers looks for words in the file of a class, which is this one; the stock class knows
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls._stock_class()._can_set_attn_implementation())
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for words in the file of a class, which is this one; the stock class knows
-        stock: Any = cls.__mro__[cls.__mro__.index(PerLayerSizes) + 1]
-        return bool(stock._can_set_experts_implementation())
+        return bool(cls._stock_class()._can_set_experts_implementation())
+
+    @classmethod
+    def _stock_class(cls) -> Any:
+        return cls.__mro__[cls.__mro__.index(PerLayerSizes) + 1]
 
 
 class PerLayerLlamaForCausalLM(PerLayerSizes, LlamaForCausalLM):

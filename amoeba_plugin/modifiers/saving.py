@@ -1,9 +1,6 @@
 """What llm-compressor's save gets wrong for a model that changed its structure, put right in one place; and its card.
 
-1. From 0.14 on its ``resave_config`` overwrites ``config.json`` with the file of the model that was loaded: layers and
-sizes of
-   the *whole* model beside a subnet's weights. It keeps its hands off a configuration without ``_name_or_path``, so
-   the name is taken away while saving.
+1. ``config.json`` is exchanged for that of the whole model; see ``runtime.compat.own_config_saved``.
 2. ``recipe.yaml`` is dumped with Python object tags for enumerations (``actorder`` of GPTQ), which no parser of recipes
    accepts. It is written again with their plain values.
 """
@@ -15,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from amoeba_plugin.extraction.model_card import RECIPE_NAME, write_model_card
+from amoeba_plugin.runtime.compat import own_config_saved
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.runtime.ranks import rank
 
@@ -33,12 +31,8 @@ def save_as_it_is(model: PreTrainedModel, facts: Mapping[str, str]) -> None:
     save: Callable[..., Any] = model.save_pretrained
 
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        config: PretrainedConfig = model.config
-        name, config._name_or_path = config._name_or_path, ""
-        try:
+        with own_config_saved(model.config):
             result = save(save_directory, *args, **kwargs)
-        finally:
-            config._name_or_path = name
         plain_recipe(Path(save_directory) / RECIPE_NAME)
         if rank() == 0:
             write_model_card(Path(save_directory), facts)

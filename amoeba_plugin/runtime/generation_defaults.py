@@ -14,7 +14,7 @@ class GivenGenerationConfig(GenerationConfig):
     means them.
     """
 
-    def validate(self, strict: bool = False, **options: Any) -> None:  # type: ignore[override]  # versions differ
+    def validate(self, strict: bool = False, **options: Any) -> None:  # type: ignore[override]  # options are the host's matter
         """Refuse what cannot be meant; of what has no effect, only log it."""
         super().validate(strict=False, **options)
 

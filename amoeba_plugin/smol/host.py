@@ -1,11 +1,13 @@
-"""What SMOL takes from PEFT's private parts, in one place (contract test: ``tests/smol/test_host.py``)."""
+"""What SMOL takes from PEFT's private parts, in one place (contract test: ``tests/smol/test_host.py``).
+
+What differs between its versions is in ``runtime/compat.py``.
+"""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-import peft
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -26,13 +28,10 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import QuantizationBackend
 
 from amoeba_plugin.errors import PluginError
+from amoeba_plugin.runtime import compat
 
-try:
-    from peft.utils.error import NoMatchingPeftModuleError
-except ImportError:  # before 0.21 it was a plain ValueError
-    NoMatchingPeftModuleError = ValueError  # type: ignore[misc,assignment]
-
-SAVES_BIASES = not peft.__version__.startswith("0.20")  # 0.20 saves trained biases of LoRA and BOFT alone
+NoMatchingPeftModuleError = compat.no_match_error()
+SAVES_BIASES = compat.saves_biases()
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -52,8 +51,6 @@ __all__ = [
     "resolve_quantization_backend",
     "undo_cpu_layout",
 ]
-
-TESTED_VERSIONS = ("0.20", "0.21")
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -90,9 +87,10 @@ def register(name: str, config_class: type[Any], model_class: type[Any]) -> None
             f"the PEFT method '{name}' is registered by {registered.__module__}.{registered.__qualname__}; "
             "only one package can provide it, so uninstall the other one"
         )
-    if not peft.__version__.startswith(TESTED_VERSIONS):
+    untested = compat.untested_peft()
+    if untested is not None:
         warnings.warn(
-            f"PEFT {peft.__version__} is outside the versions SMOL was tested with ({', '.join(TESTED_VERSIONS)}); "
+            f"PEFT {untested} is outside the versions SMOL was tested with ({', '.join(compat.TESTED_PEFT)}); "
             "if something fails, install one of them",
             stacklevel=2,
         )

@@ -170,7 +170,7 @@ class SmolModel(BaseTuner):
     # What PEFT calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model: PEFT 0.20 calls its ``forward``, past the hook that draws the router's noise."""
+        """Call the base model, not its ``forward`` as PEFT 0.20 does, past the hook that draws the router's noise."""
         return self.model(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

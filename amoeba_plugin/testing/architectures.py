@@ -15,6 +15,7 @@ and zero hide wrong indices.
 from __future__ import annotations
 
 import atexit
+import inspect
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import PARTS
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
+from amoeba_plugin.runtime.compat import cache_name
 from amoeba_plugin.smol import SmolConfig
 
 WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
@@ -61,10 +63,10 @@ def measure(directory, tokens):
     model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         raise ValueError(f"{directory.name}: {report}")
-    steps, cache = [], None
+    steps, cache, name = [], None, cache_name(model)
     for position in range(tokens.shape[1]):
-        step = model(tokens[:, position:position + 1], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = model(tokens[:, position:position + 1], use_cache=True, **{name: cache})
+        cache = getattr(step, name)
         steps.append(step.logits)
     return {directory.name: model(tokens, use_cache=False).logits, f"{directory.name}.cached": torch.cat(steps, 1)}
 for line in sys.stdin:
@@ -115,7 +117,10 @@ def random_strategy(model: PreTrainedModel, seed: int = 0, bias_compensation: bo
 @cache
 def _reloader() -> subprocess.Popen[str]:
     # One process for all architectures: importing transformers is most of what it does.
-    process = subprocess.Popen([sys.executable, "-c", RELOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # What it needs of this package, which it cannot import, is in its text.
+    program = f"from __future__ import annotations\nimport inspect\n{inspect.getsource(cache_name)}\n{RELOAD}"
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(process.communicate)  # closes its input, at which it ends
     return process
 
@@ -259,10 +264,10 @@ class ArchitectureConformance:
         elastic, tokens = self.elastic(), self.input()
         for shape in elastic.space:
             with elastic.active(shape) as model, torch.no_grad():
-                expected, cached = self.logits(model), None
+                expected, cached, name = self.logits(model), None, cache_name(model)
                 for position in range(self.tokens):
-                    step = model(tokens[:, position : position + 1], past_key_values=cached, use_cache=True)
-                    cached = step.past_key_values
+                    step = model(tokens[:, position : position + 1], use_cache=True, **{name: cached})
+                    cached = getattr(step, name)
                     _close(step.logits[:, 0], expected[:, position], f"{shape}, position {position}")
 
     def test_every_shape_is_a_checkpoint_that_transformers_loads(self, tmp_path: Path) -> None:

@@ -210,6 +210,19 @@ def test_experts_run_as_those_of_the_stock_class_do(tiny_model: TinyModel) -> No
     assert subnet.model.layers[1].mlp.experts.config._experts_implementation == "eager"
 
 
+def test_attention_runs_as_that_of_the_stock_class_does(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Contract: transformers looks for words in a class's file to tell whether its attention can be chosen."""
+    assert all(each._can_set_attn_implementation() for each in PerLayerSizes.__subclasses__())
+    model = tiny_model("llama")
+    subnet = extract(ElasticModel(model, uneven_strategy(model)), SHAPE)
+    assert subnet.config._attn_implementation == model.config._attn_implementation != "eager"
+    subnet.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in subnet.model.layers} == {"eager"}
+    assert "does not support setting" not in caplog.text
+
+
 def test_the_file_that_travels_imports_its_host_only() -> None:
     text = Path(sys.modules[PerLayerSizes.__module__].__file__ or "").read_text()
     imported = {line.split()[1].partition(".")[0] for line in text.splitlines() if line.startswith(("import", "from"))}
