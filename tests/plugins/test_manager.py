@@ -20,7 +20,7 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.plugins.hooks import PROJECT, hookimpl
 from amoeba_plugin.plugins.manager import collected, modules_named, plugin_manager
 from amoeba_plugin.selection.activation_stats import ActivationStats
-from amoeba_plugin.selection.depth.selectors import DepthSelector
+from amoeba_plugin.selection.depth.task import DepthSelector
 from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named

@@ -44,7 +44,7 @@ OBJECTIVES: dict[str, Objective] = collected("objective", "amoeba_objectives")
 SELECTORS: dict[str, DepthSelector] = collected("depth selector", "amoeba_depth_selectors")
 LLAMA = architecture_for("llama")
 WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]
-LAYERS, MIN_DEPTH, KEEP_LAST = 9, 6, 3  # what the selectors that protect the first four and the last two can do
+LAYERS, MIN_DEPTH, KEEP_LAST = 9, 7, 3  # what the selectors that protect the first four and the last two can do
 
 every_importance = pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES)
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
