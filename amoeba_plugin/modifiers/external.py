@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.ranks import world_size
-from amoeba_plugin.training.one_for_all.step import Share, SubnetStep
+from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
+from amoeba_plugin.training.one_for_all.step import SubnetStep
 
 
 class ExternalSteps:
@@ -89,5 +90,6 @@ class ExternalSteps:
         self.subnets.host.backward = backward
         inputs = {name: value for name, value in self.batch_data.items() if name != "labels"}
         logits = getattr(outputs, "logits", None)
-        found = self.subnets.run(model or self.trained, inputs, positions, self._place, share, logits)
+        batch = MicroBatch(model or self.trained, inputs, positions, self._place, share)
+        found = self.subnets.run(batch, logits)
         return found.detach().requires_grad_()

@@ -22,9 +22,10 @@ from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingErr
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint
+from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler
-from amoeba_plugin.training.one_for_all.step import KeptLogits, Share, StepHost, SubnetStep
+from amoeba_plugin.training.one_for_all.step import KeptLogits, StepHost, SubnetStep
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
@@ -41,7 +42,7 @@ def run(step: SubnetStep, batch: dict[str, Tensor], place: tuple[int, int] = (0,
     model = step.elastic.model
     model.zero_grad()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    step.run(model, inputs, step.positions(batch), place, Share.even(1.0))
+    step.run(MicroBatch(model, inputs, step.positions(batch), place, Share.even(1.0)))
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 

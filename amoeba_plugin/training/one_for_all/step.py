@@ -34,6 +34,7 @@ from amoeba_plugin.training.one_for_all.losses import (
     target_positions,
 )
 from amoeba_plugin.training.one_for_all.metrics import GradientConflict, SubnetMeans
+from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler, step_seed
 
@@ -44,33 +45,26 @@ class StepHost:
 
     Attributes:
         backward: Differentiates a loss; accelerate's scales it where training is in fp16.
-        synchronized: Context of a subnet's forward and backward, given whether it is the micro-batch's last: gradients
-            are exchanged between processes with the last one only.
+        synchronized: Context of a subnet's forward and backward, given the model as wrapped for training and whether it
+            is the micro-batch's last: gradients are exchanged between processes with the last one only.
         mean_over_processes: Mean of a loss over the positions of all processes, given this one's and their number.
         dtype: The half precision that autocast computes in; None: the model's own dtype.
     """
 
     backward: Callable[[Tensor], Any] = torch.Tensor.backward
-    synchronized: Callable[[bool], AbstractContextManager[Any]] = field(default=lambda last: nullcontext())
+    synchronized: Callable[[nn.Module, bool], AbstractContextManager[Any]] = field(
+        default=lambda model, last: nullcontext()
+    )
     mean_over_processes: Callable[[Tensor, int], Tensor] = field(default=lambda loss, count: loss)
     dtype: torch.dtype | None = None
 
 
-class Share(NamedTuple):
-    """A micro-batch's part of an optimizer step, by which its mean losses weigh."""
+class Outcome(NamedTuple):
+    """What the forward and backward of one subnet gave: () fp32 each, without a gradient."""
 
-    targets: Tensor | float  # of the step's target tokens
-    distilled: Tensor | float  # of the positions that the step distils
-
-    @classmethod
-    def even(cls, share: Tensor | float) -> Share:
-        """The same part of both, as where the positions that are distilled are those before a target."""
-        return cls(share, share)
-
-    @property
-    def targets_per_distilled(self) -> Tensor | float:
-        """What the labels' part of a distilled loss is multiplied with, which then weighs by ``distilled``."""
-        return 1.0 if self.targets is self.distilled else self.targets / self.distilled
+    loss: Tensor  # before balancing, of this process
+    overall: Tensor  # the same, of all processes
+    scale: Tensor  # the balancing ratio
 
 
 class SubnetStep:
@@ -82,11 +76,13 @@ class SubnetStep:
         options: Of the objective and the sampling.
         seed: Of the sampling and the routers' noise.
         host: What the loop around it provides.
+        may_chunk: False where the loop needs a subnet's logits as a whole.
 
     Attributes:
         means: Running means, as they are logged: ``loss/SHAPE`` before balancing, ``balance/SHAPE`` (the ratio),
             ``conflict/SHAPE~SHAPE`` (cosine of gradients), ``load_balancing`` (the routers' term).
         chunked: Take the losses where the head stands, so that a subnet's logits never exist at once.
+        keeps_logits: Else let the model compute logits only where a sequence has a loss.
     """
 
     def __init__(
@@ -96,6 +92,7 @@ class SubnetStep:
         options: OneForAllOptions,
         seed: int,
         host: StepHost,
+        may_chunk: bool = True,
     ) -> None:
         self.elastic, self.options, self.seed, self.host = elastic, options, seed, host
         space = elastic.space
@@ -105,7 +102,7 @@ class SubnetStep:
         assert isinstance(inner, PreTrainedModel)
         self._model, self._inner = model, inner
         self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
-        self.chunked = has_plain_head(inner)
+        self.chunked = may_chunk and has_plain_head(inner)
         parameters = signature(self._inner.forward).parameters
         # positions are where the tokens are, and a model on several devices has its last hidden states elsewhere
         devices = set(getattr(inner, "hf_device_map", {}).values())
@@ -145,24 +142,11 @@ class SubnetStep:
             router.generator.manual_seed(step_seed(self.seed, *place))
         self.elastic.set_shape(self.elastic.space.largest)
 
-    def run(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        positions: Positions,
-        place: tuple[int, int],
-        share: Share,
-        largest_logits: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, batch: MicroBatch, largest_logits: Tensor | None = None) -> Tensor:
         """Run forward and backward of every subnet; the largest shape is active at the end.
 
         Args:
-            model: The model as wrapped for training.
-            inputs: The micro-batch without its labels: ``input_ids`` (batch, length) int64, perhaps an
-                ``attention_mask``.
-            positions: Where it has losses.
-            place: Optimizer steps done so far, and micro-batches of the current one.
-            share: The micro-batch's part of the optimizer step: the weight of its mean losses.
+            batch: What they are run on.
             largest_logits: (batch, length, vocabulary) of the largest subnet, where its forward has been run already,
                 after :meth:`begin`.
 
@@ -173,75 +157,81 @@ class SubnetStep:
             TrainingError: If a loss or a balancing ratio is not finite; the gradients are cleared, the parameters
                 untouched.
         """
-        inputs = self._without_cache | dict(inputs)
         if largest_logits is None:
-            self.begin(place)
-        shapes = self.sampler.shapes(*place)
-        every = self.options.conflict_every
-        conflict = GradientConflict(model.parameters()) if every and place[0] % every == 0 and not place[1] else None
+            self.begin(batch.place)
+        shapes = self.sampler.shapes(*batch.place)
+        (step, micro_step), every = batch.place, self.options.conflict_every
+        conflict = GradientConflict(batch.model.parameters()) if every and not (step % every or micro_step) else None
         try:
-            losses, scales = self._run_subnets(
-                model, inputs, positions, shapes, place[0], share, conflict, largest_logits
-            )
+            outcomes = self._run_subnets(batch, shapes, conflict, largest_logits)
         finally:
             self.elastic.set_shape(self.elastic.space.largest)
-        self._require_finite(model, losses, scales, shapes, place[0], positions.num_targets)
+        self._require_finite(batch, shapes, outcomes)
         for name, cosine in conflict.cosines() if conflict is not None else ():
             self.means.add(f"conflict/{name}", cosine)
-        return losses[0] * share.targets
+        return outcomes[0].loss * batch.share.targets
 
     def _run_subnets(
         self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        positions: Positions,
-        shapes: list[SubnetShape],
-        step: int,
-        share: Share,
+        batch: MicroBatch,
+        shapes: Sequence[SubnetShape],
         conflict: GradientConflict | None,
         largest_logits: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return losses before balancing and balancing ratios, (shapes,) fp32 each."""
-        teacher = KeptLogits(len(positions.rows), self._compute_dtype())
-        losses: list[Tensor] = []
-        scales: list[Tensor] = []
-        largest = torch.empty(0)
-        for index, shape in enumerate(shapes):
-            learns = index > 0 or self.options.train_largest
-            with self.host.synchronized(index == len(shapes) - 1), torch.set_grad_enabled(learns):
-                if index > 0:
-                    self.elastic.set_shape(shape)
-                if index == 0:
-                    keep = teacher.write if self.options.kd_weight_at(step) else None
-                    row_loss, weight = next_token_rows(positions, keep), share.targets
-                    count = positions.num_targets
-                else:
-                    row_loss, weight = self._distilled_rows(positions, teacher, step, share), share.distilled
-                    count = len(positions.rows)
-                if index == 0 and largest_logits is not None:
-                    loss = sum_over_rows(row_loss, _at(largest_logits, positions), positions.rows)
-                else:
-                    loss = self._loss(model, inputs, positions, row_loss)
-                overall = self.host.mean_over_processes(loss.detach(), count)
-                if index == 0:
-                    largest = overall
-                scale = torch.ones_like(overall)
-                if index > 0 and self.options.loss_balancing:
-                    scale = balance(overall, largest, self.options.max_balance_ratio)
-                    self.means.add(f"balance/{shape}", scale)
-                self.means.add(f"loss/{shape}", overall)
-                losses.append(loss.detach())
-                scales.append(scale)
-                objective = scale * loss
-                if index == len(shapes) - 1:
-                    objective = objective + self._load_balancing()
-                # total = L_1 + sum_i stopgrad(L_1 / L_i) L_i: gradients add up, one subnet's activations are alive
-                if learns:
-                    self.host.backward(objective * weight)
-                del loss, objective
-            if conflict is not None and learns:
+    ) -> list[Outcome]:
+        # total = L_1 + sum_i stopgrad(L_1 / L_i) L_i: gradients add up, one subnet's activations are alive
+        teacher = KeptLogits(len(batch.positions.rows), self._compute_dtype())
+        outcomes = [self._teach(batch, teacher, largest_logits, last=len(shapes) == 1)]
+        if conflict is not None and self.options.train_largest:
+            conflict.after(shapes[0])
+        for number, shape in enumerate(shapes[1:], start=2):
+            outcomes.append(self._learn(batch, shape, teacher, outcomes[0].overall, last=number == len(shapes)))
+            if conflict is not None:
                 conflict.after(shape)
-        return torch.stack(losses), torch.stack(scales)
+        for shape, outcome in zip(shapes, outcomes, strict=True):
+            self.means.add(f"loss/{shape}", outcome.overall)
+        return outcomes
+
+    def _teach(self, batch: MicroBatch, teacher: KeptLogits, logits: Tensor | None, last: bool) -> Outcome:
+        """Let the largest subnet learn from the labels, and keep its logits for the others to learn from.
+
+        Args:
+            batch: What it is run on.
+            teacher: Written where this step distils.
+            logits: (batch, length, vocabulary), where its forward has been run already.
+            last: There is no other subnet.
+        """
+        positions, learns = batch.positions, self.options.train_largest
+        row_loss = next_token_rows(positions, teacher.write if self.options.kd_weight_at(batch.step) else None)
+        with self.host.synchronized(batch.model, last), torch.set_grad_enabled(learns):
+            if logits is None:
+                loss = self._loss(batch, row_loss)
+            else:
+                loss = sum_over_rows(row_loss, _at(logits, positions), positions.rows)
+            overall = self.host.mean_over_processes(loss.detach(), positions.num_targets)
+            if learns:
+                self._backward(loss, batch.share.targets, last)
+        return Outcome(loss.detach(), overall, torch.ones_like(overall))
+
+    def _learn(
+        self, batch: MicroBatch, shape: SubnetShape, teacher: KeptLogits, largest_loss: Tensor, last: bool
+    ) -> Outcome:
+        """Let a subnet learn from the teacher, its loss balanced against the largest subnet's, () fp32."""
+        positions = batch.positions
+        with self.host.synchronized(batch.model, last), torch.enable_grad():
+            self.elastic.set_shape(shape)
+            loss = self._loss(batch, self._distilled_rows(batch, teacher))
+            overall = self.host.mean_over_processes(loss.detach(), len(positions.rows))
+            scale = torch.ones_like(overall)
+            if self.options.loss_balancing:
+                scale = balance(overall, largest_loss, self.options.max_balance_ratio)
+                self.means.add(f"balance/{shape}", scale)
+            self._backward(scale * loss, batch.share.distilled, last)
+        return Outcome(loss.detach(), overall, scale)
+
+    def _backward(self, loss: Tensor, weight: Tensor | float, last: bool) -> None:
+        if last:
+            loss = loss + self._load_balancing()
+        self.host.backward(loss * weight)
 
     def _load_balancing(self) -> Tensor | float:
         """Return SMOL's ``router_load_balancing`` term, once per micro-batch: () fp32, or 0."""
@@ -253,14 +243,15 @@ class SubnetStep:
             self.means.add("load_balancing", value.detach())
         return value
 
-    def _distilled_rows(self, positions: Positions, teacher: KeptLogits, step: int, share: Share) -> RowLoss:
-        weight, options = self.options.kd_weight_at(step), self.options
-        targets = share.targets_per_distilled if len(positions.rows) else 1.0
-        return distilled_rows(
-            positions, teacher.values, DIVERGENCES[options.loss], options.temperature, weight, targets
-        )
+    def _distilled_rows(self, batch: MicroBatch, teacher: KeptLogits) -> RowLoss:
+        options, positions = self.options, batch.positions
+        weight = options.kd_weight_at(batch.step)
+        targets = batch.share.targets_per_distilled if len(positions.rows) else 1.0
+        divergence = DIVERGENCES[options.loss]
+        return distilled_rows(positions, teacher.values, divergence, options.temperature, weight, targets)
 
-    def _loss(self, model: nn.Module, inputs: Mapping[str, Any], positions: Positions, row_loss: RowLoss) -> Tensor:
+    def _loss(self, batch: MicroBatch, row_loss: RowLoss) -> Tensor:
+        model, positions, inputs = batch.model, batch.positions, self._without_cache | dict(batch.inputs)
         if self.chunked:
             with chunked_head(self._inner, positions.rows, row_loss):
                 loss: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
@@ -281,20 +272,13 @@ class SubnetStep:
         dtype: torch.dtype = self._inner.dtype
         return dtype
 
-    def _require_finite(
-        self,
-        model: nn.Module,
-        losses: Tensor,
-        scales: Tensor,
-        shapes: list[SubnetShape],
-        step: int,
-        num_targets: int,
-    ) -> None:
+    def _require_finite(self, batch: MicroBatch, shapes: Sequence[SubnetShape], outcomes: Sequence[Outcome]) -> None:
+        losses, scales = (torch.stack([getattr(each, name) for each in outcomes]) for name in ("loss", "scale"))
         finite = losses.isfinite() & scales.isfinite()  # (shapes,)
-        missing = self.host.mean_over_processes((~finite).sum().float(), max(1, num_targets))  # all stop, or none
-        if not bool(missing):
+        count = max(1, batch.positions.num_targets)
+        if not bool(self.host.mean_over_processes((~finite).sum().float(), count)):  # all stop, or none
             return
-        model.zero_grad()
+        batch.model.zero_grad()
         index = int((~finite).int().argmax())
         value = f"loss of subnet {shapes[index]} is {losses[index].item()}"
         if bool(losses[index].isfinite()):
@@ -302,8 +286,8 @@ class SubnetStep:
         if bool(finite.all()):
             value = "loss of a subnet is not finite in another process"
         raise TrainingError(
-            f"the {value} at step {step}; no parameter was changed by this step, and the checkpoints written before "
-            "are good. Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
+            f"the {value} at step {batch.step}; no parameter was changed by this step, and the checkpoints written "
+            "before are good. Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
         )
 
 

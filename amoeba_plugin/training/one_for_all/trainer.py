@@ -30,9 +30,10 @@ from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.training.one_for_all.checkpoints import could_not_write, is_complete, last_complete_checkpoint
 from amoeba_plugin.training.one_for_all.checks import FiniteGradients, WholeLayers, require_follows, require_supported
 from amoeba_plugin.training.one_for_all.metrics import routing_log
+from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler
-from amoeba_plugin.training.one_for_all.step import Share, StepHost, SubnetStep
+from amoeba_plugin.training.one_for_all.step import StepHost, SubnetStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,12 +95,14 @@ class OneForAllTrainer(Trainer):
             self._mean_over_processes,
             HALF.get(self.accelerator.mixed_precision),
         )
-        self.subnets = SubnetStep(model, elastic, options, self.args.seed, host)
-        self.subnets.chunked &= not self.args.torch_compile  # one graph for all subnets: nothing is exchanged in it
         # FSDP casts what the model returns: a loss would lose its digits, logits lose none
-        self.subnets.chunked &= not (self.is_fsdp_enabled and self.accelerator.mixed_precision != "no")
+        casts = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
+        # torch.compile makes one graph for all subnets: no head is exchanged in it
+        may_chunk = not (self.args.torch_compile or casts)
+        self.subnets = SubnetStep(model, elastic, options, self.args.seed, host, may_chunk)
         self._micro_step = (-1, 0)  # optimizer step, micro-batches of it seen so far
-        self._num_distilled: Tensor | None = None  # positions that the optimizer step distils, where they are counted
+        # Positions that the optimizer step distils, where they are counted: Trainer hands on the targets' number alone.
+        self._num_distilled: Tensor | None = None
         self.add_callback(WholeLayers(self, elastic))
         self.add_callback(FiniteGradients(self))
 
@@ -114,8 +117,8 @@ class OneForAllTrainer(Trainer):
         Args:
             resume_from_checkpoint: Trainer's; True: the last checkpoint that is whole, passing over one whose saving
                 was interrupted.
-            args: Trainer's.
-            kwargs: Trainer's.
+            args: As ``Trainer.train`` takes them.
+            kwargs: As ``Trainer.train`` takes them.
 
         Raises:
             TrainingError: If the checkpoint named was not written to its end.
@@ -173,23 +176,22 @@ class OneForAllTrainer(Trainer):
         share = Share.even(self._share(positions.num_targets, num_items_in_batch))
         if self._num_distilled is not None and num_items_in_batch is not None:
             share = share._replace(distilled=self._share(len(positions.rows), self._num_distilled))
-        self._wrapped = model
-        loss = self.subnets.run(model, inputs, positions, place, share)
+        loss = self.subnets.run(MicroBatch(model, inputs, positions, place, share))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return loss
 
-    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
+    def _synchronized(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients between processes with the last subnet only, and only in the step's last micro-batch."""
         exchanges = last and self.accelerator.sync_gradients
         if self.is_fsdp_enabled:
             always = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-            exchange_gradients((self._wrapped, *self.elastic.layers), exchanges or always)
+            exchange_gradients((model, *self.elastic.layers), exchanges or always)
             return nullcontext()
         if exchanges:
             return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(self._wrapped)
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
 
     def _mean_over_processes(self, loss: Tensor, count: int) -> Tensor:
