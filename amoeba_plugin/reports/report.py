@@ -1,17 +1,13 @@
-"""What a run gained and lost: one model of the results, read from and written as JSON."""
+"""What a run gained and lost: one model of the results, which is written as JSON."""
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from amoeba_plugin.errors import ArtifactError
+from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_JSON = "report.json"
-FORMAT, VERSION = "amoeba_plugin.Report", 1
 
 
 class _Row(BaseModel):
@@ -178,19 +174,3 @@ class Report(_Row):
             )
             for depth in depths
         }
-
-
-def read_report(path: Path) -> Report:
-    """Read a ``report.json``.
-
-    Raises:
-        ArtifactError: If there is none, or it is damaged, or of another format.
-    """
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"the report {path} cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise ArtifactError(
-            f"{path} is damaged or no {FORMAT} of version {VERSION}; repeat the run that wrote it"
-        ) from error

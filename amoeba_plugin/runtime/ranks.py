@@ -44,11 +44,17 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def from_first_rank(data: bytes | None) -> bytes | None:
-    """Return the bytes that the first rank has, None where it has none."""
+    """Return the bytes that the first rank has; None where it has none."""
     if world_size() == 1:
         return data
-    mine = list(data or b"") if rank() == 0 else []
-    return bytes(gather(torch.tensor(mine, dtype=torch.uint8)).tolist()) or None
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data and rank() == 0 else torch.empty(0).byte()
+    size = torch.tensor([len(mine)], device=_device())
+    distributed.broadcast(size, src=0)
+    if not size.item():
+        return None
+    content = mine.to(_device()) if rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=_device())
+    distributed.broadcast(content, src=0)
+    return content.cpu().numpy().tobytes()
 
 
 def agreed(mine: bool) -> bool:

@@ -15,7 +15,7 @@ from amoeba_plugin.demo.corpus import is_held_out, part_files, token_blocks
 from amoeba_plugin.demo.multiple_choice import CHOICES, CONTEXT_TOKENS, multiple_choice
 from amoeba_plugin.demo.pretrain import xz_bits_per_byte
 from amoeba_plugin.demo.run import MODEL, QUICK, run_demo
-from amoeba_plugin.reports.report import read_report
+from amoeba_plugin.reports.report import Report
 from amoeba_plugin.selection.registry import objective_named
 
 
@@ -104,7 +104,7 @@ def test_a_shortened_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.
     )
     monkeypatch.setattr(demo, "QUICK", short)
     run_demo(tmp_path / "out", quick=True, seed=1)
-    report = read_report(tmp_path / "out/report.json")
+    report = Report.model_validate_json((tmp_path / "out/report.json").read_bytes())
     assert [row.shape for row in report.shapes] == ["12x1", "10x3/4", "8x1/2"]
     assert report.shapes[0].block_share == 1
     assert report.shapes[2].block_share == pytest.approx(8 / 12 * 1 / 2, abs=0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,18 +13,24 @@ from torch import Tensor
 from amoeba_plugin.training.one_for_all.losses import (
     DIVERGENCES,
     balance,
-    distilled_loss,
-    jensen_shannon_divergence,
-    kl_divergence,
-    next_token_loss,
-    reverse_kl_divergence,
+    distilled_rows,
+    next_token_rows,
     shifted_target_mask,
-    soft_cross_entropy,
     sum_over_rows,
     target_positions,
 )
 
 LN2, LN3 = math.log(2), math.log(3)
+
+
+def mean(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return a divergence's mean over rows, as a step takes it: chunk by chunk."""
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+
+    def row_loss(part: Tensor, place: slice) -> Tensor:
+        return DIVERGENCES[name](part, teacher[place].to(part.dtype), temperature) / len(teacher)
+
+    return sum_over_rows(row_loss, student, torch.arange(len(teacher)))
 
 
 def log_odds(probability: float) -> list[float]:
@@ -38,27 +43,27 @@ def log_odds(probability: float) -> list[float]:
 #   KL(T||S) = ln 2 - H;  KL(S||T) = 1/2 ln(2/3) + 1/2 ln 2
 #   m = (5/8, 3/8); JS = 1/2 [3/4 ln(6/5) + 1/4 ln(2/3)] + 1/2 [1/2 ln(4/5) + 1/2 ln(4/3)]
 @pytest.mark.parametrize(
-    ("divergence", "expected"),
+    ("name", "expected"),
     [
-        (soft_cross_entropy, LN2),
-        (kl_divergence, LN2 - (2 * LN2 - 0.75 * LN3)),
-        (reverse_kl_divergence, 0.5 * math.log(2 / 3) + 0.5 * LN2),
+        ("soft_cross_entropy", LN2),
+        ("kl", LN2 - (2 * LN2 - 0.75 * LN3)),
+        ("reverse_kl", 0.5 * math.log(2 / 3) + 0.5 * LN2),
         (
-            jensen_shannon_divergence,
+            "jensen_shannon",
             0.5 * (0.75 * math.log(6 / 5) + 0.25 * math.log(2 / 3)) + 0.25 * (math.log(4 / 5) + math.log(4 / 3)),
         ),
     ],
 )
-def test_divergences_equal_hand_computed_numbers(divergence: Callable[..., Tensor], expected: float):
+def test_divergences_equal_hand_computed_numbers(name: str, expected: float):
     student, teacher = torch.tensor([log_odds(0.5)]), torch.tensor([log_odds(0.75)])
-    assert divergence(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+    assert mean(name, student, teacher).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1000.0])
 def test_gradients_are_not_multiplied_by_the_temperature_squared(temperature: float):
     logits = torch.randn(2, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     student, teacher = logits[0].clone().requires_grad_(), logits[1]
-    soft_cross_entropy(student, teacher, temperature).backward()
+    mean("soft_cross_entropy", student, teacher, temperature).backward()
     difference = (logits[0] / temperature).softmax(-1) - (teacher / temperature).softmax(-1)
     torch.testing.assert_close(student.grad, difference / temperature)
     if temperature == 1000.0:  # (s - t) / (n T^2) for centred logits (arXiv:1503.02531, eq. 4)
@@ -73,8 +78,8 @@ def test_balancing_would_undo_a_factor_on_the_loss():
 
 def test_temperature_divides_both_logits():
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    found = soft_cross_entropy(student, teacher, temperature=2.0)
-    assert found.item() == pytest.approx(soft_cross_entropy(student / 2, teacher / 2).item(), abs=1e-6)
+    found = mean("soft_cross_entropy", student, teacher, temperature=2.0)
+    assert found.item() == pytest.approx(mean("soft_cross_entropy", student / 2, teacher / 2).item(), abs=1e-6)
 
 
 def test_balanced_objective_and_gradient_by_hand():
@@ -84,7 +89,7 @@ def test_balanced_objective_and_gradient_by_hand():
     student = torch.tensor([log_odds(0.25)], requires_grad=True)
     teacher = torch.tensor([log_odds(0.5)])
     largest = torch.tensor(LN2, requires_grad=True)
-    loss = soft_cross_entropy(student, teacher)
+    loss = mean("soft_cross_entropy", student, teacher)
     ratio = balance(loss, largest)
     scaled = ratio * loss
     scaled.backward()
@@ -104,11 +109,11 @@ def test_balance_is_bounded_and_defined_at_zero():
     assert balance(torch.tensor(math.nan), one).isnan()
 
 
-@pytest.mark.parametrize("divergence", [kl_divergence, reverse_kl_divergence])
-def test_a_divergence_that_is_rounded_below_zero_turns_no_gradient_round(divergence: Callable[..., Tensor]):
+@pytest.mark.parametrize("name", ["kl", "reverse_kl"])
+def test_a_divergence_that_is_rounded_below_zero_turns_no_gradient_round(name: str):
     generator = torch.Generator().manual_seed(0)
     teachers = torch.randn(20, 64, 1000, generator=generator)
-    losses = [divergence(teacher + 1e-5 * torch.randn(64, 1000, generator=generator), teacher) for teacher in teachers]
+    losses = [mean(name, each + 1e-5 * torch.randn(64, 1000, generator=generator), each) for each in teachers]
     assert min(losses) < 0
     assert all(balance(loss, torch.tensor(3.0)) == 10.0 for loss in losses)
 
@@ -158,7 +163,7 @@ def per_token(
     all_tokens=st.booleans(),
     kd_weight=st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_distilled_loss_equals_a_loop_over_tokens(
+def test_distilled_rows_add_up_to_a_loop_over_tokens(
     lengths: list[int], seed: int, density: float, all_tokens: bool, kd_weight: float
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -170,11 +175,13 @@ def test_distilled_loss_equals_a_loop_over_tokens(
     positions = target_positions(labels, attention, all_tokens)
     flat_student, flat_teacher = (logits[:, positions.columns].flatten(0, 1) for logits in (student, teacher))
     divergence = DIVERGENCES["soft_cross_entropy"]
-    found = distilled_loss(flat_student, positions, flat_teacher[positions.rows], divergence, 1.0, kd_weight)
+    row_loss = distilled_rows(positions, flat_teacher[positions.rows], divergence, 1.0, kd_weight)
+    found = sum_over_rows(row_loss, flat_student, positions.rows)
     expected = per_token(student, teacher, labels, attention, all_tokens, kd_weight)
     assert found.item() == pytest.approx(expected, abs=1e-5)
     hard = per_token(student, teacher, labels, attention, False, 0.0)
-    assert next_token_loss(flat_student, positions).item() == pytest.approx(hard, abs=1e-5)
+    found = sum_over_rows(next_token_rows(positions), flat_student, positions.rows)
+    assert found.item() == pytest.approx(hard, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -200,16 +207,17 @@ def test_chunks_change_neither_value_nor_gradient(name: str, chunk: int):
 def test_half_precision_logits_are_reduced_in_fp32():
     logits = torch.randn(4, 11, dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.randn(4, 11, dtype=torch.bfloat16)
-    loss = soft_cross_entropy(logits, teacher)
+    loss = mean("soft_cross_entropy", logits, teacher)
     loss.backward()
     assert loss.dtype == torch.float32
     assert logits.grad.dtype == torch.bfloat16
-    assert loss.item() == pytest.approx(soft_cross_entropy(logits.detach().float(), teacher.float()).item(), abs=1e-6)
+    in_fp32 = mean("soft_cross_entropy", logits.detach().float(), teacher.float())
+    assert loss.item() == pytest.approx(in_fp32.item(), abs=1e-6)
 
 
 def test_a_second_backward_is_refused():
     logits = torch.randn(2, 3, requires_grad=True)
-    loss = soft_cross_entropy(logits, torch.randn(2, 3))
+    loss = mean("soft_cross_entropy", logits, torch.randn(2, 3))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         loss.backward()
@@ -217,7 +225,8 @@ def test_a_second_backward_is_refused():
 
 def test_no_row_at_all_gives_zero_with_a_gradient():
     logits = torch.randn(0, 3, requires_grad=True)
-    loss = next_token_loss(logits, target_positions(torch.full((2, 4), -100)))
+    positions = target_positions(torch.full((2, 4), -100))
+    loss = sum_over_rows(next_token_rows(positions), logits, positions.rows)
     loss.backward()
     assert loss.item() == 0.0
     assert logits.grad.shape == (0, 3)

@@ -1,8 +1,9 @@
 """Losses of in-place distillation and their balancing: pure functions.
 
 Logits at position t predict the token at t + 1, so what is distilled are the positions whose *next* label is a target.
-All losses are means over positions, in nats, in fp32. They walk through the positions in chunks, and take each chunk's
-gradient at once: beside the logits and their gradient, both in the logits' dtype, only one chunk lives in fp32.
+All losses are means over positions, in nats, in fp32. They are given by rows, so that whoever adds them up can walk
+through the positions in chunks and take each chunk's gradient at once (:func:`sum_over_rows`): beside the logits and
+their gradient, both in the logits' dtype, only one chunk lives in fp32.
 """
 
 from __future__ import annotations
@@ -87,18 +88,8 @@ def target_positions(
     return Positions(columns, rows, next_labels, int((next_labels != IGNORED).sum()))
 
 
-def next_token_loss(logits: Tensor, positions: Positions) -> Tensor:
-    """Return the mean cross-entropy of the next token over the targets; () fp32, nats, 0 where there is no target.
-
-    Args:
-        logits: (batch * P, vocabulary), at ``positions.columns``.
-        positions: Which rows count, and their labels.
-    """
-    return sum_over_rows(next_token_rows(positions), logits, positions.rows)
-
-
 def next_token_rows(positions: Positions, keep: Callable[[slice, Tensor], None] | None = None) -> RowLoss:
-    """Return the loss of :func:`next_token_loss` by rows.
+    """Return the mean cross-entropy of the next token over the targets, by rows: nats, 0 where there is no target.
 
     Args:
         positions: Which rows count, and their labels.
@@ -113,28 +104,6 @@ def next_token_rows(positions: Positions, keep: Callable[[slice, Tensor], None] 
     return row_loss
 
 
-def distilled_loss(
-    logits: Tensor,
-    positions: Positions,
-    teacher: Tensor,
-    divergence: Divergence,
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
-) -> Tensor:
-    """Return ``kd_weight * KD + (1 - kd_weight) * CE``: () fp32, nats, each a mean over its own positions.
-
-    Args:
-        logits: (batch * P, vocabulary), the student's, at ``positions.columns``.
-        positions: Which rows count, and their labels.
-        teacher: (N, vocabulary) logits at ``positions.rows``; constant. Not looked at where ``kd_weight`` is 0.
-        divergence: One of :data:`DIVERGENCES`.
-        temperature: Divides both logits; gradients are not multiplied by its square.
-        kd_weight: w in [0, 1].
-    """
-    row_loss = distilled_rows(positions, teacher, divergence, temperature, kd_weight)
-    return sum_over_rows(row_loss, logits, positions.rows)
-
-
 def distilled_rows(
     positions: Positions,
     teacher: Tensor,
@@ -143,10 +112,16 @@ def distilled_rows(
     kd_weight: float = 1.0,
     target_weight: Tensor | float = 1.0,
 ) -> RowLoss:
-    """Return the loss of :func:`distilled_loss` by rows; arguments as there.
+    """Return ``kd_weight * KD + (1 - kd_weight) * CE`` by rows: nats, each a mean over its own positions.
 
-    ``target_weight`` multiplies the cross-entropy, where positions that are distilled weigh by another share of a step
-    than its targets.
+    Args:
+        positions: Which rows count, and their labels.
+        teacher: (N, vocabulary) logits at ``positions.rows``; constant. Not looked at where ``kd_weight`` is 0.
+        divergence: One of :data:`DIVERGENCES`.
+        temperature: Divides both logits; gradients are not multiplied by its square.
+        kd_weight: w in [0, 1].
+        target_weight: Multiplies the cross-entropy, where positions that are distilled weigh by another share of a step
+            than its targets.
     """
 
     def row_loss(student: Tensor, place: slice) -> Tensor:
@@ -161,32 +136,6 @@ def distilled_rows(
         return kd_weight * distillation + (1 - kd_weight) * target_weight * cross_entropy
 
     return row_loss
-
-
-def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean of ``-sum_v p_T log p_S`` over positions: () fp32, nats, never below the teacher's entropy.
-
-    Args:
-        student_logits: (..., vocabulary), any float dtype.
-        teacher_logits: The same shape; constant.
-        temperature: Divides both logits.
-    """
-    return _mean(soft_cross_entropy_rows, student_logits, teacher_logits, temperature)
-
-
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean of ``KL(p_T || p_S)`` over positions: () fp32, nats; arguments as :func:`soft_cross_entropy`."""
-    return _mean(kl_rows, student_logits, teacher_logits, temperature)
-
-
-def reverse_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean of ``KL(p_S || p_T)`` over positions: () fp32, nats; arguments as :func:`soft_cross_entropy`."""
-    return _mean(reverse_kl_rows, student_logits, teacher_logits, temperature)
-
-
-def jensen_shannon_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean Jensen-Shannon divergence, <= ln 2: () fp32, nats; arguments as :func:`soft_cross_entropy`."""
-    return _mean(jensen_shannon_rows, student_logits, teacher_logits, temperature)
 
 
 def balance(loss: Tensor, loss_largest: Tensor, max_ratio: float = 10.0) -> Tensor:
@@ -241,7 +190,7 @@ def sum_over_rows(row_loss: RowLoss, logits: Tensor, rows: Tensor, chunk: int | 
 
 
 def soft_cross_entropy_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return ``-sum_v p_T(v) log p_S(v)`` per row: (n, vocabulary) twice -> (n,) nats."""
+    """Return ``-sum_v p_T(v) log p_S(v)`` per row, at least p_T's entropy: (n, vocabulary) twice -> (n,) nats."""
     # KD = -(1/|M|) sum_t sum_v p_T(v|t) log p_S(v|t) (arXiv:2411.10606); with teacher entropy, so L_1 / L_i stays tame
     student, teacher = _soften(student, temperature), _soften(teacher, temperature)
     return -(torch.softmax(teacher, dim=-1) * torch.log_softmax(student, dim=-1)).sum(dim=-1)
@@ -300,16 +249,6 @@ class _SumOverRows(torch.autograd.Function):
         if gradient is None:
             raise RuntimeError("sum_over_rows: a second backward through the same loss; compute the loss again")
         return gradient.mul_(grad_output / ctx.scale), None, None, None
-
-
-def _mean(divergence: Divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    rows = torch.arange(len(student), device=student.device)
-
-    def row_loss(part: Tensor, place: slice) -> Tensor:
-        return divergence(part, teacher[place].to(part.dtype), temperature) / max(1, len(rows))
-
-    return sum_over_rows(row_loss, student, rows)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
