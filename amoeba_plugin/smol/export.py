@@ -74,7 +74,9 @@ def write_lora(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     lora = lora_config(pairs, config, target_names(model, set(pairs)))
-    lora.fan_in_fan_out = any(isinstance(_innermost(model, name), Conv1D) for name in pairs)
+    adapted = [model.get_submodule(name) for name in pairs]
+    bases = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in adapted]
+    lora.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
     lora.save_pretrained(str(directory))
     tensors = {}
     for name, pair in pairs.items():
@@ -91,8 +93,3 @@ def target_names(model: nn.Module, targets: set[str]) -> list[str]:
     suffixes = {name.rpartition(".")[2] for name in targets}
     matched = {name for name in names if name.rpartition(".")[2] in suffixes}
     return sorted(suffixes if matched == targets else targets)
-
-
-def _innermost(model: nn.Module, name: str) -> nn.Module:
-    layer = model.get_submodule(name)
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

@@ -21,6 +21,7 @@ from amoeba_plugin.smol.export import LoraPair, write_lora
 from amoeba_plugin.smol.host import (
     DEFAULT_TARGETS,
     BaseTuner,
+    BaseTunerLayer,
     NoMatchingPeftModuleError,
     device_and_dtype,
     get_quantization_kwargs,
@@ -274,7 +275,8 @@ class SmolModel(BaseTuner):
             raise AdapterError(f"the model has a '{ROUTER_NAME}' of its own, so SMOL cannot put its router there")
         if adapter_name not in router.smol_router:
             weights = router.add_adapter(adapter_name, config).train(self.model.training)
-            device, dtype = device_and_dtype(_innermost(target))
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            device, dtype = device_and_dtype(base)
             if weights.down_weight.device.type != "meta" and device is not None:
                 weights.to(device=device, dtype=dtype)
                 weights.place()
@@ -303,9 +305,3 @@ def count_layers(model: nn.Module) -> int | None:
         config = get_text_config()
     number = getattr(config, "num_hidden_layers", None)
     return number if type(number) is int else None  # a mock or a bool is no number of layers
-
-
-def _innermost(layer: Any) -> Any:
-    while hasattr(layer, "base_layer"):
-        layer = layer.base_layer
-    return layer
