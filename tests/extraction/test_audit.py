@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from support.models import random_elastic
+from torch import nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.errors import ArchitectureError
-from amoeba_plugin.extraction import cut as extraction
 from amoeba_plugin.extraction.audit import audit_sizes, require_sizes
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.architectures.llama import LlamaFamily
@@ -47,13 +47,18 @@ def test_every_linear_of_another_size_is_named(tiny_model: TinyModel) -> None:
 
 
 def test_a_cut_that_did_nothing_is_an_error(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ends agree on the wrong size, as where a configuration forgets a field: nothing else would tell."""
+    """A host exchanged the linears, and a configuration forgets a field: both ends agree on the wrong size."""
     elastic, stated = random_elastic(tiny_model("llama")), LlamaFamily.subnet_config
 
     def forgetful(self: Any, config: Any, kept_layers: Any, units: Any, biased: Any = frozenset()) -> Any:
         return stated(self, config, kept_layers, {"attention": 4, "mlp": 128}, biased)
 
-    monkeypatch.setattr(extraction, "cut_linear", lambda linear, delta=None: (linear.weight.detach().clone(), None))
+    for layer in elastic.layers:
+        for path, linear in list(layer.named_modules()):
+            if isinstance(linear, nn.Linear):
+                plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+                plain.weight = linear.weight
+                layer.set_submodule(path, plain)
     monkeypatch.setattr(LlamaFamily, "subnet_config", forgetful)
     with pytest.raises(ArchitectureError, match=r"layer 0, self_attn.q_proj: 64 rows asked for, 128 there"):
         extract(elastic, "4x1/2")

@@ -30,6 +30,7 @@ from amoeba_plugin.modifiers import (
     OneForAllDistillationModifier,
     TrainingEventsCallback,
     begin_session,
+    external,
 )
 from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
@@ -159,7 +160,7 @@ def test_a_trainer_of_ones_own_with_several_processes_is_refused(base: Path, tmp
         callbacks=[TrainingEventsCallback()],
     )  # fmt: skip
     with (
-        mock.patch("amoeba_plugin.modifiers.external.world_size", return_value=2),
+        mock.patch.object(external, "world_size", return_value=2),
         pytest.raises(TrainingError, match="trains in one process, and there are 2; use OneForAllTrainer"),
     ):
         trainer.train()

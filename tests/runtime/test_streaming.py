@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.strategies import random_strategy, uneven_strategy
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.extraction import cut as extraction
+from amoeba_plugin.extraction import checkpoint
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.runtime.streaming import streamed_model
@@ -91,21 +93,25 @@ def test_a_streamed_model_computes_the_same_and_holds_one_layer(tiny_model: Tiny
     assert all(map(is_placeholder, base_parameters(streamed)))
 
 
-def test_extraction_holds_one_layer_of_the_base(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Holdings(TorchDispatchMode):
+    """Notes at every operation of torch how many parameters of the base are in memory."""
+
+    def __init__(self, elastic: ElasticModel) -> None:
+        super().__init__()
+        self.elastic, self.counts = elastic, set[int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts.add(sum(not is_placeholder(each) for each in base_parameters(self.elastic)))
+        return function(*args, **kwargs or {})
+
+
+def test_extraction_holds_one_layer_of_the_base(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama")
     streamed, _ = load_elastic(write_elastic(model, random_strategy(model), tmp_path), stream=True)
-    held: list[int] = []
-    fill = extraction._fill
-
-    def spy(*arguments: object) -> None:
-        held.append(sum(not is_placeholder(each) for each in base_parameters(streamed)))
-        fill(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(extraction, "_fill", spy)
-    extract(streamed, SHAPE)
-    assert set(held) == {9, 1}
+    with Holdings(streamed) as holdings:
+        extract(streamed, SHAPE)
+    assert {1, 9} <= holdings.counts  # the embeddings; 7 linears and 2 norms
+    assert max(holdings.counts) == 9
 
 
 def test_an_error_in_the_middle_of_a_forward_drops_what_was_loaded(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -233,7 +239,7 @@ def test_an_output_below_a_file_is_refused_before_the_base_is_loaded(
 ) -> None:
     model = tiny_model("llama")
     directory = write_elastic(model, random_strategy(model), tmp_path)
-    monkeypatch.setattr("amoeba_plugin.extraction.checkpoint.load_elastic", None)
+    monkeypatch.setattr(checkpoint, "load_elastic", None)
     (tmp_path / "file").write_text("years of work")
     with pytest.raises(ArtifactError, match="Not a directory"):
         extract_checkpoint(directory, SHAPE, tmp_path / "file" / "out")

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
@@ -17,7 +18,11 @@ from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
-from support.models import random_tokens
+from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.batches import make_rows
+from support.models import random_elastic, random_tokens, tiny_llama
+
+PAPER = OneForAllOptions(sampled_shapes="independent")
 
 
 def make_arguments(directory: Path, **fields: Any) -> TrainingArguments:
@@ -28,6 +33,40 @@ def make_arguments(directory: Path, **fields: Any) -> TrainingArguments:
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "dataloader_pin_memory": False,
     }  # fmt: skip
     return TrainingArguments(**defaults | fields)
+
+
+def make_elastic(seed: int = 0, **config: Any) -> ElasticModel:
+    """Return a four-layer Llama with 4 KV groups, elastic in depth and width."""
+    return random_elastic(tiny_llama(seed, **config), seed)
+
+
+def make_trainer(
+    elastic: ElasticModel, directory: Path, options: OneForAllOptions = PAPER, model: nn.Module | None = None,
+    rows: list[dict[str, list[int]]] | None = None, **fields: Any,
+) -> OneForAllTrainer:  # fmt: skip
+    """Return a trainer of the elastic model (all parameters), or of an adapter."""
+    return OneForAllTrainer(
+        model or elastic.model, elastic, options, args=make_arguments(directory, **fields),
+        train_dataset=make_rows() if rows is None else rows, data_collator=PaddingCollator(),
+    )  # fmt: skip
+
+
+def add_smol(elastic: ElasticModel, seed: int = 0, **fields: Any) -> PeftModel:
+    """Put on a SMOL adapter that changes outputs from the start."""
+    torch.manual_seed(seed)
+    return attach_smol(
+        elastic, SmolConfig(r=4, num_experts=3, init_weights=False, target_modules="all-linear", **fields)
+    )
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters by name."""
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all gradients that there are, by name."""
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
 def attach_adapter(elastic: ElasticModel, kind: str) -> PeftModel:

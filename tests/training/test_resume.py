@@ -9,20 +9,31 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.batches import make_rows
+from support.training import PAPER, add_smol, make_arguments, make_elastic, make_trainer, parameters_of
+from torch import Tensor
 from torch.distributed import DistBackendError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.errors import ArtifactError, TrainingError
 from amoeba_plugin.training.one_for_all.checkpoints import (
     could_not_write,
     is_complete,
     last_complete_checkpoint,
     require_same_training,
 )
+from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
 TESTS = Path(__file__).parent.parent
 TRIALS = 20
@@ -37,6 +48,57 @@ def test_a_killed_training_ends_bit_equal_to_one_that_was_not(tmp_path: Path) ->
     assert len(found["trials"]) == TRIALS
     assert {trial["digest"] for trial in found["trials"]} == {found["expected"]}
     assert len({trial["step"] for trial in found["trials"]}) > 2  # killed early and late
+
+
+class Interruption(TrainerCallback):
+    """Stops a run after some steps, without shortening its plan."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+@pytest.mark.parametrize("adapter", ["none", "smol"])
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path: Path, adapter: str):
+    fields = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2,
+              "per_device_train_batch_size": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}  # fmt: skip
+
+    def run(directory: str, callbacks: list[TrainerCallback] | None = None, **more: Any):
+        elastic = make_elastic(attention_dropout=0.1)
+        model = add_smol(elastic, lora_dropout=0.1) if adapter == "smol" else elastic.model
+        arguments = make_arguments(tmp_path / directory, **fields, **more)
+        train_one_for_all(elastic, model, make_rows(), PAPER, arguments, callbacks=callbacks)
+        return parameters_of(model)
+
+    whole, again = run("whole"), run("again")
+    run("resumed", [Interruption(2)])
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    state = json.loads((tmp_path / "whole" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+    files = {path.name for path in (tmp_path / "whole" / "checkpoint-5").iterdir()}
+    assert ("adapter_model.safetensors" in files) == (adapter == "smol")
+
+
+def test_going_on_from_the_last_checkpoint_passes_over_one_that_was_interrupted(tmp_path: Path):
+    def run(steps: int, resume: str | bool | None = None) -> dict[str, Tensor]:
+        elastic = make_elastic()
+        trainer = make_trainer(elastic, tmp_path, save_strategy="steps", save_steps=1, max_steps=steps)
+        assert trainer.train(resume_from_checkpoint=resume).global_step == steps
+        return parameters_of(elastic.model)
+
+    with pytest.raises(TrainingError, match="no checkpoint in .* was written to its end; start again"):
+        run(3, True)
+    expected = run(3)
+    for name in ("optimizer.pt", "trainer_state.json"):
+        (tmp_path / "checkpoint-3" / name).unlink()
+    with pytest.raises(TrainingError, match="checkpoint-3 was not written to its end; go on from .*checkpoint-2"):
+        run(3, str(tmp_path / "checkpoint-3"))
+    found = run(3, True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def checkpoint(directory: Path, step: int, state: str | None) -> Path:

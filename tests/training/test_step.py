@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import random_elastic, tiny_llama
@@ -21,6 +22,7 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingError
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.training.one_for_all import step
 from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint
 from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
@@ -246,9 +248,7 @@ def test_one_for_all_training_draws_the_routers_noise_from_its_own_seed() -> Non
 def test_a_ratio_that_explodes_stops(tmp_path: Path) -> None:
     elastic = random_elastic(tiny_llama())
     options = OneForAllOptions(max_balance_ratio=math.inf)
-    nothing = mock.patch(
-        "amoeba_plugin.training.one_for_all.step.distilled_rows", return_value=lambda logits, place: logits.sum(-1) * 0
-    )
+    nothing = mock.patch.object(step, "distilled_rows", return_value=lambda logits, place: logits.sum(-1) * 0)
     with nothing, pytest.raises(TrainingError, match="balancing ratio of subnet .* is inf"):
         train(tmp_path, elastic, options)
 
@@ -298,7 +298,7 @@ def test_an_error_that_is_no_full_disk_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_whole_is_kept_when_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
     with (
-        mock.patch("transformers.trainer.rotate_checkpoints", side_effect=PermissionError(13, "denied")),
+        mock.patch.object(transformers.trainer, "rotate_checkpoints", side_effect=PermissionError(13, "denied")),
         pytest.raises(PermissionError),
     ):
         train(tmp_path, random_elastic(tiny_llama()), save_strategy="steps", save_steps=1)
