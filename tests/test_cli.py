@@ -24,7 +24,7 @@ from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.recipes import files as recipe_files
 from amoeba_plugin.recipes.files import shipped_recipes
 from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.testing.architectures import random_strategy
 
@@ -195,7 +195,7 @@ def test_what_is_missing_is_named(files: Files):
         assert result.exit_code == 2
         assert f"Missing option '{missing}'" in result.output
     assert "no recipe '7b.yaml'" in refused("check", "7b.yaml")  # a file's name, not a shape
-    assert "that is a shape, and 'amoeba loads 4x1/2 --model MODEL --target TARGET'" in refused("check", "4x1/2")
+    assert "loads a shape, such as 24x7/8, tells 'amoeba loads SHAPE" in refused("check", "4x1/2")
 
 
 def test_ctrl_c_is_told_and_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch):

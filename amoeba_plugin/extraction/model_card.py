@@ -96,6 +96,12 @@ def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
     write_atomically(directory / CARD_NAME, str(ModelCard(text)).encode())
 
 
+def require_model_card(directory: Path, facts: Mapping[str, str]) -> None:
+    """Write the card where there is none, and again where more than the base model is known."""
+    if len(facts) > 1 or not (directory / CARD_NAME).exists():
+        write_model_card(directory, facts)
+
+
 def _quantization(directory: Path) -> dict[str, str]:
     method = json.loads((directory / "config.json").read_bytes()).get("quantization_config")
     if method is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.model_files import load_config
 
 

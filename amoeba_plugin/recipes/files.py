@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError, did_you_mean
-from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.errors import ArtifactError, RecipeError, did_you_mean
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -38,20 +37,12 @@ def require_shipped(name: str) -> Path:
     shipped = shipped_recipes()
     if name not in shipped:
         there = "that is a directory, not a file" if Path(name).is_dir() else "there is no such file"
-        if _is_shape(name):
-            there = f"that is a shape, and 'amoeba loads {name} --model MODEL --target TARGET' tells what loads it"
         raise RecipeError(
             f"no recipe '{name}': {there}, and the shipped recipes are {', '.join(shipped)}."
-            f"{did_you_mean(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit"
+            f"{did_you_mean(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit; whether something "
+            "loads a shape, such as 24x7/8, tells 'amoeba loads SHAPE --model MODEL --target TARGET'"
         )
     return shipped[name]
-
-
-def _is_shape(name: str) -> bool:
-    try:
-        return bool(SubnetShape.parse(name))
-    except ShapeError:
-        return False
 
 
 def read_recipe(recipe: str | Path) -> tuple[str, str]:

@@ -37,17 +37,11 @@ class ModelPlan:
         return any(group.consumer.expert is not None for group in groups)
 
 
-def adapter_of(config: PretrainedConfig, required: bool) -> ArchitectureAdapter | None:
-    """Return the architecture of a model.
-
-    Raises:
-        ArchitectureError: If it is ``required``, and nobody registered it.
-    """
+def known_architecture(config: PretrainedConfig) -> ArchitectureAdapter | None:
+    """Return the architecture of a model, or ``None`` where nobody registered it."""
     try:
         return architecture_for(config.model_type)
     except ArchitectureError:
-        if required:
-            raise
         return None
 
 

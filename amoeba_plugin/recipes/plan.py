@@ -1,13 +1,11 @@
-"""A recipe read once: its modifiers by their roles, the shapes it names, and where each of them stands in the file.
+"""A recipe's modifiers by their roles, the shapes it names, and where each of them stands in the file.
 
-``plan_recipe`` checks all that can be checked without a model; ``RecipePlan.against`` checks the rest against a model's
-configuration, and returns what only both together tell.
+``RecipePlan.against`` checks it against a model's configuration, and returns what only both together tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -23,6 +21,7 @@ from amoeba_plugin.elastic.subnet_config import config_for, weightless
 from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.expert_linears import take_apart
+from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import (
     DepthShrinkingModifier,
     OneForAllDistillationModifier,
@@ -31,16 +30,15 @@ from amoeba_plugin.modifiers import (
 )
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.own_stage import needs_own_stage
-from amoeba_plugin.modifiers.smoothing import require_outputs_kept, smooths
+from amoeba_plugin.modifiers.smoothing import require_accelerator, require_outputs_kept, smooths
 from amoeba_plugin.recipes.expected import ExpectedDepths, ExpectedWidths, expected_sizes
-from amoeba_plugin.recipes.fields import create_modifier
-from amoeba_plugin.recipes.files import read_recipe
-from amoeba_plugin.recipes.model_plan import ModelPlan, adapter_of, require_full_precision, require_linears
+from amoeba_plugin.recipes.model_plan import ModelPlan, known_architecture, require_full_precision, require_linears
+from amoeba_plugin.recipes.places import require_apart, require_new_directory
 from amoeba_plugin.recipes.quantization import require_divisible
-from amoeba_plugin.recipes.text import SKELETON, Entry, entries_of
 from amoeba_plugin.shape import SubnetShape, parse_width
 
 ModifierT = TypeVar("ModifierT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,11 @@ class RecipePlan:
         return bool(self.structural) or any(modifier.requires_calibration_data for modifier in self.modifiers)
 
     @property
+    def card(self) -> dict[str, str]:
+        """What the extraction of this very plan found for the model card; empty where ``oneshot`` ran a copy of it."""
+        return {} if self.extraction is None else self.extraction.card
+
+    @property
     def sizes_unknown(self) -> bool:
         """Whether the selection decides the sizes of what is extracted."""
         if self.width is None or self.shape is None:
@@ -117,13 +120,58 @@ class RecipePlan:
         line = next(line for each, line in zip(self.modifiers, self.lines, strict=True) if each is modifier)
         return f"{self.source}, line {line}: {type(modifier).__name__}"
 
-    @contextmanager
-    def blaming(self, modifier: Any) -> Iterator[None]:
-        """Put in front of what a block refuses where the modifier stands that asked for it."""
+    def asking(self, modifier: Any, check: Callable[..., ResultT], *arguments: Any) -> ResultT:
+        """Return what a check answers; what it refuses is told with the place of the modifier that it is about."""
         try:
-            yield
+            return check(*arguments)
         except AmoebaError as error:
             raise type(error)(f"{self.where(modifier)}: {error}") from error
+
+    def require_consistent(self) -> None:
+        """Refuse modifiers that each are right and cannot run together, whatever the model.
+
+        Raises:
+            RecipeError: If their order cannot work, or their fields contradict each other.
+            ShapeError: If the recipe names a shape that its selection does not make.
+        """
+        self._require_order()
+        depth, width = self.depth, self.width
+        if depth is not None and depth.keep_last > depth.min_depth:
+            raise RecipeError(
+                f"{self.where(depth)}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet "
+                "cannot keep more last layers than it has layers; lower keep_last or raise min_depth"
+            )
+        widths = {Fraction(1)} if width is None else {parse_width(each) for each in width.widths}
+        for modifier, shape in self.shapes:
+            self.asking(modifier, _require_depth, shape, depth)
+            self.asking(modifier, _require_width, shape, widths)
+
+    def _require_order(self) -> None:
+        try:
+            require_order(self.modifiers)
+            Recipe(modifiers=list(self.modifiers))  # the host's own rules
+        except AmoebaError as error:
+            raise RecipeError(f"{self.source}: {error}") from error
+        except ValueError as error:
+            raise RecipeError(f"{self.source}: {str(error).partition('Value error, ')[2] or error}") from error
+
+    def require_runnable(self, output_dir: Path) -> None:
+        """Refuse what this machine cannot run, and directories that are not free.
+
+        Raises:
+            ArtifactError: If the output directory, or one that the recipe names, holds something else, or cannot be
+                written.
+            RecipeError: If two of the directories are one, or are in each other; or a modifier wants an accelerator.
+        """
+        for modifier in self.modifiers:
+            self.asking(modifier, require_accelerator, modifier)
+        require_new_directory(output_dir)
+        for modifier, field in (
+            (self.depth, "resume_dir"), (self.training, "checkpoint_dir"), (self.training, "elastic_dir"),
+        ):  # fmt: skip
+            directory = getattr(modifier, field, None)
+            if directory is not None:
+                self.asking(modifier, require_apart, field, Path(directory), output_dir)
 
     def against(self, config: PretrainedConfig) -> ModelPlan:
         """Check the recipe against the sizes of the model it is meant for; weights are not needed.
@@ -135,15 +183,14 @@ class RecipePlan:
             ShapeError: If the shape to extract is outside the space.
         """
         require_full_precision(config)
-        adapter = adapter_of(config, required=bool(self.structural))
+        adapter = architecture_for(config.model_type) if self.structural else known_architecture(config)
         subnet = config if adapter is None or not self.structural else self._subnet_config(config, adapter)
         own_stage = False
         if self.structural:
             whole = weightless(config)
             own_stage = needs_own_stage(whole)
             if self.training is not None and self.training.adapter != "none":
-                with self.blaming(self.training):
-                    require_linears(self.training.adapter.target_modules or (), whole)
+                self.asking(self.training, require_linears, self.training.adapter.target_modules or (), whole)
         plan = ModelPlan(config, adapter, subnet, own_stage)
         self._require_quantizable(plan)
         return plan
@@ -151,17 +198,14 @@ class RecipePlan:
     def _subnet_config(self, config: PretrainedConfig, adapter: ArchitectureAdapter) -> PretrainedConfig:
         """Return the configuration that quantization will see: the subnet's, as far as it is known."""
         layers, groups = config.num_hidden_layers, adapter.channel_groups(config)
-        with self.blaming(self.depth):
-            depths = ExpectedDepths.of(self.depth, layers)
-        with self.blaming(self.width):
-            widths = ExpectedWidths.of(self.width, groups, layers)
+        depths = self.asking(self.depth, ExpectedDepths.of, self.depth, layers)
+        widths = self.asking(self.width, ExpectedWidths.of, self.width, groups, layers)
         for modifier, shape in self.shapes:
-            with self.blaming(modifier):
-                depths.require(shape)
+            self.asking(modifier, depths.require, shape)
         if self.extraction is None or self.shape is None:
             return config
-        with self.blaming(self.extraction):
-            return config_for(adapter, config, expected_sizes(depths, widths, self.shape, self.extraction.portable))
+        sizes = expected_sizes(depths, widths, self.shape, self.extraction.portable)
+        return self.asking(self.extraction, config_for, adapter, config, sizes)
 
     def _require_quantizable(self, plan: ModelPlan) -> None:
         quantizing = [each for each in self.modifiers if hasattr(each, "resolve_quantization_config")]
@@ -169,84 +213,17 @@ class RecipePlan:
         if quantizing:
             model = weightless(plan.subnet)
             if plan.adapter is not None and plan.has_experts:
-                with self.blaming(quantizing[0]):
-                    require_readable(quantizations, take_apart(model, plan.adapter))
+                model = take_apart(model, plan.adapter)
+                self.asking(quantizing[0], require_readable, quantizations, model)
             for modifier, quantization in zip(quantizing, quantizations, strict=True):
-                with self.blaming(modifier):
-                    require_divisible(quantization, model, self.sizes_unknown)
+                self.asking(modifier, require_divisible, quantization, model, self.sizes_unknown)
         if plan.adapter is None:  # nothing here knows how to make such a model small; the recipe only quantizes it
             return
         for modifier in filter(smooths, self.modifiers):
-            with self.blaming(modifier):
-                require_outputs_kept(modifier, quantizations, plan.subnet, plan.adapter)
+            self.asking(modifier, require_outputs_kept, modifier, quantizations, plan.subnet, plan.adapter)
 
     def _only(self, kind: type[ModifierT]) -> ModifierT | None:
         return next((modifier for modifier in self.modifiers if isinstance(modifier, kind)), None)
-
-
-def _is_ours(modifier: Any) -> bool:
-    return type(modifier).__module__.startswith("amoeba_plugin.")
-
-
-def plan_recipe(recipe: str | Path) -> RecipePlan:
-    """Read a recipe and check everything that can be checked without a model.
-
-    Args:
-        recipe: Path of a YAML or JSON file, the name of a shipped recipe, or the text itself (a string with a line
-            break or a colon and a space).
-
-    Returns:
-        The recipe with its modifiers made; no session was started, nothing was loaded.
-
-    Raises:
-        RecipeError: On the first thing that cannot run, or that llm-compressor would silently ignore.
-        ShapeError: If a shape that the recipe names is one that its selection does not make.
-    """
-    source, text = read_recipe(recipe)
-    entries = tuple(entries_of(text, source))
-    if not entries:
-        raise RecipeError(f"{source} holds no modifier; a recipe reads {SKELETON}")
-    _require_distinct_groups(entries, source)
-    modifiers = tuple(create_modifier(entry, source) for entry in entries)
-    plan = RecipePlan(source, modifiers, tuple(entry.line for entry in entries))
-    _require_order(plan)
-    _require_shapes(plan)
-    return plan
-
-
-def _require_distinct_groups(entries: Sequence[Entry], source: str) -> None:
-    stages: dict[str, str] = {}
-    for entry in entries:
-        if stages.setdefault(entry.group, entry.stage) != entry.stage:
-            raise RecipeError(
-                f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in "
-                f"{entry.stage}; the recipe saved beside a checkpoint would lose one of them: give them different names"
-            )
-
-
-def _require_order(plan: RecipePlan) -> None:
-    try:
-        require_order(plan.modifiers)
-        Recipe(modifiers=list(plan.modifiers))  # the host's own rules
-    except AmoebaError as error:
-        raise RecipeError(f"{plan.source}: {error}") from error
-    except ValueError as error:
-        raise RecipeError(f"{plan.source}: {str(error).partition('Value error, ')[2] or error}") from error
-
-
-def _require_shapes(plan: RecipePlan) -> None:
-    """Refuse shapes that the selection does not make, whatever the model."""
-    depth, width = plan.depth, plan.width
-    if depth is not None and depth.keep_last > depth.min_depth:
-        raise RecipeError(
-            f"{plan.where(depth)}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet "
-            "cannot keep more last layers than it has layers; lower keep_last or raise min_depth"
-        )
-    widths = {Fraction(1)} if width is None else {parse_width(each) for each in width.widths}
-    for modifier, shape in plan.shapes:
-        with plan.blaming(modifier):
-            _require_depth(shape, depth)
-            _require_width(shape, widths)
 
 
 def _require_depth(shape: SubnetShape, depth: DepthShrinkingModifier | None) -> None:
@@ -270,3 +247,7 @@ def _require_width(shape: SubnetShape, widths: Collection[Fraction]) -> None:
             f"shape {shape} is outside the space: the widths are {known}; take one of these, or add "
             f'"{shape.width}" to WidthShrinkingModifier.widths'
         )
+
+
+def _is_ours(modifier: Any) -> bool:
+    return type(modifier).__module__.startswith("amoeba_plugin.")

@@ -88,8 +88,8 @@ def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:
     )
 
 
-def entries_of(text: str, source: str) -> Iterator[Entry]:
-    """Yield the modifiers of a recipe in their order.
+def entries_of(text: str, source: str) -> tuple[Entry, ...]:
+    """Return the modifiers of a recipe in their order, at least one.
 
     Args:
         text: YAML or JSON.
@@ -98,6 +98,20 @@ def entries_of(text: str, source: str) -> Iterator[Entry]:
     Raises:
         RecipeError: If it is not a recipe, or llm-compressor would silently ignore a part of it.
     """
+    entries = tuple(_entries(text, source))
+    if not entries:
+        raise RecipeError(f"{source} holds no modifier; a recipe reads {SKELETON}")
+    stages: dict[str, str] = {}
+    for entry in entries:
+        if stages.setdefault(entry.group, entry.stage) != entry.stage:
+            raise RecipeError(
+                f"{source}, line {entry.line}: the group '{entry.group}' is in {stages[entry.group]} and in "
+                f"{entry.stage}; the recipe saved beside a checkpoint would lose one of them: give them different names"
+            )
+    return entries
+
+
+def _entries(text: str, source: str) -> Iterator[Entry]:
     for stage, stage_node in _children(_parse(text, source)):
         _require_suffix(stage, STAGE_SUFFIX, "stage", source)
         groups = _children(_mapping(stage_node, f"{source}: {stage.value}", "a modifier group"))

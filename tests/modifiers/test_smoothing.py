@@ -25,7 +25,7 @@ from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_kept
 from amoeba_plugin.recipes.inputs import RunOptions
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.testing.architectures import random_model
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.recipes.files import find_recipe, shipped_recipes
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 
 SHIPPED = shipped_recipes()
 

@@ -7,7 +7,7 @@ from support.recipes import GOOD, config_of, grouped
 
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import ArchitectureError, RecipeError
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 
 
 def test_a_subnet_whose_layers_differ_is_no_model_to_begin_with():

@@ -24,7 +24,7 @@ from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.shape import SubnetShape
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer
 import amoeba_plugin  # noqa: F401  # registers the modifiers
 from amoeba_plugin.errors import AmoebaError
 from amoeba_plugin.modifiers import TrainingEventsMixin
-from amoeba_plugin.recipes.plan import plan_recipe
+from amoeba_plugin.recipes.read import plan_recipe
 from support.batches import tensor_rows
 from support.models import SIZES
 
