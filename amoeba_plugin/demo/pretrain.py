@@ -97,29 +97,15 @@ def xz_bits_per_byte(files: list[SourceFile]) -> float:
     return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
 
 
-def main() -> None:
-    """Train, measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    set_seed(SEED)
-    train_files, held_out_files = part_files("train"), part_files("held_out")
-    random.Random(SEED).shuffle(train_files)
-    tokenizer = train_tokenizer(train_files)
-    train, held_out = (token_blocks(files, tokenizer, BLOCK_SIZE) for files in (train_files, held_out_files))
-    print(f"train {len(train)} blocks, held out {len(held_out)} blocks", flush=True)
-    model = LlamaForCausalLM(demo_config())
-    arguments = TrainingArguments(
-        output_dir=str(options.out / "trainer"),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
+def training_arguments(out: Path, steps: int, batch_size: int, learning_rate: float) -> TrainingArguments:
+    """Return how the model is trained: AdamW, a cosine schedule, a checkpoint every 200 steps, on a CPU."""
+    return TrainingArguments(
+        output_dir=str(out / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=options.steps // 20,
+        warmup_steps=steps // 20,
         weight_decay=0.1,
         adam_beta2=0.95,
         max_grad_norm=1.0,
@@ -133,6 +119,30 @@ def main() -> None:
         use_cpu=True,
         report_to=[],
     )
+
+
+def parsed_options() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, measure, save."""
+    options = parsed_options()
+    set_seed(SEED)
+    train_files, held_out_files = part_files("train"), part_files("held_out")
+    random.Random(SEED).shuffle(train_files)
+    tokenizer = train_tokenizer(train_files)
+    train, held_out = (token_blocks(files, tokenizer, BLOCK_SIZE) for files in (train_files, held_out_files))
+    print(f"train {len(train)} blocks, held out {len(held_out)} blocks", flush=True)
+    model = LlamaForCausalLM(demo_config())
+    arguments = training_arguments(options.out, options.steps, options.batch_size, options.learning_rate)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=default_data_collator
     )

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from amoeba_plugin.demo import run as demo
 from amoeba_plugin.demo.corpus import is_held_out, part_files, token_blocks
+from amoeba_plugin.demo.data import BLOCK_SIZE, MODEL, QUICK, batches_of
 from amoeba_plugin.demo.multiple_choice import CHOICES, CONTEXT_TOKENS, multiple_choice
 from amoeba_plugin.demo.pretrain import xz_bits_per_byte
-from amoeba_plugin.demo.run import MODEL, QUICK, run_demo
+from amoeba_plugin.demo.run import run_demo
 from amoeba_plugin.reports.report import Report
 from amoeba_plugin.selection.registry import objective_named
 
@@ -71,7 +72,7 @@ def test_the_shipped_model_was_trained(model: PreTrainedModel, tokenizer: PreTra
     recorded = json.loads((MODEL / "held_out.json").read_text())
     assert recorded["bits_per_byte"] < recorded["xz_bits_per_byte"]
     files = [file for file in part_files("held_out") if file.module in {"dataclasses", "tomllib", "netrc"}]
-    blocks = demo._batches(token_blocks(files, tokenizer, demo.BLOCK_SIZE, limit=24))
+    blocks = batches_of(token_blocks(files, tokenizer, BLOCK_SIZE, limit=24))
     nats = objective_named("loss").measure(model, blocks).value
     text = "".join(file.text for file in files)
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])

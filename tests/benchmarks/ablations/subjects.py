@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.demo.corpus import part_files, token_blocks
-from amoeba_plugin.demo.run import MODEL as DEMO_MODEL
+from amoeba_plugin.demo.data import MODEL as DEMO_MODEL
 
 BLOCK = 256
 Allocation = Literal["uniform", "measured", "global"]
