@@ -18,7 +18,8 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.audit import require_sizes
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.kept import read_kept
-from amoeba_plugin.testing.architectures import random_model, reload_plainly
+from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.reload import reload_plainly
 
 SHAPE = "2.5x1/2"  # an attention is gone, and a layer
 
