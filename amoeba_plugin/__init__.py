@@ -17,15 +17,24 @@ if TYPE_CHECKING:
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
     from amoeba_plugin.extraction.checkpoint import extract_checkpoint
     from amoeba_plugin.extraction.cut import extract
+    from amoeba_plugin.models.adapter import ArchitectureAdapter
     from amoeba_plugin.plugins.hooks import hookimpl
+    from amoeba_plugin.selection.depth.selectors import DepthSelector
+    from amoeba_plugin.selection.importance import GroupImportance, Importance
+    from amoeba_plugin.selection.objectives import Objective
     from amoeba_plugin.smol import SmolConfig, SmolModel
     from amoeba_plugin.training.one_for_all.options import OneForAllOptions
     from amoeba_plugin.training.one_for_all.train import train_one_for_all
     from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 _LAZY = {
+    "ArchitectureAdapter": "models.adapter",
+    "DepthSelector": "selection.depth.selectors",
     "DepthStrategy": "elastic.strategy",
     "ElasticModel": "elastic.model",
+    "GroupImportance": "selection.importance",
+    "Importance": "selection.importance",
+    "Objective": "selection.objectives",
     "OneForAllOptions": "training.one_for_all.options",
     "OneForAllTrainer": "training.one_for_all.trainer",
     "SmolConfig": "smol",
@@ -43,8 +52,13 @@ _LAZY = {
 
 __all__ = [
     "AmoebaError",
+    "ArchitectureAdapter",
+    "DepthSelector",
     "DepthStrategy",
     "ElasticModel",
+    "GroupImportance",
+    "Importance",
+    "Objective",
     "OneForAllOptions",
     "OneForAllTrainer",
     "ShapeSpace",

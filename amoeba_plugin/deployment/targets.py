@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from amoeba_plugin.deployment.expert_schemes import unreadable
+from amoeba_plugin.deployment.schemes import group_size, unreadable
 from amoeba_plugin.elastic.subnet_config import is_per_layer, per_layer_class, weightless
 from amoeba_plugin.errors import ArchitectureError, RecipeError, did_you_mean
 from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
@@ -141,7 +141,7 @@ def candidate(
     Raises:
         RecipeError: If the target or the scheme is unknown.
     """
-    group_size = _group_size(require_target(target), target, scheme)
+    shared = _weights_per_scale(require_target(target), target, scheme)
     uneven = is_per_layer(config)
     model = weightless(config) if uneven else _one_layer(config)
     groups = adapter.channel_groups(config.per_layer_config[0] if uneven else config)
@@ -158,7 +158,7 @@ def candidate(
                 name = path.rpartition(".")[2] + (f" of layer {index}" if uneven else "")
                 linears[name] = (module.in_features, module.out_features)
                 split |= {name} if path in consumers else set()
-    return Candidate(config, linears, frozenset(split), group_size, scheme, devices, experts)
+    return Candidate(config, linears, frozenset(split), shared, scheme, devices, experts)
 
 
 def findings(subject: Candidate, target: str) -> list[Finding]:
@@ -201,7 +201,7 @@ def require_target(name: str) -> Target:
     return known[name]
 
 
-def _group_size(target: Target, name: str, scheme: str | None) -> int | None:
+def _weights_per_scale(target: Target, name: str, scheme: str | None) -> int | None:
     if scheme is None:
         return None
     known = PRESET_SCHEMES if target.schemes == "compressed-tensors" else target.schemes
@@ -212,8 +212,7 @@ def _group_size(target: Target, name: str, scheme: str | None) -> int | None:
         )
     if isinstance(target.schemes, dict):
         return target.schemes[scheme]
-    weights = preset_name_to_scheme(scheme, ["Linear"]).weights
-    return None if weights is None or weights.group_size is None or weights.group_size < 1 else weights.group_size
+    return group_size(preset_name_to_scheme(scheme, ["Linear"]))
 
 
 def _one_layer(config: PretrainedConfig) -> PreTrainedModel:

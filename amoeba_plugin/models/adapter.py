@@ -121,7 +121,7 @@ def group_key(layer: int, group: ChannelGroup) -> str:
 
 class ArchitectureAdapter(ABC):
     """Names and sizes of one family of decoders. Subclass it and hand it over by the hook
-    ``register_architectures``."""
+    ``amoeba_architectures``."""
 
     model_types: tuple[str, ...]
     #: Fields of the configuration that list one value per layer.

@@ -20,7 +20,7 @@ def require_new_directory(directory: Path, replaceable: str | None = None) -> No
     Raises:
         ArtifactError: If it is a file, holds something else, or cannot be written.
     """
-    if is_vacant(directory) or (replaceable is not None and _is_ours(directory / replaceable)):
+    if is_vacant(directory) or (replaceable is not None and _is_result(directory / replaceable)):
         require_writable(directory, whole=replaceable is None)
         return
     raise ArtifactError(
@@ -52,7 +52,7 @@ def require_apart(field: str, directory: Path, output_dir: Path) -> None:
         require_replaceable(directory)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_result(path: Path) -> bool:
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError):

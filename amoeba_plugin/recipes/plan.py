@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from llmcompressor.recipe import Recipe
 from transformers import PretrainedConfig
 
-from amoeba_plugin.deployment.expert_schemes import require_readable
+from amoeba_plugin.deployment.schemes import require_readable
 from amoeba_plugin.elastic.subnet_config import config_for, weightless
 from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter

@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils import match_named_modules
 from transformers import PreTrainedModel
 
+from amoeba_plugin.deployment.schemes import group_size
 from amoeba_plugin.errors import RecipeError
 
 
@@ -23,17 +24,10 @@ def require_divisible(quantization: QuantizationConfig, model: PreTrainedModel, 
         RecipeError: Naming the linears and what would fit.
     """
     for scheme in quantization.config_groups.values():
-        size = _group_size(scheme)
+        size = group_size(scheme)
         odd = {} if size is None else _undivided(scheme, quantization.ignore or [], size, model)
         if size is not None and odd:
             raise RecipeError(_advice(size, odd, least))
-
-
-def _group_size(scheme: QuantizationScheme) -> int | None:
-    weights = scheme.weights
-    if weights is None or weights.group_size is None or weights.group_size < 1:
-        return None
-    return int(weights.group_size)
 
 
 def _undivided(scheme: QuantizationScheme, ignore: list[str], size: int, model: PreTrainedModel) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError
+from amoeba_plugin.runtime.stored_tensors import read_index
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -87,10 +87,7 @@ def _weight_files(directory: Path) -> list[Path]:
     single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    try:
-        return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtifactError(f"{index} is truncated or no index of weights ({error}); copy it anew") from error
+    return [directory / name for name in sorted(set(read_index(index).values()))]
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -20,6 +20,21 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from amoeba_plugin.errors import ArtifactError
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of every tensor, by the names that an index gives them.
+
+    Raises:
+        ArtifactError: If it is truncated, or no index.
+    """
+    try:
+        names: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        return {key: str(file) for key, file in names.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{path} is truncated or no index of weights ({error}); copy it anew") from error
+
 
 class CheckpointTensors:
     """The tensors of a safetensors checkpoint, sharded or not; files are open only while something is read."""
@@ -30,18 +45,17 @@ class CheckpointTensors:
     @classmethod
     def find(cls, reference: str) -> CheckpointTensors | None:
         """Return the tensors of a model by its path or hub id, ``None`` where it has no safetensors files."""
-        index = cached_file(reference, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        if index is not None:
-            names = json.loads(Path(index).read_bytes())["weight_map"]
-            paths, _ = get_checkpoint_shard_files(reference, index)
-            by_name = {Path(path).name: Path(path) for path in paths}
-            return cls({key: by_name[file] for key, file in names.items()})
         single = cached_file(reference, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-        if single is None:
+        if single is not None:  # transformers takes it, whatever an index beside it says
+            with safe_open(single, framework="pt") as file:
+                names = file.keys()
+            return cls(dict.fromkeys(names, Path(single)))
+        index = cached_file(reference, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        if index is None:
             return None
-        with safe_open(single, framework="pt") as file:
-            names = file.keys()
-        return cls(dict.fromkeys(names, Path(single)))
+        paths, _ = get_checkpoint_shard_files(reference, index)
+        by_name = {Path(path).name: Path(path) for path in paths}
+        return cls({key: by_name[file] for key, file in read_index(Path(index)).items()})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

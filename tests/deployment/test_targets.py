@@ -1,4 +1,4 @@
-"""What `amoeba check --target` says: the data file, single rules, and that transformers keeps what it promises."""
+"""What `amoeba loads --target` says: the data file, single rules, and that transformers keeps what it promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's table of architectures: ``PYTHONPATH=tests python -m support.support_matrix`` writes it."""
+"""The table of architectures in the page of the room models: ``PYTHONPATH=tests python -m support.support_matrix`` writes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.registry import architecture_for
 from support.architectures import CONFIGS, OWN_STAGE, QUANTIZED
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "amoeba_plugin" / "models" / "README.md"
 BLOCK = re.compile(r"(?<=<!-- support:start -->\n).*?(?=<!-- support:end -->)", re.DOTALL)
 HEADER = (
     "`model_type`",

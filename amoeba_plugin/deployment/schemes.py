@@ -1,4 +1,4 @@
-"""Schemes in which experts are quantized: what transformers reads back of them.
+"""Quantization schemes of compressed-tensors: groups that share a scale, and experts that transformers reads back.
 
 Of a quantized checkpoint, transformers multiplies the experts out as it loads them, in
 ``transformers.integrations.compressed_tensors.DecompressExperts``. It does that for packed integers with scales and
@@ -19,6 +19,14 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.runtime import compat
+
+
+def group_size(scheme: QuantizationScheme) -> int | None:
+    """Return how many inputs of a linear share a scale; ``None`` where that is not by groups."""
+    weights = scheme.weights
+    if weights is None or weights.group_size is None or weights.group_size < 1:
+        return None
+    return int(weights.group_size)
 
 
 def require_readable(configs: Sequence[QuantizationConfig], model: PreTrainedModel) -> None:
