@@ -81,8 +81,16 @@ CASES = {
     "sublayers": Case(sublayers=True),
     "sublayers, all": Case("none", sublayers=True),
 }
-MODES = {"one": list(CASES), "ddp": ["smol", "teacher", "all tokens", "none", "sublayers"], "fsdp": list(CASES)}
+MODES = {
+    "one": list(CASES),
+    "ddp": ["smol", "teacher", "all tokens", "none", "sublayers"],
+    "fsdp": list(CASES),
+    "fsdp alone": [],
+}
 UNEVEN = Case(rows=7)  # 3 and 4 for each process
+# One row at a time, many of them without a target: the last micro-batch of a step, too.
+IDLE = Case("none", arguments={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})
+ALONE = ("one", "fsdp alone")
 RECIPE = {
     "adapter": {"r": 2, "num_experts": 3}, "max_steps": STEPS, "gradient_accumulation_steps": 2, "save_steps": 2,
     "learning_rate": 0.01,
@@ -141,13 +149,13 @@ def uneven_rows() -> list[dict[str, list[int]]]:
 
 def make_arguments(directory: Path, mode: str, **fields: Any) -> TrainingArguments:
     """Silent, the same global batch however many processes there are."""
-    processes = 1 if mode == "one" else 2
+    processes = 1 if mode in ALONE else 2
     arguments = {
         "output_dir": str(directory / mode), "report_to": "none", "disable_tqdm": True, "max_steps": STEPS,
         "per_device_train_batch_size": GLOBAL_BATCH // processes, "save_strategy": "no", "logging_steps": STEPS,
         "optim": "sgd", "dataloader_pin_memory": False, "learning_rate": 0.05, "max_grad_norm": 1.0,
-        "use_cpu": mode != "fsdp", "ddp_backend": "gloo" if processes > 1 else None,
-        "fsdp": True if mode == "fsdp" else None,
+        "use_cpu": not mode.startswith("fsdp"), "ddp_backend": "gloo" if processes > 1 else None,
+        "fsdp": True if mode.startswith("fsdp") else None,
     }  # fmt: skip
     return TrainingArguments(**arguments | fields)
 
@@ -261,12 +269,15 @@ def refuse(directory: Path) -> None:
 def work(directory: Path, mode: str) -> None:
     """Do all of a mode in this process, which may be one of two."""
     torch.set_num_threads(1)
-    if mode == "fsdp":
+    if mode.startswith("fsdp"):
         offer_gloo()
+    if mode == "fsdp":
         refuse(directory)
     for name in MODES[mode]:
         train(directory, name, mode, CASES[name])
-    if mode != "fsdp":
+    if mode in ALONE:
+        train(directory, "idle", mode, IDLE)
+    if mode in ("one", "ddp"):
         run_recipe(directory, mode)
     if mode == "ddp":
         train(directory, "uneven", mode, UNEVEN)
@@ -301,8 +312,10 @@ def main() -> None:
     directory = Path(sys.argv[1])
     save_base(tiny_llama(), directory / "base")
     for mode in sys.argv[2:] or MODES:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        ranks = [{}] if mode == "one" else [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        number = 1 if mode in ALONE else 2
+        shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+        ranks = [{}] if mode == "one" else ranks
         children = [fork(rank, directory, mode) for rank in ranks]
         codes = [os.waitpid(child, 0)[1] for child in children]
         assert not any(codes), f"{mode}: {codes}"

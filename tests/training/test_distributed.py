@@ -56,6 +56,15 @@ def test_nothing_needs_a_number_of_processes_that_divides_it(results: Path) -> N
     assert all(torch.equal(second[name], value) and value.isfinite().all() for name, value in first.items())
 
 
+def test_a_last_micro_batch_without_a_target_exchanges_the_gradients_of_those_before(results: Path) -> None:
+    """Sharded on one process, where no other would wait for it."""
+    expected, found = (load_file(results / f"idle-{mode}-0.safetensors") for mode in ("one", "fsdp alone"))
+    assert found["exchanges"].tolist() == [STEPS, STEPS]
+    del expected["exchanges"], expected["logged"]  # what is logged counts micro-batches without a target
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_recipe_trains_on_several_processes_as_on_one(results: Path) -> None:
     one, two = (load_file(results / f"recipe-{mode}/adapter/adapter_model.safetensors") for mode in ("one", "ddp"))
     assert len(one) == len(two)
