@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from amoeba_plugin.extraction.cut import extract
     from amoeba_plugin.models.adapter import ArchitectureAdapter
     from amoeba_plugin.plugins.hooks import hookimpl
-    from amoeba_plugin.selection.depth.selectors import DepthSelector
+    from amoeba_plugin.selection.depth.task import DepthSelector
     from amoeba_plugin.selection.importance import GroupImportance, Importance
     from amoeba_plugin.selection.objectives import Objective
     from amoeba_plugin.smol import SmolConfig, SmolModel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ArchitectureAdapter": "models.adapter",
-    "DepthSelector": "selection.depth.selectors",
+    "DepthSelector": "selection.depth.task",
     "DepthStrategy": "elastic.strategy",
     "ElasticModel": "elastic.model",
     "GroupImportance": "selection.importance",
