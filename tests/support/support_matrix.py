@@ -1,4 +1,4 @@
-"""The table of architectures on the page of the models; `PYTHONPATH=tests python -m support.support_matrix` writes it."""
+"""The table of architectures on the models' page; `PYTHONPATH=tests python -m support.support_matrix` writes it."""
 
 from __future__ import annotations
 
