@@ -1,4 +1,8 @@
-"""llm-compressor modifiers: thin, they call the modules of this package. Importing this registers them."""
+"""llm-compressor's door: thin modifiers that call the rooms below. Importing this registers them.
+
+In: llm-compressor's session with a model and calibration data. Out: the same model, selected, trained or cut, and saved
+as it is. From here up llm-compressor is known.
+"""
 
 from llmcompressor.modifiers import ModifierFactory
 

@@ -1,1 +1,4 @@
-"""What a run gained and lost, for people: one model of the results, as JSON, as a page, as tables in a terminal."""
+"""What a run gained and lost, for people.
+
+In: figures, as one ``Report``. Out: that as JSON, as a page that needs nothing else, as tables in a terminal.
+"""

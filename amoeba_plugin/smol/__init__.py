@@ -1,7 +1,8 @@
 """SMOL: a shape-aware mixture of LoRAs, as a PEFT method.
 
-Importing this package registers it, so that ``get_peft_model``, ``PeftModel.from_pretrained`` and transformers'
-``add_adapter`` know ``SmolConfig``.
+In: any causal LM and a ``SmolConfig``. Out: a ``PeftModel`` whose experts the active shape weights, or one shape of it
+as an ordinary LoRA. Importing this package registers it, so that ``get_peft_model``, ``PeftModel.from_pretrained`` and
+transformers' ``add_adapter`` know ``SmolConfig``.
 """
 
 from amoeba_plugin.smol.config import SmolConfig
