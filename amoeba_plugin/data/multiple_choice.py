@@ -26,7 +26,7 @@ class QuestionColumns:
     """Where a data set keeps what: names of columns.
 
     Attributes:
-        question: Text.
+        question: Text of the question.
         choices: A list of texts, or a mapping with ``text`` and ``label`` (ARC).
         answer: Index of the true choice (also as a digit), its label or letter, or its text.
         subject: What questions are stratified by, where the data set has such a column.
@@ -40,7 +40,7 @@ class QuestionColumns:
 
 @dataclass(frozen=True)
 class Question:
-    """One question, read."""
+    """One question as it was read: ``answer`` is the index of the true choice."""
 
     text: str
     choices: tuple[str, ...]
@@ -48,7 +48,7 @@ class Question:
     subject: str = ""
 
     def prompt(self, letters: bool) -> str:
-        """Return what stands before the answer."""
+        """Return what stands before the answer: the question, with ``letters`` its choices by letter, and "Answer:"."""
         listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(ascii_uppercase, self.choices, strict=False))
         return f"{self.text}\n{listed if letters else ''}Answer:"
 
@@ -74,8 +74,8 @@ def load_questions(
     """Draw questions, the same number of each subject as far as there are any, and tokenise every choice.
 
     Args:
-        dataset: As in ``load_batches``.
-        tokenizer: Of the model.
+        dataset: Path or hub id, as in ``load_batches``.
+        tokenizer: Of the model that is asked.
         split: Split of the questions.
         num_questions: How many; fewer where there are no more.
         seed: Same seed, same questions.

@@ -35,13 +35,13 @@ def compare_depth_selectors(
     random_selections: int,
     seed: int,
 ) -> list[DepthRow]:
-    """Measure every selector's layers, before any training.
+    """Measure the layers that every selector keeps, at the same depths, before any training.
 
     Args:
         model: The dense model; left as it was.
         searched: What the dynamic program found on ``calibration``.
         calibration: The data that selectors see; gives ``DepthRow.objective``.
-        held_out: Gives ``DepthRow.held_out_loss``.
+        held_out: Data that no selector saw; gives ``DepthRow.held_out_loss``.
         depths: Depths to compare at.
         random_selections: How many random choices to measure at each depth.
         seed: Of the random ones.

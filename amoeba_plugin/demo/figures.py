@@ -40,7 +40,7 @@ class Figures:
     latency: Mapping[str, Latency]
 
     def row(self, name: str) -> ShapeRow:
-        """Return one model's line of the report."""
+        """Return the line of a report for the dense model or a shape."""
         model, dense = self.models[name], self.models[DENSE]
         return ShapeRow(
             shape=f"{dense.config.num_hidden_layers}x1" if name == DENSE else name,

@@ -23,14 +23,14 @@ CONTINUATION_TOKENS = 24
 def multiple_choice(
     files: Sequence[SourceFile], tokenizer: PreTrainedTokenizerBase, questions: int, seed: int, batch_size: int = 16
 ) -> list[Batch]:
-    """Make questions.
+    """Return questions about held-out text, as batches; every question has ``CHOICES`` rows, the true one first.
 
     Args:
         files: Held-out sources of at least ``CHOICES`` modules.
         tokenizer: Its BOS starts every row.
-        questions: How many.
+        questions: How many to ask.
         seed: Same seed, same questions.
-        batch_size: Rows per batch.
+        batch_size: Rows, that is choices, per batch.
 
     Returns:
         Batches of ``input_ids``, ``attention_mask``, ``labels`` (-100 outside the continuation), each (batch, 1 +

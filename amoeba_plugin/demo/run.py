@@ -47,7 +47,7 @@ class Stages:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Time a block of code."""
+        """Note how many seconds of wall clock a block of code takes, if it ends well."""
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started

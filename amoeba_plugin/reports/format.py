@@ -11,12 +11,12 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Write a share in percent."""
+    """Write a share in whole percent, a dash where there is none."""
     return "–" if value is None else f"{100 * value:.0f}{NO_BREAK}%"  # noqa: RUF001
 
 
 def millions(count: int) -> str:
-    """Write a count of parameters.
+    """Write a count of parameters in millions or billions.
 
     >>> print(millions(3_540_000), millions(6_700_000_000))  # with no-break spaces
     3.54 M 6.70 B

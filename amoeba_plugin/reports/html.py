@@ -20,7 +20,7 @@ def write_report(report: Report, directory: Path) -> None:
     """Write ``report.json`` and a self-contained ``report.html``: no script, no request to anywhere.
 
     Args:
-        report: The results.
+        report: All that is shown; what it lacks is left out of the page.
         directory: Made where it does not exist; older reports in it are replaced.
     """
     directory.mkdir(parents=True, exist_ok=True)

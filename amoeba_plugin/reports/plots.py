@@ -58,7 +58,7 @@ def gap_plot(points: Sequence[tuple[str, float, float, float | None]]) -> str:
 
 
 def latency_plot(points: Sequence[tuple[str, float, float, float]]) -> str:
-    """Draw measured latency over block parameters.
+    """Draw measured latency, prefill and decoding side by side, over block parameters.
 
     Args:
         points: (name, share of block parameters, prefill in ms, decode in ms per token).

@@ -29,7 +29,7 @@ class Quality(_Row):
 
 
 class ShapeRow(_Row):
-    """One subnet, or the dense model.
+    """What one subnet, or the dense model, takes and how good it is.
 
     Attributes:
         shape: DEPTHxWIDTH.
@@ -53,7 +53,7 @@ class ShapeRow(_Row):
 
     @property
     def best(self) -> Quality:
-        """Quality of the finished subnet."""
+        """Quality of the finished subnet: after training, where there was any."""
         return self.after or self.before
 
 
@@ -63,7 +63,7 @@ class DepthRow(_Row):
     Attributes:
         selector: Its name, for people.
         depth: Layers kept.
-        kept_layers: Their indices.
+        kept_layers: Their indices in the dense model, ascending.
         objective: The objective on the selection data, where smaller is better unless ``Report.larger_is_better``.
         held_out_loss: Nats per token on text that selection did not see.
     """
@@ -98,13 +98,13 @@ class QuantizedRow(_Row):
 
 
 class Provenance(_Row):
-    """How the figures came about.
+    """How the figures came about, so that somebody else can come to them.
 
     Attributes:
         seed: Of everything random.
         created: Date and time, ISO 8601.
         hardware: What it ran on, in words.
-        versions: Version by package.
+        versions: Version by package, Python among them.
         stage_seconds: Seconds by stage, in order.
         peak_memory_bytes: Largest resident size of the process; ``None`` where the system does not tell.
         data: What was measured on which text, in words, by purpose.
@@ -124,13 +124,13 @@ class Report(_Row):
 
     Attributes:
         format: Always ``amoeba_plugin.Report``.
-        version: Of the format.
-        title: What was compressed.
-        dense: The untouched model.
+        version: Of the format; raised when a field changes its meaning.
+        title: What was compressed, as a headline.
+        dense: The untouched model, which subnets are compared with.
         shapes: Subnets, largest first.
         depth_selectors: Ways to choose layers, compared at the same depths.
         objective: What the dynamic program optimised, with its unit.
-        larger_is_better: Its direction.
+        larger_is_better: Whether a larger objective is a better model.
         quantized: ``None`` where nothing was quantized.
         provenance: How the figures came about.
     """
@@ -160,7 +160,7 @@ class Report(_Row):
         return None if after is None or before <= 0 else 1 - after / before
 
     def median_gap_closed(self) -> float | None:
-        """Median of :meth:`gap_closed` over the shapes."""
+        """Median of :meth:`gap_closed` over the shapes that had a gap; ``None`` where none had."""
         closed = [value for row in self.shapes if (value := self.gap_closed(row)) is not None]
         return statistics.median(closed) if closed else None
 

@@ -10,7 +10,12 @@ from amoeba_plugin.reports.report import QuantizedRow, Report
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the results as tables."""
+    """Print quality, cost, and what else a report has, a table each.
+
+    Args:
+        report: The results; what it lacks is left out.
+        console: Where to; None: the standard output.
+    """
     console = console or Console()
     console.print(_quality_table(report))
     console.print(_cost_table(report))

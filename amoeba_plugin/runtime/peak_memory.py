@@ -1,4 +1,4 @@
-"""The most memory that was in use."""
+"""The most memory that was in use, of the process and of the accelerator, in bytes."""
 
 from __future__ import annotations
 

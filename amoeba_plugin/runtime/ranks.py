@@ -58,7 +58,7 @@ def from_first_rank(data: bytes | None) -> bytes | None:
 
 
 def agreed(mine: bool) -> bool:
-    """Tell whether something holds on all ranks."""
+    """Tell whether something holds on all ranks; all of them have to ask."""
     return bool(gather(torch.tensor([mine])).all())
 
 

@@ -85,7 +85,7 @@ class StateStore:
         return self._held[key][3] if key in self._held else 0
 
     def clear(self) -> None:
-        """Forget everything; peaks stay."""
+        """Forget all tensors and delete their files; peaks stay."""
         for key in list(self._held):
             del self[key]
 

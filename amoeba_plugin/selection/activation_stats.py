@@ -48,7 +48,7 @@ class ActivationStats:
 
     @classmethod
     def of(cls, inputs: Tensor) -> ActivationStats:
-        """Return the statistics of (tokens, channels)."""
+        """Return the statistics of inputs (tokens, channels), any float dtype, in fp64."""
         at_once = max(1, VALUES_AT_ONCE // max(1, inputs.shape[-1]))
         if len(inputs) > at_once:
             return reduce(cls.merge, map(cls.of, inputs.split(at_once)))
@@ -60,7 +60,7 @@ class ActivationStats:
 
     @classmethod
     def empty(cls, channels: int) -> ActivationStats:
-        """Return the statistics of no tokens."""
+        """Return the statistics of no tokens: zeros, which change nothing they are merged with."""
         return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
 
     @property
@@ -134,7 +134,7 @@ def collect_statistics(
 
 @dataclass
 class _Watch:
-    """Gathers statistics while a model runs."""
+    """Gathers, over the batches a model runs on, what its hooks see of every group; fails at what is not finite."""
 
     seen: dict[str, ActivationStats] = field(default_factory=dict)
     number: int = -1  # of the running batch

@@ -29,7 +29,7 @@ def loss_gradients(
     Args:
         model: Left as it was, frozen and unfrozen parameters and their gradients included.
         weights: Parameters of the model, under any names.
-        batches: From ``materialise``.
+        batches: From ``materialise``, with ``labels``; of each rank its own.
         progress: Show a progress bar.
 
     Returns:

@@ -36,7 +36,7 @@ class Objective(ABC):
     Attributes:
         name: The name it is registered under.
         unit: Unit of ``Score.value``, for reports.
-        larger_is_better: Its direction.
+        larger_is_better: Whether a larger ``Score.value`` is a better model.
     """
 
     name: str
@@ -69,7 +69,11 @@ class Objective(ABC):
         return type(self).measure is Objective.measure
 
     def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Score:
-        """Score a model, which is not changed."""
+        """Return the score of a model, which is not changed, on all batches together.
+
+        Raises:
+            DataError: If the batches lack what the objective needs.
+        """
         self.check(batches)
         with evaluating(model):
             return self.score(torch.cat([self.observe(model, batch) for batch in batches]))
@@ -100,7 +104,7 @@ def _finite_first(bad: tuple[float, float]) -> tuple[float, ...]:
 
 
 def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the cross-entropy of every target token.
+    """Return the cross-entropy of every target token of a batch.
 
     Logits are made and cast to fp32 for a few positions at a time, and for positions with a target only.
 
@@ -151,7 +155,7 @@ class PerTokenLoss(Objective):
     larger_is_better = False
 
     def check(self, batches: Sequence[Batch]) -> None:
-        """Require one target token at least."""
+        """Require labels, and one target token at least, in all batches together."""
         if not batches:
             raise DataError(f"objective {self.name}: there are no batches; give a data set with text")
         missing = sorted({"labels"} - batches[0].keys())

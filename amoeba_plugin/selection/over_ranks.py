@@ -29,7 +29,7 @@ def score_over_ranks(objective: Objective, model: PreTrainedModel, batches: Sequ
 
     Args:
         objective: One that overrides ``measure`` scores as a whole: all ranks then follow the first one.
-        model: Not changed.
+        model: In any mode; it has its own back afterwards, and its weights are not changed.
         batches: This rank's; may be none.
     """
     if not objective.is_separable:
@@ -40,7 +40,7 @@ def score_over_ranks(objective: Objective, model: PreTrainedModel, batches: Sequ
 
 
 def scores_over_ranks(objective: Objective, observed: Sequence[Tensor]) -> list[Score]:
-    """Return the scores of several models.
+    """Return the scores of several models, each on the observations of all ranks.
 
     Args:
         objective: One made of observations.

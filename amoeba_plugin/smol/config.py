@@ -1,4 +1,4 @@
-"""Configuration of a SMOL adapter."""
+"""Configuration of a SMOL adapter: its space of shapes, experts and router; contradictions are refused at once."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class SmolConfig(PeftConfig):
 
     @property
     def space(self) -> ShapeSpace:
-        """The shapes this adapter is trained for.
+        """The shapes this adapter is trained for: all pairs of its depths and widths.
 
         Raises:
             ConfigError: If neither ``depths`` nor ``num_layers`` is known yet.

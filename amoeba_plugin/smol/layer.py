@@ -121,17 +121,17 @@ class SmolLinear(nn.Module, SmolLayer):
 
     @property
     def router(self) -> ShapeRouter:
-        """The model's router."""
+        """The router of all adapted layers of the model."""
         return self._router[0]
 
     def bank(self, adapter: str) -> ExpertBank:
-        """Return the experts of one adapter."""
+        """Return the experts of one adapter in this layer."""
         bank = self.smol_experts[adapter]
         assert isinstance(bank, ExpertBank)
         return bank
 
     def update_layer(self, adapter_name: str, rank: int, alpha: float, config: SmolConfig) -> None:
-        """Add the experts of a new adapter."""
+        """Add the experts of a new adapter, on the base layer's device; the update is scaled by ``alpha / rank``."""
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.smol_dropout[adapter_name] = dropout.train(self.router.training)
         bank = ExpertBank(self.in_features, self.out_features, rank, config).train(self.router.training)
@@ -229,7 +229,7 @@ class SmolLinear(nn.Module, SmolLayer):
         self.set_base_weight(merged)
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
+        """Multiply the scale s of the active adapters' updates."""
         for name in self.active_adapters:
             if name in self.smol_scaling:
                 self.smol_scaling[name] *= scale
@@ -242,7 +242,7 @@ class SmolLinear(nn.Module, SmolLayer):
                 self.smol_scaling[name] = self.initial_scaling[name] if scale is None else current / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True: the update is additive."""
+        """Return True: the update at a shape is ``s B A``, which PEFT can approximate by a LoRA."""
         return True
 
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ class RouterState(NamedTuple):
 
 
 def shape_feature(kept_layers: Sequence[Kept], width_index: int, num_layers: int, num_widths: int) -> Tensor:
-    """Describe a shape to the router.
+    """Return a shape as the router sees it, (num_layers + num_widths,) fp32.
 
     >>> shape_feature([0, 2], width_index=1, num_layers=3, num_widths=2).tolist()
     [1.0, 0.0, 1.0, 0.0, 1.0]
@@ -76,7 +76,7 @@ def importance_loss(mixtures: Tensor) -> Tensor:
 
 
 class RouterWeights(nn.Module):
-    """The router of one adapter.
+    """The router of one adapter: from the active shape to the weights of the experts.
 
     Its parameters are direct ones and in no child module: PEFT strips the adapter's name only from the last two parts
     of a key, so a nested router would load only under the name it was saved with.
@@ -133,7 +133,7 @@ class RouterWeights(nn.Module):
         return state._replace(noise=self._place(torch.randn(self.config.num_experts, generator=self.generator)))
 
     def place(self) -> None:
-        """Move the state to the parameters' device."""
+        """Move feature and noise to where the parameters are, if they have been moved meanwhile."""
         if self.state.feature.device != self.down_weight.device:
             self.state = self.state._replace(
                 feature=self._place(self.state.feature), noise=self._place(self.state.noise)
@@ -150,7 +150,7 @@ class RouterWeights(nn.Module):
         return logits
 
     def forward(self, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """Route the active shape.
+        """Return which experts the active shape uses, and by what weights.
 
         Returns:
             Weights of the chosen experts, (k,) fp32, summing to 1, and their indices, (k,) int64. The weights are 0 at
@@ -225,7 +225,7 @@ class ShapeRouter(nn.Module, SmolLayer):
         return weights
 
     def weights(self, name: str) -> RouterWeights:
-        """Return the router of one adapter."""
+        """Return the router of one adapter; ``KeyError`` where there is no such adapter."""
         weights = self.smol_router[name]
         assert isinstance(weights, RouterWeights)
         return weights
@@ -298,7 +298,7 @@ class ShapeRouter(nn.Module, SmolLayer):
         return None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the router itself."""
+        """Return the router itself: there is nothing below it."""
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -310,7 +310,7 @@ class ShapeRouter(nn.Module, SmolLayer):
         self.merged_adapters += [n for n in names if n in self.smol_router and n not in self.merged_adapters]
 
     def unmerge(self) -> None:
-        """Note that no adapter is merged."""
+        """Note that no adapter is merged any more: shapes can be set again."""
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

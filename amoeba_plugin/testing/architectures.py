@@ -106,12 +106,12 @@ class ArchitectureConformance:
         return elastic
 
     def input(self) -> Tensor:
-        """Return (2, positions) random tokens."""
+        """Return (2, positions) random tokens, the same at every call."""
         high = self.config["vocab_size"]
         return torch.randint(3, high, (2, self.tokens), generator=torch.Generator().manual_seed(5))
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return a model's logits without a cache."""
+        """Return a model's logits of :meth:`input`, (2, positions, vocabulary), without a cache."""
         with torch.no_grad():
             found: Tensor = model(self.input(), use_cache=False).logits
         return found

@@ -83,7 +83,7 @@ def _noting(met: list[tuple[int, bool]], index: int) -> Callable[..., None]:
 
 def _in_lockstep(trial: OneByOne, piece: Batch, sets: Sequence[Removed], returns_tuples: bool) -> list[Tensor]:
     class LastStates(Objective):
-        """Observes the states behind the decoder."""
+        """Observes the states behind the decoder, (batch, positions, hidden), instead of a loss."""
 
         def check(self, batches: Sequence[Batch]) -> None:
             pass

@@ -30,7 +30,7 @@ class MeasuredTable:
         measure: Scores the model without each of some sets of layers.
         identity: What the scores depend on: model, data, objective, dtype.
         path: The file; None: in memory only.
-        scores: What is known.
+        scores: By set of steps removed, those read from the file and those measured here.
         measured: How many of them this process measured.
     """
 

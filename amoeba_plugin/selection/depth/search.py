@@ -91,7 +91,7 @@ def runner_for(task: DepthTask, mine: Sequence[Batch]) -> Iterator[Runner]:
 
     Args:
         task: Its model is restored with the block.
-        mine: This rank's batches.
+        mine: The batches that this rank observes, from ``share_of``; may be none.
 
     Raises:
         ArchitectureError: If the adapter does not know the sublayers asked for.

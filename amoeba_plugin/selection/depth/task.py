@@ -40,7 +40,7 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class DepthTask:
-    """What a selector is asked.
+    """What a selector is asked: which model to shorten, how far, and by what to judge.
 
     Attributes:
         model: A causal LM with all its layers; to be left as it was, after an exception too.
@@ -49,7 +49,7 @@ class DepthTask:
         batches: Calibration data, from ``materialise``; the same ones for every candidate.
         min_depth: Layers of the shallowest subnet.
         keep_last: Last layers that are never removed.
-        progress: Show progress bars.
+        progress: Show progress bars while layers are measured.
         options: Of the dynamic program. Others may look at those they name in ``DepthSelector.options``.
     """
 
@@ -64,7 +64,7 @@ class DepthTask:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole model."""
+        """Decoder layers of the whole model, the deepest depth."""
         return len(self.adapter.layers(self.model))
 
     def removable(self) -> int:

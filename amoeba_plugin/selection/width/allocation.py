@@ -87,7 +87,7 @@ def uniform_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping
 
     Args:
         ranked: The groups of all layers.
-        share: The width.
+        share: The width: which part of the whole to keep, in (0, 1].
         steps: Units that sizes are multiples of, by group name; from :func:`rounding_steps`.
 
     Raises:
@@ -152,7 +152,7 @@ def global_units(ranked: Sequence[RankedGroup], share: Fraction, steps: Mapping[
 
     Args:
         ranked: The groups of all layers; anchored ones keep everything, and their parameters count as kept.
-        share: The width.
+        share: The width: which part of the whole to keep, in (0, 1].
         steps: Units that sizes are multiples of, by group name; from :func:`rounding_steps`.
 
     Raises:

@@ -59,9 +59,9 @@ def measured_widths(
 
     Args:
         task: Its widths are shares of the parameters of all units.
-        objective: Decides between splits.
+        objective: Measured on the model at every split; the best one is kept.
         batches: Calibration data; ranks that were given the same share them out.
-        progress: Show a bar.
+        progress: Show a progress bar over the widths.
 
     Returns:
         The strategy, widths largest first.

@@ -158,7 +158,7 @@ def standardised(scores: Tensor) -> Tensor:
 
 
 def require_widths(widths: Sequence[Fraction]) -> list[Fraction]:
-    """Return widths, largest first.
+    """Return widths as fractions, each once, largest first.
 
     Raises:
         RecipeError: If there are none, or one lies outside (0, 1].
@@ -187,7 +187,7 @@ def require_anchors(anchors: Collection[int], layers: int) -> None:
     """Refuse anchors that a model of so many layers has not, or that are all of them.
 
     Raises:
-        RecipeError: Naming them.
+        RecipeError: Naming the anchors, and the layers there are.
     """
     outside = sorted(set(anchors) - set(range(layers)))
     if outside or (anchors and len(set(anchors)) == layers):

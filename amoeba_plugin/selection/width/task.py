@@ -17,7 +17,7 @@ from amoeba_plugin.selection.importance import GroupImportance, Importance
 
 @dataclass(frozen=True)
 class WidthTask:
-    """What a ranking is asked.
+    """What a ranking is asked: whose units to order, by what, and how many of them each width keeps.
 
     Attributes:
         model: The dense model; as it was afterwards, to the last bit.

@@ -66,10 +66,10 @@ def target_positions(
     all_tokens: bool = False,
     position_ids: Tensor | None = None,
 ) -> Positions:
-    """Find the positions to be distilled.
+    """Return the positions of a micro-batch at which subnets learn, and the labels there.
 
     Args:
-        labels: (batch, length) int64.
+        labels: (batch, length) int64, aligned with the input tokens; IGNORED (-100) where there is no target.
         attention_mask: (batch, length), 0 at padding; only needed with ``all_tokens``.
         all_tokens: Every position that is followed by a token of the same document which is no padding, not just those
             before a target.
@@ -117,7 +117,7 @@ def distilled_rows(
     Args:
         positions: Which rows count, and their labels.
         teacher: (N, vocabulary) logits at ``positions.rows``; constant. Not looked at where ``kd_weight`` is 0.
-        divergence: One of :data:`DIVERGENCES`.
+        divergence: One of :data:`DIVERGENCES`: from logits (n, vocabulary) fp32 of both to (n,) nats.
         temperature: Divides both logits; gradients are not multiplied by its square.
         kd_weight: w in [0, 1].
         target_weight: Multiplies the cross-entropy, where positions that are distilled weigh by another share of a step
@@ -222,7 +222,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
 
 
 class _SumOverRows(torch.autograd.Function):
-    """See :func:`sum_over_rows`."""
+    """The sum of :func:`sum_over_rows`; its gradient is computed in the forward and scaled in the backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor, row_loss: RowLoss, chunk: int) -> Tensor:

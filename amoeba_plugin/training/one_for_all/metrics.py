@@ -53,7 +53,7 @@ class GradientConflict:
         self._gradients: list[tuple[SubnetShape, Tensor]] = []
 
     def after(self, shape: SubnetShape) -> None:
-        """Call after a subnet's backward."""
+        """Note what a subnet's backward, just done, added to the gradients."""
         gradient = self._gradient()
         self._gradients.append((shape, gradient - self._before))
         self._before = gradient

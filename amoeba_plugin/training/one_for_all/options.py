@@ -1,4 +1,4 @@
-"""What one-for-all training does, as checked values."""
+"""What one-for-all training does beside what TrainingArguments say: loss, balancing, sampling; values are checked."""
 
 from __future__ import annotations
 

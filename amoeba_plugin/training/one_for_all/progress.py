@@ -29,7 +29,7 @@ class SubnetProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the losses on the bar."""
+        """Show the last logged means of ``loss/SHAPE``, nats per token, beside the bar, on the first process alone."""
         bar: Any = self.training_bar
         if state.is_world_process_zero and bar is not None and logs is not None:
             losses = {shape: logs[f"loss/{shape}"] for shape in self._shown if f"loss/{shape}" in logs}

@@ -26,7 +26,7 @@ class SandwichSampler:
     Args:
         space: Where shapes are drawn from.
         num_random: Shapes between largest and smallest; the paper has 2.
-        seed: Of the whole training.
+        seed: Of the training; the draws of a micro-batch depend on it and on the step alone.
         listed: Shapes that the random ones are drawn from, depth and width together; empty: depth and width are drawn
             apart, as in the paper.
     """

@@ -41,7 +41,7 @@ from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler, step_se
 
 @dataclass
 class StepHost:
-    """What the loop around a step provides.
+    """What the loop around a step provides; as it is, one process and a plain backward.
 
     Attributes:
         backward: Differentiates a loss; accelerate's scales it where training is in fp16.
@@ -111,7 +111,7 @@ class SubnetStep:
         self._without_cache = {"use_cache": False} if "use_cache" in parameters else {}
 
     def positions(self, inputs: Mapping[str, Any]) -> Positions:
-        """Return where a micro-batch has losses.
+        """Return where a micro-batch, labels included, has losses.
 
         Raises:
             DataError: If it has no tokens or no labels, or they do not align.
@@ -299,7 +299,7 @@ class KeptLogits:
         self.values = torch.empty(0)  # (rows, vocabulary)
 
     def write(self, place: slice, logits: Tensor) -> None:
-        """Keep (n, vocabulary) logits of some rows."""
+        """Keep the logits, (n, vocabulary) fp32, of a slice of the rows."""
         if not len(self.values):
             # Losses see fp32 copies of half-precision logits; nothing is lost on the way back.
             self.values = logits.new_empty((self._rows, logits.shape[-1]), dtype=self._dtype)

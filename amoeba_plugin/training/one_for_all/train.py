@@ -34,13 +34,13 @@ def train_one_for_all(
     """Train and leave the model as it was found, but for its parameters; the largest shape is active.
 
     Args:
-        elastic: The elastic model.
+        elastic: Switches the shape; the largest is active afterwards.
         model: Its own model, or the ``PeftModel`` around it; what requires a gradient is trained.
         train_dataset: Rows with ``input_ids`` and ``labels``, of any lengths.
         options: Of the objective and the sampling.
         arguments: Trainer's; ``resume_from_checkpoint`` is followed.
         eval_dataset: Like ``train_dataset``; evaluated at the largest shape.
-        callbacks: Trainer's.
+        callbacks: Added to those that Trainer has anyway.
 
     Raises:
         DataError: If there is nothing to train on.

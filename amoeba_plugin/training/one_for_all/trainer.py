@@ -108,7 +108,7 @@ class OneForAllTrainer(Trainer):
 
     @property
     def sampler(self) -> SandwichSampler:
-        """Draws the shapes of each micro-batch."""
+        """Draws the shapes of each micro-batch, from the seed and the step alone: resuming draws the same."""
         return self.subnets.sampler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
