@@ -34,6 +34,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": GATED | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "smollm3": GATED | WINDOWS | {"no_rope_layers": NO_ROPE},
 }
+for _model_type, _config in CONFIGS.items():
+    _config["model_type"] = _model_type
+
+# Fields that make another model of the same class.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt_neox in sequence": CONFIGS["gpt_neox"] | {"use_parallel_residual": False},
+    "opt, narrow embeddings": CONFIGS["opt"] | {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # 350M
+}
 
 # Which recipes take them to a quantized subnet.
 OFFSET_NORMS = ["gemma2", "gemma3_text"]
@@ -42,6 +50,3 @@ OWN_STAGE = [*OFFSET_NORMS, *EXPERTS]  # llm-compressor's oneshot cannot shrink 
 INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
 IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # modifiers/, recipes/test_check.py
 QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *EXPERTS, *IN_OTHER_TESTS}
-
-for _model_type, _config in CONFIGS.items():
-    _config["model_type"] = _model_type

@@ -1,56 +1,68 @@
-"""Every architecture that comes with the package, in the suite that a stranger's adapter can subclass."""
+"""Every registered architecture, in the suite that a stranger's adapter can subclass: one matrix over the registry.
+
+An architecture that is registered is tested as soon as ``support/architectures.py`` has a tiny configuration of it.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support.architectures import CONFIGS, MULTIPLIERS, NO_ROPE, TYPES
+from support.architectures import CONFIGS, MULTIPLIERS, VARIANTS
+from support.models import logits
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
-from amoeba_plugin.models.builtin import amoeba_architectures
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.plugins.manager import collected
 from amoeba_plugin.testing.architectures import WIDTHS, ArchitectureConformance, random_model, random_strategy
 
+REGISTERED = collected(
+    "architecture",
+    "amoeba_architectures",
+    lambda adapters: {model_type: adapter for adapter in adapters for model_type in adapter.model_types},
+)
 
-class LayerTypes(ArchitectureConformance):
+
+class TestArchitectures(ArchitectureConformance):
+    """All tests of the suite, of every model type that is registered and of the variants that compute otherwise."""
+
+    @pytest.fixture(autouse=True, params=[*sorted(REGISTERED), *VARIANTS])
+    def _architecture(self, request: pytest.FixtureRequest) -> None:
+        found = (CONFIGS | VARIANTS).get(request.param)
+        if found is None:
+            pytest.fail(
+                f"{request.param} is registered as an architecture, and nothing tests it: add a tiny configuration of "
+                "it to CONFIGS in tests/support/architectures.py"
+            )
+        self.config = found
+
     def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
-        assert subnet.config.layer_types == [TYPES[index] for index in kept]
+        for name, value in self.config.items():
+            if isinstance(value, list):  # one value per layer
+                assert getattr(subnet.config, name) == [value[index] for index in kept], name
+            if name in MULTIPLIERS:
+                assert getattr(subnet.config, name) == value, name
 
 
-class TestLlama(ArchitectureConformance):
-    config = CONFIGS["llama"]
+def test_every_tiny_configuration_is_of_a_registered_architecture() -> None:
+    assert set(CONFIGS) <= set(REGISTERED)
+    assert {config["model_type"] for config in VARIANTS.values()} <= set(REGISTERED)
 
 
-class TestMistral(ArchitectureConformance):
-    config = CONFIGS["mistral"]
-
-
-class TestQwen2(LayerTypes):
-    config = CONFIGS["qwen2"]
-
-
-class TestQwen3(LayerTypes):
-    config = CONFIGS["qwen3"]
-
-
-class TestOlmo2(ArchitectureConformance):
-    config = CONFIGS["olmo2"]
-
-    def test_a_narrow_shape_normalises_over_the_channels_it_keeps(self) -> None:
-        """By hand: Olmo2ForCausalLM of that size, filled from the untouched model by index."""
-        whole, width = self.model(), WIDTHS[1]
-        strategy = random_strategy(whole)
-        subnet = random_model({**self.config, "num_attention_heads": 6, "num_key_value_heads": 3,
-                               "intermediate_size": 48})  # fmt: skip
-        subnet.load_state_dict({
-            name: by_hand(name, tensor, strategy.width.order) for name, tensor in whole.state_dict().items()
-        })  # fmt: skip
-        expected = self.logits(subnet)
-        with ElasticModel(whole, strategy).active(f"4x{width}") as model:
-            torch.testing.assert_close(self.logits(model), expected, atol=1e-4, rtol=0)
+def test_olmo2_at_a_narrow_shape_normalises_over_the_channels_it_keeps() -> None:
+    """By hand: Olmo2ForCausalLM of that size, filled from the untouched model by index."""
+    whole, width = random_model(CONFIGS["olmo2"]), WIDTHS[1]
+    strategy = random_strategy(whole)
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 48}
+    subnet = random_model(CONFIGS["olmo2"] | sizes)
+    subnet.load_state_dict({
+        name: by_hand(name, tensor, strategy.width.order) for name, tensor in whole.state_dict().items()
+    })  # fmt: skip
+    expected = logits(subnet)
+    with ElasticModel(whole, strategy).active(f"4x{width}") as model:
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
 
 
 def by_hand(name: str, tensor: torch.Tensor, order: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -66,87 +78,33 @@ def by_hand(name: str, tensor: torch.Tensor, order: dict[str, torch.Tensor]) -> 
     return tensor
 
 
-class TestGranite(ArchitectureConformance):
-    config = CONFIGS["granite"]
-
-    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
-        assert {name: getattr(subnet.config, name) for name in MULTIPLIERS} == MULTIPLIERS
-
-
-class TestSmolLM3(LayerTypes):
-    config = CONFIGS["smollm3"]
-
-    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
-        super().check_subnet(subnet, kept)
-        assert subnet.config.no_rope_layers == [NO_ROPE[index] for index in kept]
+def test_rotary_factors_of_a_long_context_keep_phi3_s_attention_whole() -> None:
+    factors = [1.0 + index for index in range(6)]  # hidden 96 / 8 heads = 12 channels, which rotate in pairs
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    model = random_model(CONFIGS["phi3"] | {"head_dim": 12, "rope_parameters": rope})
+    adapter = architecture_for("phi3")
+    subnet = adapter.subnet_config(model.config, (1, 3), {"attention": 4, "mlp": 32})
+    assert (subnet.num_hidden_layers, subnet.intermediate_size) == (2, 32)
+    with pytest.raises(ArchitectureError, match=r"round_to: \{attention: 96\}"):
+        adapter.subnet_config(model.config, (1, 3), {"attention": 3, "mlp": 32})
 
 
-class TestPhi3(ArchitectureConformance):
-    config = CONFIGS["phi3"]
-
-    def test_rotary_factors_of_a_long_context_keep_attention_whole(self) -> None:
-        factors = [1.0 + index for index in range(6)]  # hidden 96 / 8 heads = 12 channels, which rotate in pairs
-        rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
-        model = random_model(self.config | {"head_dim": 12, "rope_parameters": rope})
-        adapter = architecture_for("phi3")
-        subnet = adapter.subnet_config(model.config, (1, 3), {"attention": 4, "mlp": 32})
-        assert (subnet.num_hidden_layers, subnet.intermediate_size) == (2, 32)
-        with pytest.raises(ArchitectureError, match=r"round_to: \{attention: 96\}"):
-            adapter.subnet_config(model.config, (1, 3), {"attention": 3, "mlp": 32})
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_heads_that_do_not_divide_the_hidden_size_are_refused_with_those_that_do(model_type: str) -> None:
+    model = random_model(CONFIGS[model_type] | {"hidden_size": 64})
+    elastic = ElasticModel(model, random_strategy(model))
+    with pytest.raises(ArchitectureError, match="with 6 heads on hidden size 64: .* possible are 2, 4, 8"):
+        extract(elastic, "4x3/4")
 
 
-class OffsetNorms(LayerTypes):
-    def test_heads_that_do_not_divide_the_hidden_size_are_refused_with_those_that_do(self) -> None:
-        model = random_model(self.config | {"hidden_size": 64})
-        elastic = ElasticModel(model, random_strategy(model))
-        with pytest.raises(ArchitectureError, match="with 6 heads on hidden size 64: .* possible are 2, 4, 8"):
-            extract(elastic, "4x3/4")
+def test_the_dense_size_of_a_model_of_experts_stays_as_it_is_written() -> None:
+    """Of layers that it has not."""
+    model = random_model(CONFIGS["qwen3_moe"])
+    subnet = extract(ElasticModel(model, random_strategy(model)), "3x1/2")
+    assert subnet.config.intermediate_size == CONFIGS["qwen3_moe"]["intermediate_size"]
 
 
-class TestGemma2(OffsetNorms):
-    config = CONFIGS["gemma2"]
-
-
-class TestGemma3Text(OffsetNorms):
-    config = CONFIGS["gemma3_text"]
-
-
-class TestGPTNeoX(ArchitectureConformance):
-    config = CONFIGS["gpt_neox"]
-
-
-class TestGPTNeoXSequentialResidual(ArchitectureConformance):
-    config = CONFIGS["gpt_neox"] | {"use_parallel_residual": False}
-
-
-class TestOPT(ArchitectureConformance):
-    config = CONFIGS["opt"]
-
-
-class TestOPTWithProjections(ArchitectureConformance):
-    """The 350M model: embeddings narrower than the decoder, norms that follow."""
-
-    config = CONFIGS["opt"] | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}
-
-
-class TestMixtral(ArchitectureConformance):
-    config = CONFIGS["mixtral"]
-
-
-class TestQwen3Moe(ArchitectureConformance):
-    config = CONFIGS["qwen3_moe"]
-
-    def check_subnet(self, subnet: PreTrainedModel, kept: tuple[int, ...]) -> None:
-        assert subnet.config.intermediate_size == self.config["intermediate_size"]  # of layers that it has not
-
-    def test_layers_of_another_kind_are_refused(self) -> None:
-        model = random_model(self.config | {"mlp_only_layers": [1]})
-        with pytest.raises(ArchitectureError, match="experts in every layer"):
-            random_strategy(model)
-
-
-def test_every_built_in_architecture_is_tested_here() -> None:
-    served = {model_type for adapter in amoeba_architectures() for model_type in adapter.model_types}
-    tests = [each for name, each in globals().items() if name.startswith("Test")]
-    tested = {each.config["model_type"] for each in tests}
-    assert tested == served == set(CONFIGS)
+def test_a_model_some_of_whose_layers_have_no_experts_is_refused() -> None:
+    model = random_model(CONFIGS["qwen3_moe"] | {"mlp_only_layers": [1]})
+    with pytest.raises(ArchitectureError, match="experts in every layer"):
+        random_strategy(model)
