@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.batches import make_questions
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,20 +29,6 @@ def row_nats(model: PreTrainedModel, batch: Batch, row: int) -> list[float]:
     ids, labels = batch["input_ids"][row, :length], batch["labels"][row, :length]
     logits = model(ids[None]).logits[0].double()
     return [-logits[t].log_softmax(-1)[labels[t + 1]].item() for t in range(length - 1) if labels[t + 1] != -100]
-
-
-def questions(batches: list[Batch], choices: int, continuation: int = 4) -> list[Batch]:
-    """Turn random batches into questions of ``choices`` rows each; which choice is the answer differs."""
-    number = 0
-    for batch in batches:
-        rows = len(batch["input_ids"])
-        batch["labels"] = batch["labels"].clone()
-        batch["labels"][:, : batch["labels"].shape[1] - continuation] = -100
-        indices = torch.arange(number, number + rows)
-        batch["question"] = indices // choices + 10
-        batch["is_answer"] = (indices % choices == (indices // choices) % choices).long()
-        number += rows
-    return batches
 
 
 @pytest.mark.parametrize("model_type", FAMILY)
@@ -107,26 +94,12 @@ def test_a_model_with_hooks_of_its_own_is_asked_as_a_whole(
     assert calls
 
 
-@pytest.mark.parametrize("objective", [PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy()], ids=lambda o: o.name)
-def test_observations_score_the_same_in_any_order(
-    tiny_model: TinyModel, random_batches: RandomBatches, objective: objectives.Objective
-) -> None:
-    model, batches = tiny_model("llama"), questions(random_batches(4, 3), 4)
-    whole = objective.measure(model, batches)
-    with evaluating(model):
-        rows = torch.cat([objective.observe(model, batch) for batch in batches])
-    assert rows.dtype == torch.float64
-    shuffled = objective.score(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))])
-    assert shuffled.value == pytest.approx(whole.value, rel=1e-12)
-    assert shuffled.loss == pytest.approx(whole.loss, rel=1e-12)
-
-
 @pytest.mark.parametrize(("rows", "choices"), [(4, 4), (3, 4), (2, 3)])
 def test_accuracy_picks_the_choice_of_least_loss_per_token(
     tiny_model: TinyModel, random_batches: RandomBatches, rows: int, choices: int
 ) -> None:
     model = tiny_model("llama")
-    batches = questions(random_batches(12, rows, seed=3), choices)  # rows 3, choices 4: questions straddle batches
+    batches = make_questions(random_batches(12, rows, seed=3), choices)  # rows 3, choices 4: questions straddle batches
     means: dict[int, list[tuple[float, int]]] = {}
     answer_nats: list[float] = []
     for batch in batches:
@@ -141,31 +114,23 @@ def test_accuracy_picks_the_choice_of_least_loss_per_token(
     assert score.loss == pytest.approx(sum(answer_nats) / len(answer_nats), rel=1e-6)
 
 
-def test_accuracy_normalises_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the answer has 3 tokens of 1 nat, the other choice 1 token of 2 nats: more in all, less per token
-    labels = torch.tensor([[-100, 5, 5, 5], [-100, 5, -100, -100]])
-    batch = {"labels": labels, "question": torch.tensor([0, 0]), "is_answer": torch.tensor([1, 0])}
-    nats = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0]])
-    monkeypatch.setattr(objectives, "target_losses", lambda model, batch: nats)
-    assert MultipleChoiceAccuracy().measure(torch.nn.Identity(), [batch]) == Score(1.0, 1.0)
+def test_accuracy_normalises_by_length() -> None:
+    # (nats, tokens, question, is_answer): the answer has more nats in all, and less per token
+    rows = torch.tensor([[3.0, 3, 0, 1], [2.0, 1, 0, 0]], dtype=torch.float64)
+    assert MultipleChoiceAccuracy().score(rows) == Score(1.0, 1.0)
 
 
 @pytest.mark.parametrize(
     "nats", [[2.0, 2.0], [float("nan"), 1.0], [1.0, float("nan")]], ids=["tie", "nan", "other nan"]
 )
 @pytest.mark.parametrize("answer_first", [True, False])
-def test_a_tie_or_nan_is_no_right_answer(
-    monkeypatch: pytest.MonkeyPatch, nats: list[float], answer_first: bool
-) -> None:
-    batch = {"labels": torch.tensor([[-100, 5], [-100, 6]]), "question": torch.tensor([4, 4])}
-    batch["is_answer"] = torch.tensor([1, 0] if answer_first else [0, 1])
-    monkeypatch.setattr(objectives, "target_losses", lambda model, batch: torch.tensor(nats)[:, None])
-    assert MultipleChoiceAccuracy().measure(torch.nn.Identity(), [batch]).value == 0
+def test_a_tie_or_nan_is_no_right_answer(nats: list[float], answer_first: bool) -> None:
+    rows = torch.tensor([[nats[0], 1, 4, answer_first], [nats[1], 1, 4, not answer_first]], dtype=torch.float64)
+    assert MultipleChoiceAccuracy().score(rows).value == 0
 
 
-def test_perplexity_that_overflows_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "target_losses", lambda model, batch: torch.tensor([[1000.0]]))
-    assert Perplexity().measure(torch.nn.Identity(), [{"labels": torch.tensor([[1, 2]])}]) == Score(math.inf, 1000.0)
+def test_perplexity_that_overflows_is_infinite() -> None:
+    assert Perplexity().score(torch.tensor([[1000.0, 1]], dtype=torch.float64)) == Score(math.inf, 1000.0)
 
 
 def test_better_knows_direction_ties_and_nan() -> None:
@@ -197,14 +162,6 @@ def test_every_module_gets_its_own_mode_back(tiny_model: TinyModel, random_batch
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(
-    "objective", [PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy()], ids=lambda each: each.name
-)
-def test_no_batches_are_refused(objective: objectives.Objective) -> None:
-    with pytest.raises(DataError, match=f"objective {objective.name}: there are no batches; give"):
-        objective.check([])
-
-
 def test_loss_refuses_batches_without_targets(random_batches: RandomBatches) -> None:
     batches = random_batches(2)
     with pytest.raises(
@@ -223,10 +180,10 @@ def test_accuracy_refuses_what_is_no_question(random_batches: RandomBatches) -> 
         DataError, match=r"batch 0 lacks question, is_answer \(it has input_ids, attention_mask, labels\)"
     ):
         accuracy.check(random_batches(1))
-    batches = questions(random_batches(2, 4), 4)
+    batches = make_questions(random_batches(2, 4), 4)
     accuracy.check(batches)
     with pytest.raises(DataError, match="question 11 has 1 choices of which 0 are answers"):
-        accuracy.check(questions(random_batches(1, 5), 4))
+        accuracy.check(make_questions(random_batches(1, 5), 4))
     batches[1]["labels"][2] = -100
     with pytest.raises(DataError, match="a choice in batch 1 has no label to predict"):
         accuracy.check(batches)
