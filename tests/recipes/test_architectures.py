@@ -40,6 +40,7 @@ from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import random_model
 
 SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
+TOKENS = torch.arange(3, 15)[None]  # and in RELOAD
 RECIPE: dict[str, Any] = {
     "select_stage": {
         "select_modifiers": {
@@ -78,7 +79,7 @@ def test_a_recipe_saves_a_quantized_subnet_that_reloads_equal(model_type: str, d
     base = save_base(random_model(CONFIGS[model_type]), tmp_path / "base")
     model = run(base, yaml.safe_dump(RECIPE, sort_keys=False), data, tmp_path / "out")
     reloaded = require_subnet(tmp_path / "out", model_type)
-    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(reloaded, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
 
 
 def test_fused_layers_of_different_sizes_are_quantized_too(
@@ -92,7 +93,7 @@ def test_fused_layers_of_different_sizes_are_quantized_too(
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert len({layer.mlp.down_proj.in_features for layer in reloaded.model.layers}) > 1
     assert reloaded.config.quantization_config.quant_method == "compressed-tensors"
-    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(reloaded, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", OWN_STAGE)
@@ -134,7 +135,7 @@ def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Data
     widths = rank_widths(WidthTask(whole, adapter, importance_named("flap"), [Fraction(1), Fraction(3, 4)], statistics))
     elastic = ElasticModel(whole, SubnetStrategy(DepthStrategy(kept), widths, model_fingerprint(whole, adapter)))
     with elastic.active("3x3/4") as model:
-        torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits(reloaded, TOKENS), logits(model, TOKENS), atol=1e-4, rtol=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "data", "out", "recipe.yaml"]
 
 
@@ -158,9 +159,9 @@ def test_a_stage_of_its_own_is_followed_by_quantization(model_type: str, data: D
         assert float(parity[1]) < 1e-4
         assert 0 <= float(parity[2]) < 1e-6
     assert "SubnetExtractionModifier" in (dense / "README.md").read_text()
-    expected = logits(AutoModelForCausalLM.from_pretrained(dense))
+    expected = logits(AutoModelForCausalLM.from_pretrained(dense), TOKENS)
     # eight bits are near full precision: a norm that was converted once too often would not be
-    assert (logits(reloaded) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (logits(reloaded, TOKENS) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 RELOAD = """
@@ -200,9 +201,11 @@ def test_quantized_experts_are_read_back_by_another_process(
         assert name in (quantized / "recipe.yaml").read_text()
     subprocess.run([sys.executable, "-c", RELOAD, str(quantized), str(tmp_path / "logits.json")], check=True)
     found = torch.tensor(json.loads((tmp_path / "logits.json").read_text()))
-    expected = logits(in_memory[0])
+    expected = logits(in_memory[0], TOKENS)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 0.1  # it is not the base
+    assert (
+        logits(AutoModelForCausalLM.from_pretrained(base), TOKENS) - expected
+    ).abs().max() > 0.1  # it is not the base
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])
@@ -228,7 +231,7 @@ def test_layers_of_different_sizes_are_quantized_after_a_stage_of_their_own(
     sizes = [layer.mlp.experts.down_proj.shape[2] if model_type == "mixtral" else layer.mlp.down_proj.in_features
              for layer in reloaded.model.layers]  # fmt: skip
     assert len(set(sizes)) > 1
-    torch.testing.assert_close(logits(reloaded), logits(in_memory[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(reloaded, TOKENS), logits(in_memory[0], TOKENS), atol=1e-5, rtol=0)
 
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -284,9 +287,9 @@ def test_a_recipe_that_only_quantizes_experts_is_read_back_too(
     assert str(base) in card
     reloaded, report = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
     assert not report["missing_keys"]
-    expected = logits(AutoModelForCausalLM.from_pretrained(base))
+    expected = logits(AutoModelForCausalLM.from_pretrained(base), TOKENS)
     # eight bits are near full precision, random experts are not
-    assert (logits(reloaded) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (logits(reloaded, TOKENS) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_the_table_in_the_readme_is_what_the_tests_show() -> None:
