@@ -48,5 +48,5 @@ OFFSET_NORMS = ["gemma2", "gemma3_text"]
 EXPERTS = ["mixtral", "qwen3_moe"]
 OWN_STAGE = [*OFFSET_NORMS, *EXPERTS]  # llm-compressor's oneshot cannot shrink them, amoeba run can
 INSIDE_ONESHOT = ["olmo2", "granite", "smollm3", "phi3", "gpt_neox", "opt"]
-IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # modifiers/, recipes/test_check.py
+IN_OTHER_TESTS = ["llama", "mistral", "qwen2", "qwen3"]  # modifiers/, recipes/test_shipped.py
 QUANTIZED = {*INSIDE_ONESHOT, *OFFSET_NORMS, *EXPERTS, *IN_OTHER_TESTS}

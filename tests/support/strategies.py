@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.testing.architectures import KEPT, WIDTHS, random_strategy
 
-__all__ = ["KEPT", "WIDTHS", "random_strategy", "uneven_strategy"]
+# Halves of units among them, and less than a unit of a small group.
+FINE_WIDTHS = [Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)]
+__all__ = ["FINE_WIDTHS", "KEPT", "WIDTHS", "random_strategy", "uneven_strategy"]
 
 
 def uneven_strategy(model: PreTrainedModel, bias_compensation: bool = False) -> SubnetStrategy:

@@ -27,7 +27,7 @@ from amoeba_plugin.testing.architectures import random_model
 
 Batches = Callable[..., list[dict[str, Tensor]]]
 WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]
-HEAD = 64 * 16 * 6  # parameters of a KV group of conftest's models: rows of q (2 heads), k, v; columns of o (2 heads)
+HEAD = 64 * 16 * 6  # parameters of a KV group of the tiny models: rows of q (2 heads), k, v; columns of o (2 heads)
 NEURON = 3 * 64
 
 
