@@ -87,20 +87,21 @@ def better(objective: Objective, a: Score, b: Score) -> bool:
     >>> better(PerTokenLoss(), Score(2.0, 2.0), Score(float("nan"), float("nan")))
     True
     """
-    return _finite_first(badness(objective, a)) < _finite_first(badness(objective, b))
+    return sort_key(objective, a) < sort_key(objective, b)
+
+
+def sort_key(objective: Objective, score: Score) -> tuple[float, ...]:
+    """Return what sorts scores from best to worst, NaN and infinite ones last.
+
+    >>> sort_key(MultipleChoiceAccuracy(), Score(0.75, float("nan")))
+    (-0.75, inf)
+    """
+    return tuple(each if math.isfinite(each) else math.inf for each in badness(objective, score))
 
 
 def badness(objective: Objective, score: Score) -> tuple[float, float]:
-    """Return what orders scores from best to worst: the value, negated where larger is better, then the loss.
-
-    >>> badness(MultipleChoiceAccuracy(), Score(0.75, 2.0))
-    (-0.75, 2.0)
-    """
+    """Return a score as two numbers to make small: its value, negated where larger is better, then its loss."""
     return (-score.value if objective.larger_is_better else score.value, score.loss)
-
-
-def _finite_first(bad: tuple[float, float]) -> tuple[float, ...]:
-    return tuple(each if math.isfinite(each) else math.inf for each in bad)
 
 
 def target_losses(model: PreTrainedModel, batch: Batch) -> Tensor:

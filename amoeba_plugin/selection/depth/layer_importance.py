@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from amoeba_plugin.runtime.module_calls import evaluating, onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.hidden_states import layer_flow
-from amoeba_plugin.selection.objectives import Objective, Score, better
+from amoeba_plugin.selection.objectives import Objective, Score, sort_key
 from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
 
 
@@ -118,11 +117,8 @@ def most_sensitive_layers(
         ``count`` indices, ascending; a layer without which the objective is NaN comes first of all.
     """
     scores = scores_without(model, adapter, objective, batches, progress)
-    worst: list[int] = []
-    while len(worst) < count:
-        rest = [index for index in range(len(scores)) if index not in worst]
-        worst.append(reduce(lambda a, b: a if better(objective, scores[b], scores[a]) else b, rest[::-1]))
-    return sorted(worst)
+    worst_first = sorted(range(len(scores)), key=lambda index: sort_key(objective, scores[index]), reverse=True)
+    return sorted(worst_first[:count])
 
 
 def taylor(

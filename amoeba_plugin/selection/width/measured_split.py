@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import reduce
 
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
@@ -23,7 +22,7 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
-from amoeba_plugin.selection.objectives import Objective, Score, better
+from amoeba_plugin.selection.objectives import Objective, Score, sort_key
 from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
 from amoeba_plugin.selection.width.allocation import rounding_steps, tell_equal
 from amoeba_plugin.selection.width.ranking import rank_widths, require_widths, unit_cost
@@ -86,7 +85,7 @@ def measured_widths(
             for sizes in tried if len(tried) > 1 else []:
                 elastic.set_units(sizes)
                 scores.append(score_over_ranks(objective, model, mine))
-            most = chosen[share] = tried[_best(objective, scores)] if scores else tried[0]
+            most = chosen[share] = _best(objective, tried, scores) if scores else tried[0]
             _tell(share, parts, tried, scores, most)
     groups = adapter.channel_groups(model.config)
     keys = {group_key(index, group): group.name for index in range(len(adapter.layers(model))) for group in groups}
@@ -171,8 +170,8 @@ def _in_order(model: PreTrainedModel, adapter: ArchitectureAdapter, ranked: Widt
         elastic.release(original_order=True)
 
 
-def _best(objective: Objective, scores: Sequence[Score]) -> int:
-    return reduce(lambda a, b: b if better(objective, scores[b], scores[a]) else a, range(len(scores)))
+def _best(objective: Objective, tried: Sequence[Sizes], scores: Sequence[Score]) -> Sizes:
+    return tried[min(range(len(scores)), key=lambda index: sort_key(objective, scores[index]))]
 
 
 def _tell(share: Fraction, parts: Sequence[Part], tried: Sequence[Sizes], scores: Sequence[Score], best: Sizes) -> None:

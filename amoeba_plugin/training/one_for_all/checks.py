@@ -102,35 +102,8 @@ def require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
     Raises:
         TrainingError: It says what is possible instead.
     """
-    if trainer.args.n_gpu > 1:
-        raise TrainingError(
-            "one process with several GPUs (DataParallel) is not supported; start one per GPU with torchrun"
-        )
-    if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed is not supported; use DDP or FSDP2 through accelerate or torchrun")
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise TrainingError(
-            "tensor, context and sequence parallelism are not supported: subnets slice whole weights, and losses are "
-            "taken of whole sequences; leave them out of parallelism_config"
-        )
-    if trainer.is_fsdp_enabled:
-        _require_supported_fsdp(trainer)
-    if trainer.args.label_smoothing_factor:
-        raise TrainingError(
-            "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
-        )
-    if trainer.compute_loss_func is not None:
-        raise TrainingError(
-            "compute_loss_func is not supported: OneForAllOptions say what subnets learn (loss, kd_weight); leave it "
-            "out"
-        )
-    if getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss:
-        raise TrainingError(
-            f"{type(trainer).__name__} overrides compute_loss, which would change the evaluation alone: subnets learn "
-            "what OneForAllOptions say (loss, kd_weight); override training_step for a term of your own, "
-            "prediction_step for an evaluation of your own"
-        )
+    _require_supported_processes(trainer)
+    _require_own_loss(trainer)
     optim = OptimizerNames(trainer.args.optim).value
     if optim.endswith("layerwise") or "lomo" in optim:
         raise TrainingError(
@@ -147,6 +120,42 @@ def require_supported(trainer: Trainer, options: OneForAllOptions) -> None:
     if options.conflict_every and trainer.accelerator.num_processes > 1:
         raise TrainingError(
             "conflict_every compares the gradients of one process; measure in a run with one, or set it to 0"
+        )
+
+
+def _require_supported_processes(trainer: Trainer) -> None:
+    if trainer.args.n_gpu > 1:
+        raise TrainingError(
+            "one process with several GPUs (DataParallel) is not supported; start one per GPU with torchrun"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise TrainingError("DeepSpeed is not supported; use DDP or FSDP2 through accelerate or torchrun")
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise TrainingError(
+            "tensor, context and sequence parallelism are not supported: subnets slice whole weights, and losses are "
+            "taken of whole sequences; leave them out of parallelism_config"
+        )
+    if trainer.is_fsdp_enabled:
+        _require_supported_fsdp(trainer)
+
+
+def _require_own_loss(trainer: Trainer) -> None:
+    """Refuse what would change the loss of an evaluation, and not what subnets learn."""
+    if trainer.args.label_smoothing_factor:
+        raise TrainingError(
+            "label_smoothing_factor is not supported: subnets learn from the teacher's distribution; set it to 0"
+        )
+    if trainer.compute_loss_func is not None:
+        raise TrainingError(
+            "compute_loss_func is not supported: OneForAllOptions say what subnets learn (loss, kd_weight); leave it "
+            "out"
+        )
+    if getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss:
+        raise TrainingError(
+            f"{type(trainer).__name__} overrides compute_loss, which would change the evaluation alone: subnets learn "
+            "what OneForAllOptions say (loss, kd_weight); override training_step for a term of your own, "
+            "prediction_step for an evaluation of your own"
         )
 
 

@@ -21,7 +21,7 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, TrainingError
 from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
-from amoeba_plugin.smol.router import RouterWeights
+from amoeba_plugin.smol.router_weights import RouterWeights
 from amoeba_plugin.training.one_for_all.chunked_head import chunked_head, has_plain_head
 from amoeba_plugin.training.one_for_all.losses import (
     DIVERGENCES,
@@ -139,7 +139,7 @@ class SubnetStep:
             place: Optimizer steps done so far, and micro-batches of the current one.
         """
         for router in self._routers:
-            router.generator.manual_seed(step_seed(self.seed, *place))
+            router.seed_noise(step_seed(self.seed, *place))
         self.elastic.set_shape(self.elastic.space.largest)
 
     def run(self, batch: MicroBatch, largest_logits: Tensor | None = None) -> Tensor:

@@ -29,6 +29,7 @@ from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.training.one_for_all.checkpoints import could_not_write, is_complete, last_complete_checkpoint
 from amoeba_plugin.training.one_for_all.checks import FiniteGradients, WholeLayers, require_follows, require_supported
+from amoeba_plugin.training.one_for_all.losses import Positions
 from amoeba_plugin.training.one_for_all.metrics import routing_log
 from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
@@ -173,9 +174,7 @@ class OneForAllTrainer(Trainer):
         if len(positions.rows) == 0 and alone:  # else others, or FSDP, wait for this backward to exchange gradients
             return torch.zeros((), device=positions.rows.device)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        share = Share.even(self._share(positions.num_targets, num_items_in_batch))
-        if self._num_distilled is not None and num_items_in_batch is not None:
-            share = share._replace(distilled=self._share(len(positions.rows), self._num_distilled))
+        share = self._share(positions, num_items_in_batch)
         loss = self.subnets.run(MicroBatch(model, inputs, positions, place, share))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -201,13 +200,16 @@ class OneForAllTrainer(Trainer):
         sums: Tensor = self.accelerator.reduce(torch.stack([loss * count, loss.new_tensor(count)]), "sum")
         return sums[0] / sums[1].clamp(min=1)
 
-    def _share(self, count: int, count_in_step: Tensor | int | None) -> Tensor | float:
+    def _share(self, positions: Positions, targets_in_step: Tensor | int | None) -> Share:
         """Return which part of the optimizer step's positions a micro-batch has: the weight of its mean losses."""
-        if count_in_step is None:
-            return 1 / self.current_gradient_accumulation_steps
+        if targets_in_step is None:
+            return Share.even(1 / self.current_gradient_accumulation_steps)
         # The step's loss is a mean over all its positions; where all processes count, DDP's mean is undone.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return count * processes / torch.as_tensor(count_in_step).clamp(min=1)
+        share = Share.even(positions.num_targets * processes / torch.as_tensor(targets_in_step).clamp(min=1))
+        if self._num_distilled is None:
+            return share
+        return share._replace(distilled=len(positions.rows) * processes / self._num_distilled.clamp(min=1))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
