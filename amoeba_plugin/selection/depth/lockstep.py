@@ -53,7 +53,7 @@ def walk(sets: Sequence[Removed], num_steps: int) -> Iterator[Visit]:
     is run only where the whole model is among the sets.
 
     >>> [len(visit.through) for visit in walk([frozenset({1}), frozenset({1, 3}), frozenset({2})], 5)]
-    [1, 1, 3]
+    [0, 1, 2, 3]
     """
     for step in range(min(min(removed, default=0) for removed in sets), num_steps):
         so_far = {removed: Removed(index for index in removed if index < step) for removed in sets}
