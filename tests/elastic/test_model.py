@@ -1,4 +1,4 @@
-"""ElasticModel: the largest shape is the untouched model, every other one a prefix of the same memory."""
+"""ElasticModel: every shape is a prefix of the same memory; beside what the suite of ``testing`` asks of all."""
 
 from __future__ import annotations
 
@@ -28,17 +28,6 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("model_type", FAMILY)
-def test_the_largest_shape_is_the_model_within_rounding(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
-    model = tiny_model(model_type)
-    before = logits(model, tokens)
-    random_elastic(model)
-    assert not torch.equal(
-        model.model.layers[0].mlp.up_proj.weight, tiny_model(model_type).model.layers[0].mlp.up_proj.weight
-    )
-    torch.testing.assert_close(logits(model, tokens), before, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("model_type", FAMILY)
 def test_with_elastic_depth_alone_the_largest_shape_is_bit_equal(
     tiny_model: TinyModel, tokens: Tensor, model_type: str
 ) -> None:
@@ -61,17 +50,6 @@ def test_leaving_a_shape_restores_the_one_before_after_an_exception_too(tiny_mod
     assert elastic.shape == elastic.space.largest
     assert torch.equal(logits(model, tokens), before)
     assert model.config.to_dict() == config
-
-
-def test_switching_allocates_no_parameter_memory(tiny_model: TinyModel) -> None:
-    elastic = random_elastic(tiny_model("llama"))
-    before = {name: parameter.data_ptr() for layer in elastic.layers for name, parameter in layer.named_parameters()}
-    for shape in elastic.space:
-        elastic.set_shape(shape)
-    elastic.set_shape(elastic.space.largest)
-    assert before == {
-        name: parameter.data_ptr() for layer in elastic.layers for name, parameter in layer.named_parameters()
-    }
 
 
 @pytest.mark.parametrize("model_type", FAMILY)
@@ -107,18 +85,6 @@ def test_compensation_adds_the_mean_contribution_of_missing_channels(tiny_model:
         consumer = elastic.layers[2].get_submodule("mlp.down_proj")
         found = consumer(torch.zeros(1, consumer.active_in))[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("model_type", FAMILY)
-def test_cached_decoding_agrees_step_by_step(tiny_model: TinyModel, tokens: Tensor, model_type: str) -> None:
-    elastic = random_elastic(tiny_model(model_type))
-    for shape in elastic.space:
-        with elastic.active(shape) as model, torch.no_grad():
-            expected, cache = logits(model, tokens), None
-            for position in range(tokens.shape[1]):
-                step = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
-                cache = step.past_key_values
-                torch.testing.assert_close(step.logits[:, 0], expected[:, position], atol=1e-4, rtol=1e-4)
 
 
 def test_listeners_hear_the_active_shape_at_once_and_at_every_change(tiny_model: TinyModel) -> None:

@@ -1,4 +1,4 @@
-"""SubnetStrategy on disk: versioned, atomic, refused where it does not belong."""
+"""SubnetStrategy: written by hand, and on disk: versioned, atomic, refused where it does not belong."""
 
 from __future__ import annotations
 
@@ -15,16 +15,12 @@ from support.strategies import random_strategy
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.elastic.strategy import (
-    JSON_NAME,
-    TENSORS_NAME,
-    DepthStrategy,
-    SubnetStrategy,
-    model_fingerprint,
-    write_atomically,
-)
+from amoeba_plugin.elastic.strategy import JSON_NAME, TENSORS_NAME, DepthStrategy, SubnetStrategy
 from amoeba_plugin.errors import ArtifactError, RecipeError
+from amoeba_plugin.models.fingerprint import model_fingerprint
+from amoeba_plugin.models.kept import Kept
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.runtime.files import write_atomically
 
 TinyModel = Callable[..., PreTrainedModel]
 
@@ -146,3 +142,18 @@ def test_layers_given_by_hand_must_be_layers(kept: dict[str, list[int]]) -> None
 
 def test_layers_given_by_hand_are_ordered_and_the_whole_is_added() -> None:
     assert DepthStrategy.given({"2": [3, 0]}, 4).kept == {4: (0, 1, 2, 3), 2: (0, 3)}
+
+
+@pytest.mark.parametrize(
+    ("depth", "kept"),
+    [("2.5", [0, 1]), ("2", [0, "1.mlp"]), ("1.5", [0, "4.mlp"]), ("1.5", [0, "0.mlp"]), ("1.4", [0]), ("0", [])],
+)
+def test_kept_layers_that_do_not_make_up_their_depth_are_refused(depth: str, kept: list[Kept]) -> None:
+    with pytest.raises(RecipeError, match=f"depth {depth} keeps"):
+        DepthStrategy.given({depth: kept}, 4)
+
+
+@pytest.mark.parametrize("twice", ["2.0", " 2", "2.00"])
+def test_one_depth_written_in_two_ways_is_refused(twice: str) -> None:
+    with pytest.raises(RecipeError, match=f"kept_layers: '2' and '{twice}' are the same depth, 2"):
+        DepthStrategy.given({"2": [0, 1], twice: [0, 3]}, 4)

@@ -61,7 +61,7 @@ def test_adapter_equals_folding_it_into_the_prefix(
     assert len(seen_sizes) > 7
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 9), st.integers(0, 9), st.integers(1, 11), st.integers(0, 11), st.integers(1, 3),
     st.sampled_from(COMBINATIONS),

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.smol.router import importance_loss
+from amoeba_plugin.smol.router_weights import importance_loss
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from amoeba_plugin.errors import AdapterError, ShapeError
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol import ShapeRouter, SmolConfig
-from amoeba_plugin.smol.router import RouterWeights, shape_feature
+from amoeba_plugin.smol.router_weights import RouterWeights, shape_feature
 
 
 def weights_of(model: PeftModel) -> RouterWeights:

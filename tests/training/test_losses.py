@@ -155,7 +155,7 @@ def per_token(
     return kd_weight * mean[0] + (1 - kd_weight) * mean[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
     seed=st.integers(0, 2**16),

@@ -68,7 +68,7 @@ def train(directory: Path, elastic: ElasticModel, options: OneForAllOptions = PA
 # Packing and padding
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(2, 7), min_size=2, max_size=4), st.sampled_from([0.4, 1.0]), st.booleans(), st.booleans())
 def test_packed_rows_learn_what_padded_rows_learn(
     lengths: list[int], kd_weight: float, all_tokens: bool, one_row: bool
