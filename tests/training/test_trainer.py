@@ -102,14 +102,15 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, adapter: str):
     elastic = make_elastic()
     model = add_smol(elastic, task_type="CAUSAL_LM") if adapter == "smol" else elastic.model
     arguments = make_arguments(
-        tmp_path, max_steps=4, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        tmp_path, max_steps=5, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, load_best_model_at_end=True,
     )  # fmt: skip
-    rows = make_rows(4, seed=5)
+    rows = make_rows(4, seed=3)
     trainer = OneForAllTrainer(model, elastic, PAPER, args=arguments, train_dataset=make_rows(), eval_dataset=rows)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses[-1] > min(losses) == trainer.evaluate()["eval_loss"]
+    assert losses[-1] > min(losses) + 0.1
+    assert min(losses) == trainer.evaluate()["eval_loss"]
 
 
 def test_plain_lora_trains_where_only_depth_is_elastic(tmp_path: Path):
