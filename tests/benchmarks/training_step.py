@@ -197,7 +197,7 @@ def masked(elastic: ElasticModel, model: PeftModel, shape: SubnetShape) -> Any:
         model.set_shape(shape, elastic.kept_layers(shape))
         for index in elastic.kept_layers(shape):
             for group in elastic.adapter.channel_groups(elastic.config):
-                units = elastic.units(shape.width, group_key(index, group), group)
+                units = elastic.plan.units(shape.width, group_key(index, group), group)
                 for axis in group.producers:
                     mask = torch.zeros(group.units * axis.channels_per_unit, device=DEVICE)
                     mask[: units * axis.channels_per_unit] = 1
