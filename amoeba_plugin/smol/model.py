@@ -29,7 +29,8 @@ from amoeba_plugin.smol.host import (
     resolve_quantization_backend,
 )
 from amoeba_plugin.smol.layer import SmolLinear
-from amoeba_plugin.smol.router import ShapeRouter, SmolLayer, importance_loss
+from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
+from amoeba_plugin.smol.router_weights import importance_loss
 
 ROUTER_NAME = "shape_router"  # on the root of the base model; must not contain the prefix
 
@@ -61,15 +62,18 @@ class SmolModel(BaseTuner):
 
     @property
     def shape(self) -> SubnetShape:
-        """The active shape of the (first) active adapter; the largest until :meth:`set_shape` is called."""
-        return self.router.weights(self._adapter(None)).state.shape
+        """The model's active shape; the largest of the (first) active adapter until :meth:`set_shape` is called."""
+        weights = self.router.weights(self._adapter(None))
+        return weights.refused or weights.state.shape
 
     def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[Kept] | None = None) -> None:
-        """Set the active shape of the active adapters. It routes only: layers and weights are the base model's matter.
+        """Set the model's active shape, for all its adapters, also those that are added, loaded or activated later.
+
+        It routes only: layers and weights are the base model's matter.
 
         Args:
             shape: A shape of the adapters' space, ``"24x7/8"``.
-            kept_layers: The layers that stay; None: ``SmolConfig.kept_layers``, or its default.
+            kept_layers: The layers that stay; None: each adapter's ``SmolConfig.kept_layers``, or its default.
 
         Raises:
             ShapeError: If an active adapter was not made for the shape.

@@ -136,7 +136,9 @@ def test_several_adapters_each_with_its_own_router(
         model.set_shape(shape)
         assert torch.equal(model(tokens).logits, alone[shape])
     model.set_adapter("other")
-    assert str(model.shape) == "4x1"  # each adapter has its own shape
+    assert str(model.shape) == SHAPES[-1]  # the shape is the model's
+    with pytest.raises(ShapeError, match="active shape is 2x3/4, and this adapter was made for"):
+        model(tokens)
     assert all(p.requires_grad == (".other" in name) for name, p in model.named_parameters() if "smol_" in name)
     with pytest.raises(ShapeError, match="3x1 is outside"):
         model.set_shape("3x1")
@@ -147,7 +149,7 @@ def test_several_adapters_each_with_its_own_router(
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ShapeError, match="2x3/4 is outside"):
         model.set_shape("2x3/4")
-    assert str(model.base_model.router.weights("default").state.shape) == SHAPES[-1]  # nothing changed
+    assert str(model.base_model.router.weights("default").state.shape) == "2x1/2"  # nothing changed
     model.set_shape("2x1/2")
     both = model(tokens).logits
     model.merge_adapter()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.errors import AdapterError, ShapeError
 from amoeba_plugin.smol import SmolConfig, host
 
 SHAPES = ["4x1", "3x1/2", "2x3/4"]
@@ -45,12 +45,12 @@ def saved(smol_model: Callable[..., PeftModel], base_model: Any, tokens: Tensor,
 
 def test_files_and_keys(saved: dict[str, Any]) -> None:
     tensors = load_file(saved["adapter"] / "adapter_model.safetensors")
-    assert len(tensors) == 28 * 2 + 6
+    assert len(tensors) == 28 * 2 + 7
     assert "base_model.model.model.layers.0.self_attn.q_proj.smol_experts.A" in tensors
     routers = {
         key.rpartition(".")[2] for key in tensors if key.startswith("base_model.model.shape_router.smol_router.")
     }
-    assert routers == {"down_weight", "down_bias", "up_weight", "up_bias", "noise_weight", "noise_bias"}
+    assert routers == {"down_weight", "down_bias", "up_weight", "up_bias", "noise_weight", "noise_bias", "draws"}
     config = json.loads((saved["adapter"] / "adapter_config.json").read_text())
     assert config["peft_type"] == "SMOL"
     assert config["format_version"] == 1
@@ -112,6 +112,9 @@ def test_transformers_adapters(base_model: Any, smol_config: Any, tokens: Tensor
     model.shape_router.set_shape("2x1/2")
     first = model(tokens).logits
     model.set_adapter("b")
+    with pytest.raises(ShapeError, match="active shape is 2x1/2"):
+        model(tokens)
+    model.shape_router.set_shape("4x1")
     second = model(tokens).logits
     assert not torch.allclose(first, second)
     model.disable_adapters()
@@ -119,6 +122,7 @@ def test_transformers_adapters(base_model: Any, smol_config: Any, tokens: Tensor
     model.enable_adapters()
     assert torch.equal(model(tokens).logits, second)
     model.set_adapter("a")
+    model.shape_router.set_shape("2x1/2")
     assert torch.equal(model(tokens).logits, first)
     model.delete_adapter("b")
     assert list(model.shape_router.smol_router) == ["a"]
