@@ -34,7 +34,7 @@ class Parity:
 
     @property
     def in_words(self) -> str:
-        """For people."""
+        """The differences as a sentence, as logs and model cards print it."""
         difference = f"{self.max_logit_difference:.1e} over {self.tokens} tokens"
         divergence = f"{max(self.mean_kl_divergence, 0):.1e} nats per token"  # logits of bf16 differ by their rounding
         return f"logits differ from the elastic model's by at most {difference}, predictions by {divergence} (mean KL)"

@@ -36,7 +36,7 @@ class PartialLinear(nn.Module):
 
     @property
     def active_out(self) -> int:
-        """Active rows."""
+        """How many outputs it computes at the active width."""
         return count(self.active_rows)
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -75,6 +76,18 @@ def random_strategy(model: PreTrainedModel, seed: int = 0, bias_compensation: bo
     return SubnetStrategy(DepthStrategy(KEPT), widths, model_fingerprint(model, adapter))
 
 
+def attach_random_smol(elastic: ElasticModel) -> PeftModel:
+    """Put a SMOL adapter whose every parameter is random on all linears; in evaluation mode."""
+    config = SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")
+    model = attach_smol(elastic, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
 class ArchitectureConformance:
     """Tests of one architecture; subclass it, with a name that your test runner collects.
 
@@ -96,13 +109,7 @@ class ArchitectureConformance:
         model = self.model()
         elastic = ElasticModel(model, random_strategy(model, bias_compensation=bias_compensation))
         if adapted:
-            config = SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")
-            peft_model = attach_smol(elastic, config).eval()
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for parameter in peft_model.parameters():
-                    if parameter.requires_grad:
-                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            attach_random_smol(elastic)
         return elastic
 
     def input(self) -> Tensor:

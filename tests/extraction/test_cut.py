@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import attach_random_smol, logits, random_elastic, random_tokens
+from support.models import logits, random_elastic, random_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction.cut import become, extract
-from amoeba_plugin.testing.architectures import require_stated_sizes
+from amoeba_plugin.testing.architectures import attach_random_smol, require_stated_sizes
 from amoeba_plugin.testing.reload import reload_plainly
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import attach_random_smol, logits, random_tokens
+from support.models import logits, random_tokens
 from support.strategies import random_strategy, uneven_strategy
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,6 +22,7 @@ from amoeba_plugin.elastic.subnet_config import per_layer_class
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.testing.architectures import attach_random_smol
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 TinyModel = Callable[..., PreTrainedModel]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import PeftModel
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -20,9 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.testing.architectures import random_strategy
 
 VOCABULARY = 97
@@ -75,18 +72,6 @@ def tiny_llama(seed: int = 0, **config: Any) -> PreTrainedModel:
 def random_elastic(model: PreTrainedModel, seed: int = 0, bias_compensation: bool = False) -> ElasticModel:
     """Make a four-layer model elastic with a random strategy."""
     return ElasticModel(model, random_strategy(model, seed, bias_compensation))
-
-
-def attach_random_smol(elastic: ElasticModel) -> PeftModel:
-    """Put a SMOL adapter whose every parameter is random on all linears."""
-    config = SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")
-    model = attach_smol(elastic, config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 def offloaded(model: PreTrainedModel, where: str, folder: Path) -> PreTrainedModel:
