@@ -95,9 +95,10 @@ def test_a_sharded_training_goes_on_where_it_was(results: Path, kind: str) -> No
     found = load_file(results / f"{kind}.safetensors")
     assert found.pop("equal")  # to the parameters of the training that was not interrupted
     saved = load_file(results / kind / "adapter/adapter_model.safetensors")
-    assert len(saved) == len(found)
+    found = {name.replace(".default", ""): value for name, value in found.items()}
+    assert {name for name in saved if not name.endswith("draws")} == found.keys()  # how often noise was drawn
     for name, value in found.items():
-        assert torch.equal(saved[name.replace(".default", "")], value)
+        assert torch.equal(saved[name], value)
 
 
 @pytest.mark.parametrize(
