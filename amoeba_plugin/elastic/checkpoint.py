@@ -31,9 +31,10 @@ from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing, write_atomically
 from amoeba_plugin.runtime.fsdp import whole_state_dict
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
-from amoeba_plugin.runtime.model_files import copy_tokenizer, require_weights, why_not
+from amoeba_plugin.runtime.model_files import copy_tokenizer, why_not
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.runtime.streaming import StreamedWeights, streamed_model
+from amoeba_plugin.runtime.whole_weights import require_weights
 from amoeba_plugin.shape import ShapeSpace, parse_width
 from amoeba_plugin.smol import SmolConfig
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.model_files import load_config
+from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def check_recipe(recipe: str, model: str | None = None) -> Checked:
 
     Args:
         recipe: Path of a recipe file, or the name of a shipped one.
-        model: Path or hub id.
+        model: Path or hub id; the weights in a directory have to be whole.
 
     Raises:
         AmoebaError: On the first thing that cannot run; the message says where it stands and what to do.
@@ -34,6 +35,8 @@ def check_recipe(recipe: str, model: str | None = None) -> Checked:
     plan = plan_recipe(recipe)
     if model is not None:
         plan.against(load_config(model))
+        if has_weights(model):  # else it is a configuration alone, or on the hub
+            require_weights(model)
     rows = []
     for number, modifier in enumerate(plan.modifiers, start=1):
         given = modifier.model_dump(exclude_unset=True, exclude={"group"})

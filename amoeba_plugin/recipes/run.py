@@ -9,7 +9,8 @@ from amoeba_plugin.recipes.execute import execute
 from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
-from amoeba_plugin.runtime.model_files import load_config, require_weights
+from amoeba_plugin.runtime.model_files import load_config
+from amoeba_plugin.runtime.whole_weights import require_weights
 
 
 def run_recipe(

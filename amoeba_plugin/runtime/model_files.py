@@ -1,15 +1,11 @@
-"""The files of a model, looked at before its weights are loaded: configuration, tokenizer, whole weights."""
+"""The files of a model beside its weights: configuration and tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-from amoeba_plugin.errors import ArchitectureError, ArtifactError, DataError
-from amoeba_plugin.runtime.stored_tensors import read_index
+from amoeba_plugin.errors import ArchitectureError, DataError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -59,35 +55,6 @@ def copy_tokenizer(reference: str, directory: Path) -> None:
         AutoTokenizer.from_pretrained(reference).save_pretrained(directory)
     except (OSError, ValueError):  # a base without a tokenizer is legal; its subnet then has none either
         return
-
-
-def require_weights(model: str) -> None:
-    """Read the headers of a directory's safetensors files; weights on the hub or in other formats are not looked at.
-
-    Raises:
-        ArtifactError: If the directory has no weights, a file is missing that the index names, or one is truncated.
-    """
-    directory = Path(model)
-    if not directory.is_dir():
-        return
-    files = _weight_files(directory)
-    if not files and not any(directory.glob("*.bin")):
-        raise ArtifactError(f"the model '{model}' has no weights: no model.safetensors; copy the whole model")
-    for path in files:
-        if not path.is_file():
-            raise ArtifactError(f"the model '{model}' lacks {path.name}, which its index names; copy the whole model")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or download it anew") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    return [directory / name for name in sorted(set(read_index(index).values()))]
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

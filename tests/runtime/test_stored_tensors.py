@@ -12,8 +12,8 @@ from support.models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.model_files import require_weights
 from amoeba_plugin.runtime.stored_tensors import CheckpointTensors
+from amoeba_plugin.runtime.whole_weights import require_weights
 
 INDEX = "model.safetensors.index.json"
 
