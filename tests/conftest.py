@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from hypothesis import settings
-from support.batches import make_random_batches, token_dataset
-from support.models import make_tiny_model, save_base
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from support.batches import make_random_batches, token_dataset
+from support.models import make_tiny_model, save_base
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes depends on who else computes
 settings.load_profile("any machine")

@@ -83,12 +83,11 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 def write(root: Path) -> None:
     """Write checkpoints of all architectures, each with what it computes."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from support.architectures import CONFIGS
-
     from amoeba_plugin.elastic.model import ElasticModel
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
     from amoeba_plugin.extraction.cut import extract
     from amoeba_plugin.testing.architectures import random_model, random_strategy
+    from support.architectures import CONFIGS
 
     root.mkdir(parents=True, exist_ok=True)
     for model_type, config in CONFIGS.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import logits_at, random_elastic, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic import checkpoint
@@ -20,6 +19,7 @@ from amoeba_plugin.extraction import checkpoint as checkpoint_extraction
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.testing.architectures import attach_random_smol
+from support.models import logits_at, random_elastic, tiny_llama
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 import pytest
 import torch
-from support.architectures import CONFIGS
 from torch.nn import functional
 
 from amoeba_plugin.elastic.model import ElasticModel
@@ -23,6 +22,7 @@ from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_group, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import KEPT, random_model, random_strategy
+from support.architectures import CONFIGS
 
 TYPES = ["mixtral", "qwen3_moe"]
 

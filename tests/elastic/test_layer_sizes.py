@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import SIZES
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -18,6 +17,7 @@ from amoeba_plugin.elastic.subnet_config import is_per_layer, weightless
 from amoeba_plugin.elastic.subnet_plan import SubnetPlan
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import SubnetShape
+from support.models import SIZES
 
 LAYERS, KV_GROUPS, NEURONS = 4, SIZES["num_key_value_heads"], SIZES["intermediate_size"]
 NARROW = Fraction(1, 2)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from support.models import logits_at, random_elastic
 from transformers import PreTrainedModel, TrainingArguments
 
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
@@ -21,6 +20,7 @@ from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from support.models import logits_at, random_elastic
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.arange(1, 11)[None]

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.models import logits, random_elastic, random_tokens
-from support.strategies import KEPT, random_strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +15,8 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
+from support.models import logits, random_elastic, random_tokens
+from support.strategies import KEPT, random_strategy
 
 TinyModel = Callable[..., PreTrainedModel]
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]

@@ -9,13 +9,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.architectures import CONFIGS
-from support.depth_search import searched
-from support.models import logits, require_close
-from support.packed_linears import IntegerLinear, PackedLinear, pack, unpack
-from support.strategies import random_strategy
-from support.sublayers import elastic_of
-from support.training import attach_adapter, require_equal_training, train_by_large_steps
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
@@ -29,6 +22,13 @@ from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import WIDTHS, random_model
+from support.architectures import CONFIGS
+from support.depth_search import searched
+from support.models import logits, require_close
+from support.packed_linears import IntegerLinear, PackedLinear, pack, unpack
+from support.strategies import random_strategy
+from support.sublayers import elastic_of
+from support.training import attach_adapter, require_equal_training, train_by_large_steps
 
 TinyModel = Callable[..., PreTrainedModel]
 COMPENSATED = {"gpt_neox", "granite", "llama", "opt", "smollm3", "phi3"}  # at least elastically

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.strategies import random_strategy
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
@@ -17,6 +16,7 @@ from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.width.allocation import kept_units
+from support.strategies import random_strategy
 
 TinyModel = Callable[..., PreTrainedModel]
 WHOLE = {

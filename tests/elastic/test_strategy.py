@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.strategies import random_strategy
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
@@ -21,6 +20,7 @@ from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import Kept
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.runtime.files import write_atomically
+from support.strategies import random_strategy
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -6,14 +6,14 @@ from fractions import Fraction
 
 import pytest
 import torch
-from support.models import logits
-from support.sublayers import CASES, ENDS, POSITIONS, TABLE, elastic_of, tokens_of, zeroed
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.kept import read_kept
 from amoeba_plugin.testing.architectures import random_model
+from support.models import logits
+from support.sublayers import CASES, ENDS, POSITIONS, TABLE, elastic_of, tokens_of, zeroed
 
 
 @pytest.mark.parametrize("case", CASES)

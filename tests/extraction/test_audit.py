@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.models import random_elastic
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from amoeba_plugin.extraction.audit import audit_sizes, require_sizes
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.models.registry import architecture_for
+from support.models import random_elastic
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import logits, random_elastic, random_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction.cut import become, extract
 from amoeba_plugin.testing.architectures import attach_random_smol, require_stated_sizes
 from amoeba_plugin.testing.reload import reload_plainly
+from support.models import logits, random_elastic, random_tokens
 
 TinyModel = Callable[..., PreTrainedModel]
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]

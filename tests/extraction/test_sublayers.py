@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import logits
-from support.sublayers import CASES, ENDS, TABLE, elastic_of, tokens_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -20,6 +18,8 @@ from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.kept import read_kept
 from amoeba_plugin.testing.architectures import random_model
 from amoeba_plugin.testing.reload import reload_plainly
+from support.models import logits
+from support.sublayers import CASES, ENDS, TABLE, elastic_of, tokens_of
 
 SHAPE = "2.5x1/2"  # an attention is gone, and a layer
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.architectures import CONFIGS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
 from amoeba_plugin.models.modeling_per_layer import CACHE_NAMES, STAND_INS
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.runtime.compat import cache_name
+from support.architectures import CONFIGS
 
 STATES = torch.ones(2, 3, 8)
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning
-from support.architectures import CONFIGS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.testing.architectures import random_model
+from support.architectures import CONFIGS
 
 # Groups whose members torch-pruning's graph finds where every query head has its own keys and values.
 GRAPH = {

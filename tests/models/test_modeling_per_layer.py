@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import logits, random_tokens
-from support.strategies import random_strategy, uneven_strategy
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -23,6 +21,8 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
 from amoeba_plugin.testing.architectures import attach_random_smol
+from support.models import logits, random_tokens
+from support.strategies import random_strategy, uneven_strategy
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 TinyModel = Callable[..., PreTrainedModel]

@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import tensor_rows
-from support.models import logits, require_close, save_base
-from support.recipes import GIVEN_DEPTHS, TRAIN_FIELDS, SessionTrainer, run_on_rows, training_recipe
-from support.strategies import random_strategy
-from support.training import attach_adapter, require_equal_training, train_by_large_steps
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
@@ -28,6 +23,11 @@ from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.packed_linear import dense_weight
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import OneForAllDistillationModifier, TrainingEventsCallback, begin_session
+from support.batches import tensor_rows
+from support.models import logits, require_close, save_base
+from support.recipes import GIVEN_DEPTHS, TRAIN_FIELDS, SessionTrainer, run_on_rows, training_recipe
+from support.strategies import random_strategy
+from support.training import attach_adapter, require_equal_training, train_by_large_steps
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 TinyModel = Callable[..., PreTrainedModel]

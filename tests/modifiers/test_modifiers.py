@@ -17,8 +17,6 @@ from llmcompressor.core import State, active_session, reset_session
 from llmcompressor.modifiers import ModifierFactory
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.recipe import Recipe
-from support.models import logits
-from support.recipes import DEPTH, EXTRACT, GIVEN_DEPTHS, QUANTIZATION, TRAIN, WIDTH, recipe, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
@@ -37,6 +35,8 @@ from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.selection import on_main_device
 from amoeba_plugin.selection.depth import search
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
+from support.models import logits
+from support.recipes import DEPTH, EXTRACT, GIVEN_DEPTHS, QUANTIZATION, TRAIN, WIDTH, recipe, run
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from llmcompressor.core import reset_session
-from support.batches import token_dataset
-from support.models import logits, save_base
-from support.recipes import DEPTH, WIDTH, recipe, run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.errors import ShapeError
+from support.batches import token_dataset
+from support.models import logits, save_base
+from support.recipes import DEPTH, WIDTH, recipe, run
 
 TinyModel = Callable[..., PreTrainedModel]
 

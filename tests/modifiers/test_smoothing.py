@@ -15,8 +15,6 @@ from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY,
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.smoothquant.utils import DEFAULT_SMOOTHQUANT_MAPPINGS, MAPPINGS_REGISTRY
 from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
-from support.architectures import CONFIGS
-from support.models import logits, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from amoeba_plugin.elastic.layer_sizes import LayerSizes
@@ -28,6 +26,8 @@ from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.testing.architectures import random_model
+from support.architectures import CONFIGS
+from support.models import logits, save_base
 
 WITHOUT_TABLE = {("SmoothQuantModifier", name) for name in ("gpt_neox", "opt", "olmo2")} | {
     ("AWQModifier", name) for name in ("gpt_neox", "opt")

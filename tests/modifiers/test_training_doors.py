@@ -14,8 +14,6 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from safetensors.torch import load_file
-from support.batches import tensor_rows
-from support.recipes import TRAIN_FIELDS, SessionTrainer, run_on_rows, training_recipe
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
@@ -35,6 +33,8 @@ from amoeba_plugin.modifiers import (
 from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.batches import tensor_rows
+from support.recipes import TRAIN_FIELDS, SessionTrainer, run_on_rows, training_recipe
 
 TinyModel = Callable[..., PreTrainedModel]
 

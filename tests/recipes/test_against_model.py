@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support.recipes import GOOD, config_of, grouped
 from transformers import GPT2Config
 
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.recipes.read import plan_recipe
+from support.recipes import GOOD, config_of, grouped
 
 
 def test_a_recipe_that_fits_passes():

@@ -19,10 +19,6 @@ from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
 from safetensors import safe_open
-from support import support_matrix
-from support.architectures import CONFIGS, EXPERTS, INSIDE_ONESHOT, OFFSET_NORMS, OWN_STAGE, QUANTIZED
-from support.models import logits, save_base
-from support.recipes import run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import amoeba_plugin  # noqa: F401  # registers the modifiers
@@ -38,6 +34,10 @@ from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import random_model
+from support import support_matrix
+from support.architectures import CONFIGS, EXPERTS, INSIDE_ONESHOT, OFFSET_NORMS, OWN_STAGE, QUANTIZED
+from support.models import logits, save_base
+from support.recipes import run
 
 SIZES = {"opt": ("ffn_dim", 48), "qwen3_moe": ("moe_intermediate_size", 24)}
 TOKENS = torch.arange(3, 15)[None]  # and in RELOAD

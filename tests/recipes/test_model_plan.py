@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.recipes import GOOD, config_of, grouped
 
 from amoeba_plugin.elastic.subnet_config import is_per_layer
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.recipes.read import plan_recipe
+from support.recipes import GOOD, config_of, grouped
 
 
 def test_a_subnet_whose_layers_differ_is_no_model_to_begin_with():

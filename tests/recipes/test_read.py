@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.recipes import GOOD, config_of, refusal
 
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.recipes.read import plan_recipe
+from support.recipes import GOOD, config_of, refusal
 
 
 def test_a_good_recipe_gives_its_modifiers_in_order():

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.recipes import config_of
 
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.recipes.files import find_recipe, shipped_recipes
 from amoeba_plugin.recipes.read import plan_recipe
+from support.recipes import config_of
 
 SHIPPED = shipped_recipes()
 MODELS = {

@@ -12,9 +12,6 @@ import torch
 from datasets import Dataset
 from llmcompressor.recipe import Recipe
 from peft import PeftModel
-from support.models import logits
-from support.recipes import QUANTIZATION, TRAIN, WIDTH, recipe, run
-from support.sublayers import TABLE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.deployment.loads import uniform_sizes
@@ -26,6 +23,9 @@ from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.shape import SubnetShape
+from support.models import logits
+from support.recipes import QUANTIZATION, TRAIN, WIDTH, recipe, run
+from support.sublayers import TABLE
 
 TinyModel = Callable[..., PreTrainedModel]
 DEPTH = {"DepthShrinkingModifier": {"min_depth": 2, "granularity": "sublayer"}}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.recipes import GOOD, config_of, refusal
 
 from amoeba_plugin.errors import ShapeError
 from amoeba_plugin.modifiers import OneForAllDistillationModifier
 from amoeba_plugin.recipes.read import plan_recipe
+from support.recipes import GOOD, config_of, refusal
 
 # What stands in place of "max_steps: 2", and what the message says.
 BAD = {

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from support.models import random_elastic
-from support.recipes import recipe, run
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
+from support.models import random_elastic
+from support.recipes import recipe, run
 
 TinyModel = Callable[..., PreTrainedModel]
 GIVEN = {"temperature": 0.9, "top_p": 0.6, "max_length": 77}  # no do_sample, as in Vicuna's

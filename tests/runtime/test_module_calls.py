@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
-from support.models import offloaded
 from transformers import PreTrainedModel
 
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
+from support.models import offloaded
 
 TinyModel = Callable[..., PreTrainedModel]
 

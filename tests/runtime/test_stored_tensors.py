@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.stored_tensors import CheckpointTensors
 from amoeba_plugin.runtime.whole_weights import require_weights
+from support.models import make_tiny_model
 
 INDEX = "model.safetensors.index.json"
 

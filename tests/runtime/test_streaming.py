@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.strategies import random_strategy, uneven_strategy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,6 +26,7 @@ from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.runtime.streaming import streamed_model
 from amoeba_plugin.smol import SmolConfig
+from support.strategies import random_strategy, uneven_strategy
 
 TinyModel = Callable[..., PreTrainedModel]
 SHAPE = "3x3/4"

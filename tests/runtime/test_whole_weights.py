@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import random_elastic, tiny_llama
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -17,6 +16,7 @@ from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.errors import AmoebaError, ArtifactError
 from amoeba_plugin.runtime.whole_weights import require_weights
+from support.models import random_elastic, tiny_llama
 
 Tensors = dict[str, Tensor]
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.batches import make_questions
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from amoeba_plugin.errors import DataError
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.selection import objectives
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Perplexity, PerTokenLoss, Score, better
+from support.batches import make_questions
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

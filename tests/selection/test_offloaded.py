@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import offloaded
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from amoeba_plugin.selection.depth.layer_importance import angular_distances, ma
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
+from support.models import offloaded
 
 TinyModel = Callable[..., PreTrainedModel]
 RandomBatches = Callable[..., list[dict[str, Tensor]]]

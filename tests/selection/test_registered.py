@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import make_questions, make_random_batches
-from support.models import logits, make_tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +33,8 @@ from amoeba_plugin.selection.objectives import Objective, better
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
+from support.batches import make_questions, make_random_batches
+from support.models import logits, make_tiny_model
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from support.models import random_elastic
 from torch import Tensor
 
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
@@ -20,6 +19,7 @@ from amoeba_plugin.elastic.linear import ElasticLinear
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
 from amoeba_plugin.smol.config import COMBINATIONS
+from support.models import random_elastic
 
 
 @pytest.mark.parametrize("combination", ["factors", "outputs"])

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from support.models import random_elastic
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -21,6 +20,7 @@ from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.smol.router_weights import importance_loss
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.models import random_elastic
 
 
 @given(st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.floats(0.01, 1), min_size=n, max_size=n), min_size=1)))

@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
-from support.models import random_elastic
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -25,6 +24,7 @@ from amoeba_plugin.errors import AdapterError, ArchitectureError, ArtifactError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.smol import SmolConfig
+from support.models import random_elastic
 
 WITHOUT_PLUGIN = """
 import sys, torch

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.architectures import CONFIGS, MULTIPLIERS, VARIANTS
-from support.models import logits
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.model import ElasticModel
@@ -17,6 +15,8 @@ from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.plugins.manager import collected
 from amoeba_plugin.testing.architectures import WIDTHS, ArchitectureConformance, random_model, random_strategy
+from support.architectures import CONFIGS, MULTIPLIERS, VARIANTS
+from support.models import logits
 
 REGISTERED = collected(
     "architecture",

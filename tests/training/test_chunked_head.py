@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import tiny_llama
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from amoeba_plugin.training.one_for_all import losses as distillation
 from amoeba_plugin.training.one_for_all.chunked_head import ChunkedHead, chunked_head, has_plain_head
+from support.models import tiny_llama
 
 TOKENS = torch.arange(1, 19).view(2, 9)
 COLUMNS, ROWS = torch.tensor([1, 2, 5, 7]), torch.tensor([0, 2, 3, 5, 6])  # rows of (2 * 4)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.distributed_trials import MODES, SHAPE, STEPS
 
 from amoeba_plugin.elastic.checkpoint import load_elastic
+from support.distributed_trials import MODES, SHAPE, STEPS
 
 TESTS = Path(__file__).parent.parent
 

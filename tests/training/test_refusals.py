@@ -12,8 +12,6 @@ import pytest
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from peft import LoraConfig, get_peft_model
-from support.batches import make_rows
-from support.training import PAPER, add_smol, make_arguments, make_elastic, make_trainer
 
 from amoeba_plugin.elastic.lora import follow_lora
 from amoeba_plugin.errors import DataError, RecipeError, TrainingError
@@ -22,6 +20,8 @@ from amoeba_plugin.training.one_for_all.checks import require_supported
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.batches import make_rows
+from support.training import PAPER, add_smol, make_arguments, make_elastic, make_trainer
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.batches import make_rows
-from support.training import PAPER, add_smol, make_arguments, make_elastic, make_trainer, parameters_of
 from torch import Tensor
 from torch.distributed import DistBackendError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,6 +32,8 @@ from amoeba_plugin.training.one_for_all.checkpoints import (
     require_same_training,
 )
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from support.batches import make_rows
+from support.training import PAPER, add_smol, make_arguments, make_elastic, make_trainer, parameters_of
 
 TESTS = Path(__file__).parent.parent
 TRIALS = 20

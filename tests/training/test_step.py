@@ -12,7 +12,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import random_elastic, tiny_llama
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -30,6 +29,7 @@ from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler
 from amoeba_plugin.training.one_for_all.step import KeptLogits, StepHost, SubnetStep
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.models import random_elastic, tiny_llama
 
 IGNORED = -100
 PAPER = OneForAllOptions()

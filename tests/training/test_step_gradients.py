@@ -10,8 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from support.batches import make_rows
-from support.training import PAPER, add_smol, gradients_of, make_arguments, make_elastic, make_trainer, parameters_of
 from torch import Tensor, nn
 
 from amoeba_plugin.data.collator import PaddingCollator
@@ -20,6 +18,8 @@ from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.batches import make_rows
+from support.training import PAPER, add_smol, gradients_of, make_arguments, make_elastic, make_trainer, parameters_of
 
 
 def plain_step(

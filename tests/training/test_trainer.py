@@ -12,8 +12,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from support.batches import make_rows
-from support.training import PAPER, add_smol, gradients_of, make_arguments, make_elastic, make_trainer, parameters_of
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -24,6 +22,8 @@ from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.training.one_for_all import trainer
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from support.batches import make_rows
+from support.training import PAPER, add_smol, gradients_of, make_arguments, make_elastic, make_trainer, parameters_of
 
 
 def test_every_subnet_is_named_in_the_logs(tmp_path: Path):

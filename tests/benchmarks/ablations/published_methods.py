@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from results import Losses, Results, above, header, row
-from selection import OURS, choose_channels, choose_layers, search
 from subjects import Subject
-from training import ONE_LORA, Space, Variant, evaluated, on_validation, trained, untrained
 
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.width.ranking import unit_cost
 from amoeba_plugin.shape import SubnetShape
+from selection import OURS, choose_channels, choose_layers, search
+from training import ONE_LORA, Space, Variant, evaluated, on_validation, trained, untrained
 
 TUNED = (
     Variant("tuned on labels", adapter=ONE_LORA, options={"kd_weight": 0.0, "loss_balancing": False}, students=1),

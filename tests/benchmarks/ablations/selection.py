@@ -8,7 +8,6 @@ from typing import get_args
 
 from results import Losses, Results, above, header, row
 from subjects import Allocation, Subject
-from training import Space, Variant, trained, untrained
 
 from amoeba_plugin.demo.depth_comparison import PUBLISHED
 from amoeba_plugin.elastic.strategy import DepthStrategy, WidthStrategy
@@ -23,6 +22,7 @@ from amoeba_plugin.selection.registry import depth_selector_named, importance_na
 from amoeba_plugin.selection.width.measured_split import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
+from training import Space, Variant, trained, untrained
 
 OURS = Variant("one-for-all, SMOL (factors)")
 

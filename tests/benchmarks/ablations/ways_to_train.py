@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from results import Losses, Results, above, header, row
-from selection import OURS, choose_channels, search
 from subjects import Subject
+
+from selection import OURS, choose_channels, search
 from training import FACTORS, ONE_FOR_ALL, ONE_LORA, STUDENTS, Space, Variant, trained, untrained
 
 EXPERTS = ONE_FOR_ALL["num_experts"]

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.deleted_layers import recurrence
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.selection.depth.dynamic_program import Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, PerTokenLoss, Score
+from support.deleted_layers import recurrence
 
 
 def shrink(

@@ -12,8 +12,6 @@ import pytest
 import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
-from support.deleted_layers import SLIDING, deleted
-from support.depth_search import searched
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +27,8 @@ from amoeba_plugin.selection.depth.lockstep import Lockstep, walk
 from amoeba_plugin.selection.depth.lockstep_contract import check_contract
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss, Score
+from support.deleted_layers import SLIDING, deleted
+from support.depth_search import searched
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.depth_search import searched
-from support.forked import forked
-from support.packed_linears import pack
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
@@ -25,6 +22,9 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.runtime.ranks import from_first_rank
 from amoeba_plugin.selection.depth.score_table import NAMES, MeasuredTable
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss, Score
+from support.depth_search import searched
+from support.forked import forked
+from support.packed_linears import pack
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

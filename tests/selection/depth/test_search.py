@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.deleted_layers import SLIDING, deleted, plain_loss, recurrence
-from support.depth_search import searched
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +15,8 @@ from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss, Score
+from support.deleted_layers import SLIDING, deleted, plain_loss, recurrence
+from support.depth_search import searched
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

@@ -14,10 +14,6 @@ import pytest
 import torch
 from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
-from support.deleted_layers import plain_loss, recurrence
-from support.depth_search import searched
-from support.forked import forked
-from support.sublayers import CASES, zeroed
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
@@ -35,6 +31,10 @@ from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named
 from amoeba_plugin.testing.architectures import random_model
+from support.deleted_layers import plain_loss, recurrence
+from support.depth_search import searched
+from support.forked import forked
+from support.sublayers import CASES, zeroed
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]

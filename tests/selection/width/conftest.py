@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.batches import make_random_batches
-from support.strategies import FINE_WIDTHS
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.strategy import WidthStrategy
@@ -16,6 +14,8 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
+from support.batches import make_random_batches
+from support.strategies import FINE_WIDTHS
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.strategies import FINE_WIDTHS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.errors import RecipeError
@@ -19,6 +18,7 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.width.allocation import global_prefix, nearest_size, other_share
 from amoeba_plugin.selection.width.ranking import unit_cost
+from support.strategies import FINE_WIDTHS
 
 SIZES = {"attention": 4, "mlp": 128}  # units of the tiny models
 HEAD, QUERIES = 16, 2  # of the tiny models: a KV group is 2 heads of 16 channels

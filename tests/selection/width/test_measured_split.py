@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.architectures import CONFIGS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.measured_split import MOST_SPLITS, Part, measured_widths, splits
 from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.testing.architectures import random_model
+from support.architectures import CONFIGS
 
 Batches = Callable[..., list[dict[str, Tensor]]]
 WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]

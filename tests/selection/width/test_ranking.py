@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.strategies import FINE_WIDTHS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths, standardised
 from amoeba_plugin.selection.width.task import WidthTask
+from support.strategies import FINE_WIDTHS
 
 TinyModel = Callable[..., PreTrainedModel]
 Batches = Callable[..., list[dict[str, Tensor]]]
