@@ -30,8 +30,9 @@ from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.recipes.files import find_recipe
+from amoeba_plugin.recipes.places import require_new_directory
 from amoeba_plugin.reports.html import write_report
-from amoeba_plugin.reports.report import Provenance, Report
+from amoeba_plugin.reports.report import REPORT_JSON, Provenance, Report
 from amoeba_plugin.reports.terminal import print_report
 from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.shape import SubnetShape
@@ -61,7 +62,11 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:
             ``recipe.yaml`` that ran, ``elastic/`` and ``quantized/``.
         quick: Shortened: shows that everything works, not how well.
         seed: Of data, sampling and initialisation.
+
+    Raises:
+        ArtifactError: If the directory holds anything else, or cannot be written.
     """
+    require_new_directory(output_dir, replaceable=REPORT_JSON)
     schedule, stages = QUICK if quick else FULL, Stages()
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
