@@ -41,7 +41,7 @@ UNIT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -
 unit: $(STAMP) ## tests; PYTEST_ARGS="-k name" for some
 	$(UNIT) $(PYTEST_ARGS)
 
-coverage: $(STAMP) ## the same tests, and what of the code they run; half as long again
+coverage: $(STAMP) ## the same tests, and what of the code they run; takes longer
 	$(UNIT) --cov --cov-report=term:skip-covered --cov-fail-under=97 $(PYTEST_ARGS)
 
 format: $(STAMP) ## rewrite the sources in style

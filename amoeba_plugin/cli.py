@@ -124,7 +124,9 @@ def run(
 @app.command()
 def check(
     recipe: RecipeArgument,
-    model: Annotated[str | None, typer.Option(help="Path or hub id; only its configuration is read.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Path or hub id; of weights there, only names and sizes are read.")
+    ] = None,
 ) -> None:
     """Check a recipe, and how it fits a model, without loading weights."""
     _be_quiet()

@@ -28,7 +28,7 @@ SMALL = {
 NEEDS = {"BitsAndBytesConfig": "bitsandbytes"}  # a block with this word is left out where that is not installed
 LEAVES = {
     "README.md": ["subnet/config.json"],
-    "amoeba_plugin/smol/README.md": ["lora-24x7_8/adapter_config.json"],
+    "amoeba_plugin/smol/README.md": [f"{each}/adapter_config.json" for each in ("smol", "lora-24x7_8", "lora-28x1")],
     "amoeba_plugin/training/README.md": ["elastic/elastic.json", "trained/elastic.json", "subnet/config.json"],
 }
 

@@ -23,7 +23,7 @@ from amoeba_plugin.elastic.experts import ElasticExperts
 from amoeba_plugin.elastic.group import ElasticGroup
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.elastic.subnet_plan import SubnetPlan
-from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.errors import AmoebaError, ArchitectureError
 from amoeba_plugin.models.adapter import copy_config, group_key, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import Kept
@@ -163,9 +163,22 @@ class ElasticModel:
         """Activate a shape.
 
         Raises:
-            ShapeError: If the space does not hold it; the active shape stays.
+            ShapeError: If the space, or an active adapter's, does not hold it; the active shape stays.
+            AdapterError: If an adapter is merged at another shape; the active shape stays.
         """
-        shape = self.space.require(shape)
+        before, told = self._shape, []
+        self._activate(self.space.require(shape))
+        try:
+            for listener in self._listeners:
+                listener(self._shape)
+                told.append(listener)
+        except AmoebaError:
+            self._activate(before)
+            for listener in told:
+                listener(before)
+            raise
+
+    def _activate(self, shape: SubnetShape) -> None:
         self._sublayers.restore()
         row = None if shape.width == 1 else self.space.widths.index(shape.width)
         for group in self.groups:
@@ -178,8 +191,6 @@ class ElasticModel:
         kept = self.kept_layers(shape)
         self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
         self._shape = shape
-        for listener in self._listeners:
-            listener(shape)
 
     @contextmanager
     def whole_layers(self) -> Iterator[None]:

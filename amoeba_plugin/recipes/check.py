@@ -1,4 +1,4 @@
-"""The check of a recipe, with or without the model that it is meant for; nothing is loaded."""
+"""The check of a recipe, with or without the model that it is meant for; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def check_recipe(recipe: str, model: str | None = None) -> Checked:
     """
     plan = plan_recipe(recipe)
     if model is not None:
-        plan.against(load_config(model))
+        config = load_config(model)
+        plan.against(config)
         if has_weights(model):  # else it is a configuration alone, or on the hub
-            require_weights(model)
+            require_weights(model, config)
     rows = []
     for number, modifier in enumerate(plan.modifiers, start=1):
         given = modifier.model_dump(exclude_unset=True, exclude={"group"})

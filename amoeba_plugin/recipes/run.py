@@ -35,7 +35,7 @@ def run_recipe(
     plan = plan_recipe(recipe)
     plan.require_runnable(output_dir)
     model_plan = plan.against(load_config(model))
-    require_weights(model)
+    require_weights(model, model_plan.config)
     batches = calibration_batches(plan, model, dataset, options)
     with whole_or_nothing(output_dir) as partial:
         execute(plan, model_plan, model, batches, partial, options)

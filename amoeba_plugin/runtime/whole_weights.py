@@ -12,22 +12,26 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.model_files import load_config, why_not
+from amoeba_plugin.runtime.model_files import why_not
 from amoeba_plugin.runtime.stored_tensors import CheckpointTensors, NativeTensors, read_index
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def require_weights(model: str) -> None:
+def require_weights(model: str, config: PretrainedConfig | None = None) -> None:
     """Look at the weights in a directory, without memory for them; what is on the hub is not looked at.
 
     transformers fills a parameter that no file holds with random numbers, and goes on with a warning.
 
+    Args:
+        model: Path or hub id.
+        config: The model's, where it has been read already.
+
     Raises:
-        ArchitectureError: If the directory has no configuration that transformers can read.
-        ArtifactError: If the directory has no weights, a file is missing that the index names, one is truncated, a
-            parameter of the model is in none or of another size, or two that the configuration ties differ.
+        ArtifactError: If the directory has no weights or no configuration, a file is missing that the index names, one
+            is truncated, a parameter of the model is in none or of another size, or two that the configuration ties
+            differ.
     """
     directory = Path(model)
     if not directory.is_dir():
@@ -43,8 +47,7 @@ def require_weights(model: str) -> None:
                 pass
         except SafetensorError as error:
             raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or download it anew") from error
-    if getattr(load_config(model), "quantization_config", None) is None:  # else parameters have other names and sizes
-        _require_parameters(model)
+    _require_parameters(model, config)
 
 
 def has_weights(model: str) -> bool:
@@ -59,14 +62,17 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(read_index(index).values()))]
 
 
-def _require_parameters(model: str) -> None:
-    from transformers import AutoModelForCausalLM
+def _require_parameters(model: str, config: PretrainedConfig | None) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        config = config or AutoConfig.from_pretrained(model)
+        if getattr(config, "quantization_config", None) is not None:  # files have other names and sizes
+            return
         with _quiet():
             # on the meta device transformers goes by names and sizes alone, and says what it would make up
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
+                model, config=config, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
             )
     except (OSError, ValueError) as error:
         raise ArtifactError(f"the model '{model}' cannot be loaded: {why_not(model, error)}") from error

@@ -27,7 +27,7 @@ class SmolLayer(BaseTunerLayer):
 
 
 class ShapeRouter(nn.Module, SmolLayer):
-    """The routers of all adapters of a model, and the shape each of them is set to.
+    """The routers of all adapters of a model, and its active shape, which all of them follow.
 
     >>> router.set_shape("24x7/8")  # doctest: +SKIP
     >>> router("default")           # doctest: +SKIP
@@ -104,15 +104,10 @@ class ShapeRouter(nn.Module, SmolLayer):
             self.weights(name).draw_noise()
 
     def _require_merged_there(self, name: str, shape: SubnetShape, kept_layers: tuple[Kept, ...] | None) -> None:
-        weights = self.weights(name)
-        current = weights.state
-        there = (
-            current.shape == shape
-            and (kept_layers or weights.state_at(shape, kept_layers).kept_layers) == current.kept_layers
-        )
-        if not there:
+        merged = self.weights(name).state
+        if shape != merged.shape or self.weights(name).state_at(shape, kept_layers).kept_layers != merged.kept_layers:
             raise AdapterError(
-                f"adapter '{name}' is merged at shape {current.shape}, so {shape} cannot be set; call "
+                f"adapter '{name}' is merged at shape {merged.shape}, so {shape} cannot be set; call "
                 "unmerge_adapter() first"
             )
 

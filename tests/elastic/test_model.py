@@ -15,6 +15,8 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.testing.architectures import attach_random_smol
 from support.models import logits, random_elastic, random_tokens
 from support.strategies import KEPT, random_strategy
 
@@ -140,3 +142,20 @@ def test_a_quantized_model_is_refused(tiny_model: TinyModel) -> None:
     model.config.quantization_config = {"quant_method": "compressed-tensors"}
     with pytest.raises(ArchitectureError, match="already quantized"):
         ElasticModel(model, strategy)
+
+
+def test_where_an_adapter_refuses_the_shape_stays(tiny_model: TinyModel, tokens: Tensor) -> None:
+    """Layers at one shape and an adapter at another would compute neither."""
+    elastic = random_elastic(tiny_model("llama"))
+    peft_model = attach_random_smol(elastic)
+    config = SmolConfig(r=2, num_experts=2, top_k=1, depths=[4], widths=["1"], num_layers=4, target_modules=["q_proj"])
+    peft_model.add_adapter("whole", config)
+    elastic.set_shape("3x3/4")
+    expected = logits(peft_model, tokens)
+    peft_model.set_adapter("whole")
+    with pytest.raises(ShapeError, match="2x1/2 is outside"):
+        elastic.set_shape("2x1/2")
+    assert str(elastic.shape) == "3x3/4"
+    assert len(elastic.model.model.layers) == 3
+    peft_model.set_adapter("default")
+    assert torch.equal(logits(peft_model, tokens), expected)
