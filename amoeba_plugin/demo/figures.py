@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from amoeba_plugin.demo.data import DemoData
 from amoeba_plugin.deployment.latency import Latency
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.reports.report import Quality, QuantizedRow, ShapeRow
+from amoeba_plugin.runtime.scratch import scratch_directory
 from amoeba_plugin.selection.registry import objective_named
 
 DENSE = "dense"
@@ -96,9 +96,9 @@ def mean_kl_divergence(model: PreTrainedModel, other: PreTrainedModel, batches: 
 
 def checkpoint_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of weights of a model as it would be saved."""
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch_directory() as directory:
         model.save_pretrained(directory)
-        return weight_bytes(Path(directory))
+        return weight_bytes(directory)
 
 
 def weight_bytes(directory: Path) -> int:

@@ -34,6 +34,7 @@ from amoeba_plugin.recipes.places import require_new_directory
 from amoeba_plugin.reports.html import write_report
 from amoeba_plugin.reports.report import REPORT_JSON, Provenance, Report
 from amoeba_plugin.reports.terminal import print_report
+from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.shape import SubnetShape
 
@@ -66,9 +67,14 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:
     Raises:
         ArtifactError: If the directory holds anything else, or cannot be written.
     """
-    require_new_directory(output_dir, replaceable=REPORT_JSON)
-    schedule, stages = QUICK if quick else FULL, Stages()
-    shutil.rmtree(output_dir, ignore_errors=True)
+    with owning(output_dir, alone=True):
+        require_new_directory(output_dir, replaceable=REPORT_JSON)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        return _run(output_dir, QUICK if quick else FULL, seed)
+
+
+def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
+    stages = Stages()
     output_dir.mkdir(parents=True)
     with stages.timed("data"):
         tokenizer = AutoTokenizer.from_pretrained(MODEL)

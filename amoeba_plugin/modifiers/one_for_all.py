@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -30,6 +29,7 @@ from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptio
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
 from amoeba_plugin.runtime.ranks import rank
+from amoeba_plugin.runtime.scratch import scratch_directory
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint, require_same_training
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
@@ -241,8 +241,8 @@ class OneForAllDistillationModifier(Modifier):
     def _output_dir(self, elastic: ElasticModel) -> Iterator[Path]:
         """Yield the directory of Trainer's checkpoints; a scratch one where none are to be kept."""
         if self.checkpoint_dir is None:
-            with tempfile.TemporaryDirectory() as scratch:
-                yield Path(scratch)
+            with scratch_directory() as scratch:
+                yield scratch
             return
         directory = Path(self.checkpoint_dir)
         strategy = elastic.strategy

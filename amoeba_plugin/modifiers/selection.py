@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from llmcompressor.core import State, active_session
+from llmcompressor.modifiers import Modifier
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,6 +32,10 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.runtime.module_calls import input_device, is_offloaded
+from amoeba_plugin.runtime.ownership import owning
+from amoeba_plugin.runtime.ranks import rank
+
+DIRECTORY_FIELDS = ("resume_dir", "checkpoint_dir", "elastic_dir")  # of modifiers: what they write
 
 
 @dataclass
@@ -40,6 +46,7 @@ class Selection:
     adapter: ArchitectureAdapter
     fingerprint: str
     batches: list[Batch]
+    owned: ExitStack = field(repr=False)  # directories that the recipe writes, until it is over
     depth: DepthStrategy | None = None
     width: WidthStrategy | None = None
     elastic: ElasticModel | None = None
@@ -90,7 +97,8 @@ def selection_for(state: State) -> Selection:
         keep_generation_defaults(model)
         adapter = architecture_for(model.config.model_type)
         batches = materialise(state.data.calib)
-        _SELECTIONS[model] = Selection(weakref.ref(state), adapter, model_fingerprint(model, adapter), batches)
+        fingerprint = model_fingerprint(model, adapter)
+        _SELECTIONS[model] = Selection(weakref.ref(state), adapter, fingerprint, batches, _owned_by_session(model))
     return _SELECTIONS[model]
 
 
@@ -113,9 +121,28 @@ def _require_extraction(state: State) -> None:
         )
 
 
+def named_directories(modifier: Modifier) -> dict[str, Path]:
+    """Return the directories that a modifier writes, by the field that names them."""
+    named = {name: getattr(modifier, name, None) for name in DIRECTORY_FIELDS}
+    return {name: Path(directory) for name, directory in named.items() if directory is not None}
+
+
+def _owned_by_session(model: PreTrainedModel) -> ExitStack:
+    """Own what the session's recipe will write, before anything is computed."""
+    owned = ExitStack()
+    if rank() == 0:
+        for modifier in active_session().lifecycle.recipe.modifiers:
+            owned.enter_context(owning(*named_directories(modifier).values()))
+        weakref.finalize(model, owned.close)  # of a session that never ends
+    return owned
+
+
 def forget_selection(model: PreTrainedModel) -> Selection | None:
     """Drop and return what was kept for a model; the recipe is over or the model is something else now."""
-    return _SELECTIONS.pop(model, None)
+    selection = _SELECTIONS.pop(model, None)
+    if selection is not None:
+        selection.owned.close()
+    return selection
 
 
 @contextmanager

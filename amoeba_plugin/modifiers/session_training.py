@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.modifiers.selection import selection_for
+from amoeba_plugin.training.one_for_all.checkpoints import is_over
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -57,6 +58,9 @@ class TrainingEventsMixin(_Base):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Return Trainer's micro-batches of a step and their number of targets; note the former."""
+        if is_over(self.state):  # of a training resumed after its last step
+            self.control.should_training_stop = True
+            return [], None
         self._step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         return self._step_batches, num_items
 

@@ -30,6 +30,7 @@ from amoeba_plugin.modifiers import (
 )
 from amoeba_plugin.modifiers.order import require_order
 from amoeba_plugin.modifiers.own_stage import needs_own_stage
+from amoeba_plugin.modifiers.selection import named_directories
 from amoeba_plugin.modifiers.smoothing import require_accelerator, require_outputs_kept, smooths
 from amoeba_plugin.recipes.expected import ExpectedDepths, ExpectedWidths, expected_sizes
 from amoeba_plugin.recipes.model_plan import ModelPlan, known_architecture, require_full_precision, require_linears
@@ -97,6 +98,15 @@ class RecipePlan:
         sampled = [] if self.training is None else self.training.sampled_shapes
         drawn = [] if isinstance(sampled, str) else [(self.training, SubnetShape.parse(each)) for each in sampled]
         return (*named, *drawn)
+
+    @cached_property
+    def named_directories(self) -> tuple[tuple[Any, str, Path], ...]:
+        """What the recipe writes beside the output directory: modifier, its field, and the directory."""
+        return tuple(
+            (modifier, field, directory)
+            for modifier in self.structural
+            for field, directory in named_directories(modifier).items()
+        )
 
     @property
     def needs_data(self) -> bool:
@@ -166,12 +176,8 @@ class RecipePlan:
         for modifier in self.modifiers:
             self.asking(modifier, require_accelerator, modifier)
         require_new_directory(output_dir)
-        for modifier, field in (
-            (self.depth, "resume_dir"), (self.training, "checkpoint_dir"), (self.training, "elastic_dir"),
-        ):  # fmt: skip
-            directory = getattr(modifier, field, None)
-            if directory is not None:
-                self.asking(modifier, require_apart, field, Path(directory), output_dir)
+        for modifier, field, directory in self.named_directories:
+            self.asking(modifier, require_apart, field, directory, output_dir)
 
     def against(self, config: PretrainedConfig) -> ModelPlan:
         """Check the recipe against the sizes of the model it is meant for; weights are not needed.

@@ -10,6 +10,7 @@ from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.runtime.model_files import load_config
+from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.whole_weights import require_weights
 
 
@@ -34,11 +35,13 @@ def run_recipe(
     options = options or RunOptions()
     plan = plan_recipe(recipe)
     plan.require_runnable(output_dir)
-    model_plan = plan.against(load_config(model))
-    require_weights(model, model_plan.config)
-    batches = calibration_batches(plan, model, dataset, options)
-    with whole_or_nothing(output_dir) as partial:
-        execute(plan, model_plan, model, batches, partial, options)
-        # after a stage of its own, or where there is no subnet, the save wrote no card
-        require_model_card(partial, plan.card or {"base model": model})
+    with owning(output_dir, *(directory for _, _, directory in plan.named_directories)):
+        plan.require_runnable(output_dir)  # another run may have ended meanwhile
+        model_plan = plan.against(load_config(model))
+        require_weights(model, model_plan.config)
+        batches = calibration_batches(plan, model, dataset, options)
+        with whole_or_nothing(output_dir) as partial:
+            execute(plan, model_plan, model, batches, partial, options)
+            # after a stage of its own, or where there is no subnet, the save wrote no card
+            require_model_card(partial, plan.card or {"base model": model})
     return output_dir

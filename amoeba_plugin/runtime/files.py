@@ -13,8 +13,11 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError
 
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.runtime.ownership import LOCK, PARTIAL, owning, workplace
 
-PARTIAL = ".amoeba.partial"
+FILLING = ".amoeba.filling"  # in a directory that is being filled: whatever else is in it is not whole
+BEING_WRITTEN = ".partial"  # ends the names of files that are not there yet
+INSIDE = (FILLING, f".amoeba.{PARTIAL}", f".amoeba.{LOCK}")
 
 
 def require_writable(directory: Path, whole: bool = False) -> None:
@@ -29,7 +32,7 @@ def require_writable(directory: Path, whole: bool = False) -> None:
     Raises:
         ArtifactError: If a file is in the way, or the system does not let this process write there.
     """
-    tried = _workplace(directory).parent if whole else directory
+    tried = workplace(directory, PARTIAL).parent if whole else directory
     existing = next(each for each in (tried, *tried.absolute().parents) if each.exists())
     try:
         with TemporaryDirectory(dir=existing, prefix=".amoeba-"):
@@ -41,10 +44,12 @@ def require_writable(directory: Path, whole: bool = False) -> None:
 
 
 def is_vacant(directory: Path) -> bool:
-    """Tell whether a directory is missing or empty, but for what a killed :func:`whole_or_nothing` left in it."""
+    """Tell whether a directory is missing, empty, or holds what a killed :func:`whole_or_nothing` left in it."""
     if not directory.exists():
         return True
-    return directory.is_dir() and all(entry.name == PARTIAL for entry in directory.iterdir())
+    if not directory.is_dir():
+        return False
+    return (directory / FILLING).exists() or all(entry.name in INSIDE for entry in directory.iterdir())
 
 
 @contextmanager
@@ -58,14 +63,20 @@ def whole_or_nothing(directory: Path, replace: bool = False) -> Iterator[Path]:
         replace: It may also be full; what is in it goes when the block ends well.
 
     Raises:
-        ArtifactError: If the disk is full, a file of weights could not be written, or the directory is full.
+        ArtifactError: If another process writes the directory, the disk is full, a file of weights could not be
+            written, or the directory is full.
     """
-    partial = _workplace(directory)
-    shutil.rmtree(partial, ignore_errors=True)
+    with owning(directory, alone=True), _filled(workplace(directory, PARTIAL), directory) as partial:
+        yield partial
+        _put(partial, directory.resolve(), replace)
+
+
+@contextmanager
+def _filled(partial: Path, directory: Path) -> Iterator[Path]:
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     try:
         partial.mkdir(parents=True)
         yield partial
-        _put(partial, directory.resolve(), replace)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ArtifactError(
@@ -82,7 +93,7 @@ def whole_or_nothing(directory: Path, replace: bool = False) -> Iterator[Path]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all: a sibling is written, synced, and renamed over it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{BEING_WRITTEN}")
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -93,25 +104,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _workplace(directory: Path) -> Path:
-    """Return where to make what a directory shall hold: beside it, or in it where beside it is another disk or none."""
-    target = directory.resolve()
-    if target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK)):
-        return target / PARTIAL
-    return target.with_name(f".{target.name}.partial")
+def clear_partials(path: Path) -> None:
+    """Delete what killed calls of :func:`write_atomically` left of a file that only this process writes."""
+    for partial in path.parent.glob(f".{path.name}.*{BEING_WRITTEN}"):
+        partial.unlink(missing_ok=True)
 
 
 def _put(partial: Path, target: Path, replace: bool) -> None:
     if not target.is_dir():
         partial.rename(target)
         return
-    before = [entry for entry in target.iterdir() if entry != partial]
-    if before and not replace:
+    if not replace and not is_vacant(target):
         raise ArtifactError(f"{target} has been filled by something else meanwhile; nothing is overwritten")
-    for entry in before:
+    (target / FILLING).touch()
+    for entry in [each for each in target.iterdir() if each.name not in INSIDE]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
     for entry in list(partial.iterdir()):
         shutil.move(entry, target / entry.name)
+    (target / FILLING).unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from amoeba_plugin.runtime.scratch import scratch_directory
 
 
 @dataclass
@@ -37,8 +38,8 @@ class StateStore:
     @contextmanager
     def of(cls, budget: float) -> Iterator[StateStore]:
         """Yield a store whose files vanish with the block."""
-        with tempfile.TemporaryDirectory(prefix="amoeba_states_") as folder:
-            yield cls(budget, Path(folder))
+        with scratch_directory() as folder:
+            yield cls(budget, folder)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._held

@@ -86,6 +86,21 @@ def test_three_doors_give_the_same_weights(base: Path, tmp_path: Path, adapter: 
         torch.testing.assert_close(by_session[name], value, rtol=0, atol=1e-4)
 
 
+def test_a_trainer_of_ones_own_takes_no_step_after_its_last(base: Path, tmp_path: Path) -> None:
+    modifier = OneForAllDistillationModifier(**TRAIN_FIELDS | {"checkpoint_dir": "kept", "save_steps": 1})
+    for directory, resume in (("once", False), ("twice", True)):
+        text = training_recipe(tmp_path / directory)
+        model = begin_session(
+            text, AutoModelForCausalLM.from_pretrained(base), DataLoader(tensor_rows(), batch_size=4), tensor_rows()
+        )
+        SessionTrainer(
+            model=model, args=arguments_of(modifier, tmp_path / "scratch"), train_dataset=tensor_rows(),
+            data_collator=PaddingCollator(), callbacks=[TrainingEventsCallback()],
+        ).train(resume_from_checkpoint=resume)  # fmt: skip
+    once, twice = (adapter_of(tmp_path / directory) for directory in ("once", "twice"))
+    assert all(torch.equal(twice[name], value) for name, value in once.items())
+
+
 def test_a_trainer_of_ones_own_distils_every_token_of_a_step_alike(base: Path, tmp_path: Path) -> None:
     """Rows with few targets, and rows without one, weigh by their tokens."""
     uneven = tensor_rows()

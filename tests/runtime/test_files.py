@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import PARTIAL, is_vacant, require_writable, whole_or_nothing
+from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing
+
+PARTIAL_INSIDE = ".amoeba.partial"
 
 
 def fill(directory: Path, content: str = "new", replace: bool = False) -> None:
@@ -53,12 +55,12 @@ def test_a_mounted_disk_is_filled_from_within(tmp_path: Path, monkeypatch: pytes
     disk.mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self == disk)
     with whole_or_nothing(disk) as partial:
-        assert partial == disk / PARTIAL
+        assert partial == disk / PARTIAL_INSIDE
         (partial / "file").write_text("")
     assert [entry.name for entry in disk.iterdir()] == ["file"]
     (disk / "file").unlink()
-    (disk / PARTIAL).mkdir()  # as a killed run leaves it
-    (disk / PARTIAL / "half").write_text("")
+    (disk / PARTIAL_INSIDE).mkdir()  # as a killed run leaves it
+    (disk / PARTIAL_INSIDE / "half").write_text("")
     assert is_vacant(disk)
     fill(disk)
     assert content_of(disk) == NEW

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -20,3 +22,24 @@ def _with_a_lock_of_its_own(target: Callable[..., None], *args: Any) -> None:
     # tqdm's monitor thread may have held its lock at the fork; no thread of the child would ever give it back
     tqdm.set_lock(threading.RLock())
     target(*args)
+
+
+def finish(process: BaseProcess) -> None:
+    """Start a process and wait until it has ended well."""
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def killed(target: Callable[..., Any], *args: Any) -> None:
+    """Call a function in a process that dies after it, with no time to clear anything up."""
+
+    def call_and_die() -> None:
+        kept = target(*args)  # what it returns is not collected before the end
+        os.kill(os.getpid(), signal.SIGKILL)
+        del kept
+
+    process = forked(call_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL

@@ -101,6 +101,19 @@ def test_going_on_from_the_last_checkpoint_passes_over_one_that_was_interrupted(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("batch_size", [2, 3])  # rows of an epoch: a whole number of steps, and not
+def test_a_training_that_took_its_last_step_takes_no_other(tmp_path: Path, batch_size: int):
+    def run(resume: bool) -> dict[str, Tensor]:
+        elastic = make_elastic()
+        trainer = make_trainer(elastic, tmp_path, max_steps=3, save_strategy="steps", save_steps=1,
+                               per_device_train_batch_size=batch_size)  # fmt: skip
+        assert trainer.train(resume_from_checkpoint=resume).global_step == 3
+        return parameters_of(elastic.model)
+
+    expected, found = run(False), run(True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def checkpoint(directory: Path, step: int, state: str | None) -> Path:
     path = directory / f"checkpoint-{step}"
     path.mkdir(parents=True)

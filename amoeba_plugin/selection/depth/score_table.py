@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.files import clear_partials, write_atomically
 from amoeba_plugin.runtime.ranks import from_first_rank, rank
 from amoeba_plugin.selection.depth.steps import Granularity, Removed
 from amoeba_plugin.selection.objectives import Score
@@ -61,6 +61,7 @@ class MeasuredTable:
         data = from_first_rank(path.read_bytes() if rank() == 0 and path.exists() else None)
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
+            clear_partials(path)
         return cls(measure, identity, path, {} if data is None else _scores(path, data, identity))
 
     def __call__(self, sets: Sequence[Removed]) -> list[Score]:

@@ -21,6 +21,7 @@ from amoeba_plugin.models.fingerprint import PACKED, model_fingerprint
 from amoeba_plugin.models.kept import kept_without, removed_names
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import reset_peak_memory
 from amoeba_plugin.runtime.ranks import agreed, rank
 from amoeba_plugin.selection.depth.dynamic_program import NEAR, Search, Table, evaluations, exchange_evaluations
@@ -58,7 +59,8 @@ def search_depths(task: DepthTask) -> DepthStrategy:
         RecipeError: If no layer, or too many, would be removed.
         ArchitectureError: If the adapter does not know the sublayers asked for.
         DataError: If the batches lack what the objective needs, or it cannot tell candidates apart.
-        ArtifactError: If ``resume_dir`` holds the scores of another model, other data, or another objective.
+        ArtifactError: If ``resume_dir`` holds the scores of another model, other data, or another objective, or another
+            process writes there.
     """
     options = task.options
     per_layer = steps_per_layer(options.granularity)
@@ -68,7 +70,9 @@ def search_depths(task: DepthTask) -> DepthStrategy:
     mine, data = share_of(task.objective, task.batches)
     scored = 1 + evaluations(candidates, most, options.beam) + exchange_evaluations(candidates, most, options.exchanges)
     silent = not task.progress or rank() != 0
+    kept = [] if options.resume_dir is None or rank() != 0 else [Path(options.resume_dir)]
     with (
+        owning(*kept),
         tqdm(total=scored * len(mine), desc="depth search", unit="batch", disable=silent) as bar,
         runner_for(task, mine) as runner,
         evaluating(task.model),

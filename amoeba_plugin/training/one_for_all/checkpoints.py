@@ -9,11 +9,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.files import clear_partials, write_atomically
 
 SETTINGS_NAME = "one_for_all.json"
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")  # in its messages about files
@@ -59,6 +60,7 @@ def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
                     f"{wanted.get(name)}; name another checkpoint_dir, or repeat the recipe it was begun with"
                 )
         return
+    clear_partials(path)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ArtifactError(f"{directory} exists and holds no checkpoints of this training; name another directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,11 @@ def is_complete(checkpoint: Path) -> bool:
     prefix, _, step = checkpoint.name.rpartition("-")
     named = step if prefix == PREFIX_CHECKPOINT_DIR else None
     return isinstance(state, dict) and "global_step" in state and named in (None, str(state["global_step"]))
+
+
+def is_over(state: TrainerState) -> bool:
+    """Tell whether a training has taken its last step; Trainer, resumed there, would take one more."""
+    return 0 < state.max_steps <= state.global_step
 
 
 def could_not_write(error: BaseException) -> bool:

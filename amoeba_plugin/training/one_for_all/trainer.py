@@ -27,7 +27,12 @@ from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
-from amoeba_plugin.training.one_for_all.checkpoints import could_not_write, is_complete, last_complete_checkpoint
+from amoeba_plugin.training.one_for_all.checkpoints import (
+    could_not_write,
+    is_complete,
+    is_over,
+    last_complete_checkpoint,
+)
 from amoeba_plugin.training.one_for_all.checks import FiniteGradients, WholeLayers, require_follows, require_supported
 from amoeba_plugin.training.one_for_all.losses import Positions
 from amoeba_plugin.training.one_for_all.metrics import routing_log
@@ -214,7 +219,13 @@ class OneForAllTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Return Trainer's micro-batches of a step and their number of targets; count what they distil."""
+        """Return Trainer's micro-batches of a step and their number of targets; count what they distil.
+
+        There are none where a training that is resumed has taken its last step already.
+        """
+        if is_over(self.state):
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.options.distill_all_tokens:
             count = torch.tensor(sum(len(self.subnets.positions(batch).rows) for batch in batches), device=device)
