@@ -17,10 +17,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from amoeba_plugin.errors import ShapeError
 
+DIGITS = 30  # before or after the point; nobody needs more
 TIMES = "\N{MULTIPLICATION SIGN}"  # looks like an x where a shape is pasted from a text
 
 
@@ -146,6 +148,11 @@ def parse_depth(text: str | float) -> float:
         raise ShapeError(f"depth '{text}' is no number of layers") from None
 
 
+def _within(width: Decimal) -> Decimal:
+    """Return a number, or one below all of them: a fraction writes out every digit of 1e-999999999."""
+    return width if width == 0 or -DIGITS < width.adjusted() < DIGITS else Decimal(-1)
+
+
 def require_distinct_depths(texts: Iterable[str | float]) -> None:
     """Refuse depths that are written twice, "10" and "10.0": of what they name, only the last would count.
 
@@ -172,8 +179,8 @@ def parse_width(text: str | float | Fraction) -> Fraction:
         ShapeError: If it is no number in (0, 1].
     """
     try:
-        width = Fraction(str(text))
-    except (ValueError, ZeroDivisionError) as error:
+        width = Fraction(str(text)) if "/" in str(text) else Fraction(_within(Decimal(str(text))))
+    except (ValueError, ArithmeticError) as error:
         raise ShapeError(f"width '{text}' is no number; write 1, 7/8 or 0.75") from error
     if not 0 < width <= 1:
         raise ShapeError(f"width {text}: a share of channels lies in (0, 1]; write 1, 7/8 or 0.75")

@@ -53,7 +53,9 @@ def test_what_is_no_shape_says_how_to_write_one(text: str) -> None:
         SubnetShape.parse(text)
 
 
-@pytest.mark.parametrize("width", ["0", "-1/2", "9/8", "nan", "wide", "1/0"])
+@pytest.mark.parametrize(
+    "width", ["0", "-1/2", "9/8", "nan", "snan", "inf", "wide", "1/0", "1e999999999", "1e-999999999"]
+)
 def test_what_is_no_width_is_refused(width: str) -> None:
     with pytest.raises(ShapeError, match="write 1, 7/8 or 0.75"):
         parse_width(width)

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from amoeba_plugin.deployment.targets import candidate, require_loadable, require_target
 from amoeba_plugin.elastic.layer_sizes import LOST_SOMEWHERE, LayerSizes
+from amoeba_plugin.elastic.record import ELASTIC_NAME, read_record
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.elastic.subnet_plan import SubnetPlan
@@ -75,6 +76,8 @@ def require_loads(
         subnet = config_for(adapter, whole, uniform_sizes(adapter, whole, parsed, round_to))
         told = ["every layer is taken to keep the same sizes (allocation: uniform); --strategy DIR goes by those found"]
     else:
+        if (strategy / ELASTIC_NAME).exists():  # else it is a strategy alone
+            read_record(strategy)
         plan = SubnetPlan(adapter, whole, SubnetStrategy.load(strategy))
         plan.require_fit(str(strategy))
         sizes = plan.sizes(plan.space.require(parsed))

@@ -3,7 +3,7 @@
 ::
 
     DIRECTORY/
-      elastic.json                                   format, version, where the base model is, also as seen from here
+      elastic.json                                   what belongs to the checkpoint, and where the base model is
       strategy.json, strategy.safetensors            which layers and channels every shape keeps
       adapter/                                       an ordinary PEFT directory, SMOL or LoRA (absent without one)
       base/                                          only where the base itself was trained: the whole model, reordered
@@ -13,22 +13,28 @@ The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, 
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic.lora import follow_lora
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.record import (
+    ADAPTER_DIRECTORY,
+    BASE_DIRECTORY,
+    ELASTIC_NAME,
+    read_record,
+    write_record,
+)
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import AdapterError, ArtifactError
-from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing, write_atomically
+from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing
 from amoeba_plugin.runtime.fsdp import whole_state_dict
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.runtime.model_files import copy_tokenizer, why_not
@@ -37,10 +43,6 @@ from amoeba_plugin.runtime.streaming import StreamedWeights, streamed_model
 from amoeba_plugin.runtime.whole_weights import require_weights
 from amoeba_plugin.shape import ShapeSpace, parse_width
 from amoeba_plugin.smol import SmolConfig
-
-FORMAT, VERSION = "amoeba_plugin.ElasticCheckpoint", 1
-ELASTIC_NAME = "elastic.json"
-BASE_DIRECTORY, ADAPTER_DIRECTORY = "base", "adapter"
 
 
 def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
@@ -113,7 +115,8 @@ def save_elastic(
                     copy_tokenizer(base, partial / BASE_DIRECTORY)
                 if peft_model is not None:
                     _save_adapter(peft_model, partial / ADAPTER_DIRECTORY, state)
-                _write_elastic_json(partial / ELASTIC_NAME, elastic, base, trained_base, directory)
+                dtype = str(elastic.model.dtype).removeprefix("torch.")
+                write_record(partial, directory, base, dtype, str(elastic.space), trained_base)
 
 
 def _save_adapter(peft_model: PeftModel, directory: Path, state: Any) -> None:
@@ -124,23 +127,6 @@ def _save_adapter(peft_model: PeftModel, directory: Path, state: Any) -> None:
         for path in (directory / name).iterdir():
             path.replace(directory / path.name)
         (directory / name).rmdir()
-
-
-def _write_elastic_json(path: Path, elastic: ElasticModel, base: str, trained_base: bool, directory: Path) -> None:
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "base_model": base,
-        "dtype": str(elastic.model.dtype).removeprefix("torch."),
-        "space": str(elastic.space),
-        "trained_base": trained_base,
-    }
-    if Path(base).exists():  # a hub id has no place of its own
-        with suppress(ValueError):  # on another drive
-            document["base_model_from_here"] = Path(
-                os.path.relpath(Path(base).resolve(), directory.resolve())
-            ).as_posix()
-    write_atomically(path, json.dumps(document, indent=1).encode())
 
 
 def require_replaceable(directory: Path) -> None:
@@ -170,19 +156,18 @@ def load_elastic(
         ArtifactError: If the directory is no elastic checkpoint, is damaged, or belongs to another base model, or its
             adapter to another space, choice of layers or model.
     """
-    document = _read_elastic_json(directory / ELASTIC_NAME)
+    record = read_record(directory)
     strategy = SubnetStrategy.load(directory)
-    reference = base or _base_of(document, directory)
+    reference = base if base is not None and not record.trained_base else record.base_of(directory)
     adapter = directory / ADAPTER_DIRECTORY
     weights: StreamedWeights | None = None
-    if document.get("trained_base"):
-        reference = str(directory / BASE_DIRECTORY)
     require_weights(reference)
+    record.tell_other_base(reference)
     try:
-        streamed = streamed_model(reference, document["dtype"]) if stream and not _holds_base_weights(adapter) else None
+        streamed = streamed_model(reference, record.dtype) if stream and not _holds_base_weights(adapter) else None
         model: PreTrainedModel
         if streamed is None:
-            model = AutoModelForCausalLM.from_pretrained(reference, dtype=document["dtype"])
+            model = AutoModelForCausalLM.from_pretrained(reference, dtype=record.dtype)
         else:
             model, weights = streamed
     except OSError as error:
@@ -193,10 +178,15 @@ def load_elastic(
     elastic = ElasticModel(model.eval(), strategy, weights)
     if not adapter.is_dir():
         return elastic, None
+    if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would take pickled ones, or ask a hub
+        raise ArtifactError(f"{adapter} lacks {SAFETENSORS_WEIGHTS_NAME}; copy the elastic checkpoint anew")
     try:
-        peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with catch_warnings():
+            filterwarnings("ignore", message="Found missing adapter keys")  # they are refused below
+            peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"the adapter in {adapter} is damaged or of another model ({error})") from error
+    _require_whole_adapter(peft_model, adapter)
     config = peft_model.peft_config["default"]
     if isinstance(config, SmolConfig) and not set(elastic.space) <= set(config.space):
         raise ArtifactError(
@@ -212,18 +202,25 @@ def load_elastic(
     return elastic, peft_model
 
 
-def _base_of(document: Mapping[str, str], directory: Path) -> str:
-    """Return where the base model is: as it was given, or, where that is gone, where it was as seen from here."""
-    given, beside = document["base_model"], document.get("base_model_from_here")
-    if beside is None or Path(given).exists() or not (directory / beside).exists():
-        return given
-    return str((directory / beside).resolve())
+def _require_whole_adapter(peft_model: PeftModel, adapter: Path) -> None:
+    """Refuse what PEFT completes by random numbers, or loads as it is."""
+    stored = load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    missing = sorted(name for name, tensor in expected.items() if tensor.is_floating_point() and name not in stored)
+    if missing:
+        raise ArtifactError(
+            f"the adapter in {adapter} lacks {len(missing)} tensors, of which {missing[0]}: it is not whole, or of "
+            "another kind than its configuration says; copy the elastic checkpoint anew"
+        )
+    broken = next((name for name, tensor in stored.items() if not bool(tensor.isfinite().all())), None)
+    if broken is not None:
+        raise ArtifactError(f"the adapter in {adapter} is not finite, for example {broken}; repeat the training")
 
 
 def _holds_base_weights(adapter: Path) -> bool:
     """Return whether an adapter's file brings weights of the base model too, which must then be in memory."""
     try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             return not all("smol_" in key for key in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError):  # no adapter, or a damaged one: loading it says so
         return False
@@ -234,21 +231,3 @@ def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:
         follow_lora(elastic, peft_model)
         return
     elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.listed(shape)))
-
-
-def _read_elastic_json(path: Path) -> dict[str, str]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ArtifactError(f"{path} does not exist: {path.parent} is no elastic checkpoint") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the training") from error
-    if (
-        not isinstance(document, dict)
-        or document.get("format") != FORMAT
-        or not {"base_model", "dtype"} <= set(document)
-    ):
-        raise ArtifactError(f"{path} is not a {FORMAT} file; point at a directory that one-for-all training wrote")
-    if document.get("version") != VERSION:
-        raise ArtifactError(f"{path} has format version {document.get('version')}, this amoeba_plugin reads {VERSION}")
-    return document

@@ -18,18 +18,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from amoeba_plugin.elastic.strategy_document import StrategyDocument, require_depths, require_tensors, require_units
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.fingerprint import Loaded, model_fingerprint, same_model
 from amoeba_plugin.models.kept import Kept, read_kept, write_kept
 from amoeba_plugin.runtime.files import write_atomically
-from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, require_distinct_depths
+from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, parse_width, require_distinct_depths
 
 FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
 WHOLE_LAYERS_VERSION = 1  # written where every layer kept is whole, so that older versions of this package read it
@@ -198,42 +200,41 @@ class SubnetStrategy:
         Raises:
             ArtifactError: If a file is missing, truncated, foreign, from a newer version, or not of the same pair.
         """
-        document = _read_document(directory / JSON_NAME)
-        tensors = _read_tensors(directory / TENSORS_NAME, document.get("tensors_sha256", ""))
+        path = directory / JSON_NAME
+        raw = _read_document(path)
+        try:
+            document = StrategyDocument.model_validate_json(json.dumps(raw))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ArtifactError(f"{path} is damaged ({where}: {first['msg']}); repeat the selection") from error
+        tensors = _read_tensors(directory / TENSORS_NAME, document.tensors_sha256)
         try:
             return cls._from_document(document, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError, ShapeError) as error:
-            raise ArtifactError(f"{directory / JSON_NAME} is damaged ({error!r}); repeat the selection") from error
+        except (ValueError, ZeroDivisionError, ShapeError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); repeat the selection") from error
 
     @classmethod
-    def _from_document(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> SubnetStrategy:
-        depth, width = document["depth"], document["width"]
+    def _from_document(cls, document: StrategyDocument, tensors: dict[str, Tensor]) -> SubnetStrategy:
+        depth, width = document.depth, document.width
 
         def named(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-        kept = {parse_depth(key): read_kept(entries) for key, entries in depth["kept"].items()}
-        metric = {
-            parse_depth(key): math.nan if value is None else float(value) for key, value in depth["metric"].items()
-        }
+        kept = {parse_depth(key): read_kept(entries) for key, entries in depth.kept.items()}
+        layers = {key: layers for key, (layers, _) in kept.items()}
+        lost = {key: lost for key, (_, lost) in kept.items() if lost}
+        metric = {parse_depth(key): math.nan if value is None else value for key, value in depth.metric.items()}
+        units = {parse_width(key): units for key, units in width.units.items()}
+        order, mean_input = named("order."), named("mean_input.")
+        require_depths(layers, lost)
+        require_units(units)
+        require_tensors(order, mean_input, units[Fraction(1)], width.bias_compensation)
         return cls(
-            DepthStrategy(
-                {key: layers for key, (layers, _) in kept.items()},
-                depth["objective"],
-                metric,
-                depth.get("search", {}),
-                {key: lost for key, (_, lost) in kept.items() if lost},
-            ),
-            WidthStrategy(
-                {Fraction(key): dict(units) for key, units in width["units"].items()},
-                named("order."),
-                named("mean_input."),
-                width["importance"],
-                width["allocation"],
-                width["bias_compensation"],
-            ),
-            document["fingerprint"],
-            document["provenance"],
+            DepthStrategy(layers, depth.objective, metric, depth.search, lost),
+            WidthStrategy(units, order, mean_input, width.importance, width.allocation, width.bias_compensation),
+            document.fingerprint,
+            document.provenance,
         )
 
 
@@ -248,13 +249,14 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} does not exist: not an elastic checkpoint, or its selection was interrupted"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is truncated or no JSON ({error}); repeat the selection") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a {FORMAT} file; point at the directory that the selection wrote")
-    if document.get("version") not in (WHOLE_LAYERS_VERSION, VERSION):
+    version = document.get("version")
+    if type(version) is not int or version not in (WHOLE_LAYERS_VERSION, VERSION):
         raise ArtifactError(
-            f"{path} has format version {document.get('version')}, this amoeba_plugin reads up to {VERSION}; "
+            f"{path} has format version {version}, this amoeba_plugin reads up to {VERSION}; "
             "install the version that wrote it, or repeat the selection"
         )
     return document

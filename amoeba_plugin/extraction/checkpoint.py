@@ -10,8 +10,9 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 
-from amoeba_plugin.elastic.checkpoint import ADAPTER_DIRECTORY, load_elastic
+from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.record import ADAPTER_DIRECTORY
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.errors import AdapterError, ArtifactError

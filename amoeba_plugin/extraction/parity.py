@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.elastic.checkpoint import ADAPTER_DIRECTORY
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.record import ADAPTER_DIRECTORY
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.shape import SubnetShape

@@ -36,7 +36,7 @@ def require_weights(model: str, config: PretrainedConfig | None = None) -> None:
     directory = Path(model)
     if not directory.is_dir():
         return
-    files = _weight_files(directory)
+    files = weight_files(directory)
     if not files and not any(directory.glob("*.bin")):
         raise ArtifactError(f"the model '{model}' has no weights: no model.safetensors; copy the whole model")
     for path in files:
@@ -55,7 +55,8 @@ def has_weights(model: str) -> bool:
     return any(path.suffix in {".safetensors", ".bin"} for path in Path(model).glob("*"))
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files that transformers reads of a directory; what an index names need not exist."""
     single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))

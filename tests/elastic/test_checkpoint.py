@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.elastic import checkpoint
+from amoeba_plugin.elastic import record
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError, ArtifactError, ShapeError
@@ -19,6 +19,7 @@ from amoeba_plugin.extraction import checkpoint as checkpoint_extraction
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.testing.architectures import attach_random_smol
+from support.checkpoints import record_anew
 from support.models import logits_at, random_elastic, tiny_llama
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -91,12 +92,14 @@ def test_an_adapter_of_another_model_or_choice_of_layers_is_refused(elastic: Ela
     path = tmp_path / "elastic/adapter/adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"kept_layers": config["kept_layers"] | {"2": [0, 1]}}))
+    record_anew(tmp_path / "elastic")
     with pytest.raises(ArtifactError, match="was trained with other layers kept"):
         load_elastic(tmp_path / "elastic")
     larger = tiny_llama(hidden_size=64)
     attach_smol(random_elastic(larger), SmolConfig(r=4, num_experts=3, target_modules="all-linear")).save_pretrained(
         str(tmp_path / "elastic/adapter")
     )
+    record_anew(tmp_path / "elastic")
     with pytest.raises(ArtifactError, match="is damaged or of another model"):
         load_elastic(tmp_path / "elastic")
 
@@ -155,7 +158,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(
     def no_space(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_atomically", no_space)
+    monkeypatch.setattr(record, "write_atomically", no_space)
     with pytest.raises(ArtifactError, match="is full; nothing was kept"):
         save_elastic(elastic, None, tmp_path / "elastic", "elsewhere")
     assert {path.name: path.stat().st_size for path in (tmp_path / "elastic").iterdir()} == before

@@ -20,6 +20,7 @@ from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
+from support.checkpoints import record_anew
 from support.models import logits_at, random_elastic
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -103,5 +104,6 @@ def test_an_adapter_of_another_space_is_refused(tiny_model: TinyModel, tmp_path:
     path = tmp_path / "elastic/adapter/adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"widths": ["1", "7/8", "1/2"]}))
+    record_anew(tmp_path / "elastic")
     with pytest.raises(ArtifactError, match="was trained for"):
         load_elastic(tmp_path / "elastic")
