@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that help comes at once.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from typer.core import TyperGroup
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.errors import AmoebaError
+from amoeba_plugin.runtime.voice import hush, speak
 
 EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
 EXIT_STOPPED = 130  # what shells report of a command that Ctrl-C stopped
@@ -49,14 +49,9 @@ app = typer.Typer(
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 app.add_typer(recipes_app, name="recipes")
 
-QUIET = {
-    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecipeArgument = Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and where the result is.")]
 OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")]
 
 
@@ -81,12 +76,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and all that is logged.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """From one pretrained LM and one recipe to quantized subnets of any shape."""
+    speak(debug)
 
 
 @app.command()
@@ -111,14 +109,17 @@ def run(
     dtype: Annotated[
         Dtype, typer.Option(help="To load the model in; float32 where a CPU is slow in bfloat16.")
     ] = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Run a recipe on a model and write the checkpoint."""
+    _hush_if(quiet)
     from amoeba_plugin.recipes.inputs import RunOptions
     from amoeba_plugin.recipes.run import run_recipe
 
     options = RunOptions(split, text_column, num_calibration_samples, max_seq_length, batch_size, seed, dtype)
-    written = run_recipe(recipe, model, dataset, output_dir, options)
-    _done(f"checkpoint written to {written}")
+    result = run_recipe(recipe, model, dataset, output_dir, options)
+    for line in result.in_words[: 1 if quiet else None]:
+        _done(line)
 
 
 @app.command()
@@ -129,7 +130,6 @@ def check(
     ] = None,
 ) -> None:
     """Check a recipe, and how it fits a model, without loading weights."""
-    _be_quiet()
     from amoeba_plugin.recipes.check import check_recipe
 
     checked = check_recipe(recipe, model)
@@ -158,7 +158,6 @@ def loads(
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the target splits it over.")] = 1,
 ) -> None:
     """Tell whether a target loads a subnet of a shape, by rules read in its sources, without loading weights."""
-    _be_quiet()
     from amoeba_plugin.deployment.loads import require_loads
 
     loading = require_loads(
@@ -184,9 +183,10 @@ def extract(
         bool, typer.Option("--portable", help="Layers that differ: pad with zeros to a stock class; no speed.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+    quiet: QuietOption = False,
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
-    _be_quiet()
+    _hush_if(quiet)
     from amoeba_plugin.extraction.checkpoint import extract_checkpoint, how_to_load
 
     parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size)
@@ -206,7 +206,6 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
 ) -> None:
     """Compress the model that comes with the package and report what was gained and lost."""
-    _be_quiet()
     from amoeba_plugin.demo.run import run_demo
 
     run_demo(output_dir, quick=quick, seed=seed)
@@ -243,10 +242,9 @@ def copy_recipe(
     _done(f"recipe {name} written to {files.copy_recipe(name, path)}")
 
 
-def _be_quiet() -> None:
-    """Silence the hosts' logs and bars, so that a command's own can be read; set the variables to hear them again."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+def _hush_if(quiet: bool) -> None:
+    if quiet:
+        hush()
 
 
 def _done(message: str) -> None:

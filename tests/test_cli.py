@@ -366,6 +366,16 @@ def test_run_then_extract(files: Files):
     """A recipe runs; `oneshot` gives the same checkpoint; any other shape comes from the elastic checkpoint."""
     result = invoke(*run_arguments(files))
     assert result.exit_code == 0, result.output
+    for told in (
+        "depth 3 is without ",
+        "width 3/4 keeps ",
+        "one-for-all training ended at step 1: loss 4x1 ",
+        "subnet 3x3/4 has ",
+        f"checkpoint written to {files['out']}: ",
+        f"amoeba extract {files['elastic']} ",
+    ):
+        assert told in result.stderr  # fmt: skip
+    assert "accelerator" not in result.output
     assert (files["out"] / "recipe.yaml").is_file()
     plan_recipe(files["out"] / "recipe.yaml")
     config = AutoConfig.from_pretrained(files["out"])
@@ -385,6 +395,22 @@ def test_run_then_extract(files: Files):
     assert result.exit_code == 0, result.output
     assert AutoConfig.from_pretrained(other).num_hidden_layers == 2
     assert "outside the space" in refused("extract", files["elastic"], "--shape", "1x1", "-o", files["out"] / "x")
+
+
+def test_a_run_given_again_says_that_its_result_is_there(files: Files, monkeypatch: pytest.MonkeyPatch):
+    result = invoke(*run_arguments(files), "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1].startswith(f"checkpoint written to {files['out']}")
+    assert "keeps" not in result.stderr
+    before = {path: path.stat().st_mtime_ns for path in files["out"].parent.rglob("*")}
+    monkeypatch.setattr("amoeba_plugin.recipes.run.execute", None)
+    again = invoke(*run_arguments(files))
+    assert again.exit_code == 0, again.output
+    assert "already; nothing was computed" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in files["out"].parent.rglob("*")} == before
+    assert "another options" in refused(*run_arguments(files), "--seed", "3")
+    files["recipe"].write_text(files["recipe"].read_text().replace("min_depth: 2", "min_depth: 1"))
+    assert "another recipe" in refused(*run_arguments(files))
 
 
 # As many layers and KV groups as the model that each shipped recipe names, everything else tiny.

@@ -13,6 +13,8 @@ from amoeba_plugin.data.batch import IGNORED, SEQUENCE_COLUMNS, Batch, target_co
 from amoeba_plugin.errors import DataError
 
 logger = logging.getLogger(__name__)
+# What shortens whatever runs over it; the options are those of `amoeba run`.
+LESS_DATA = "less calibration data (--num-calibration-samples, --max-seq-length)"
 
 
 def materialise(loader: Iterable[Mapping[str, Any]] | None, device: torch.device | str | None = None) -> list[Batch]:

@@ -106,6 +106,11 @@ class DepthStrategy:
         """Return what a depth keeps as it is written: indices, and ``"2.mlp"`` where that is all of layer 2."""
         return write_kept(self.kept[depth], self.lost.get(depth, {}))
 
+    def removed(self, depth: float) -> list[Kept]:
+        """Return what a depth removes: indices of layers, and ``"2.attention"`` where layer 2 keeps its MLP."""
+        gone: list[Kept] = [index for index in range(self.num_layers) if index not in self.kept[depth]]
+        return [*gone, *(f"{index}.{part}" for index, part in self.lost.get(depth, {}).items())]
+
     @property
     def table(self) -> dict[str, list[Kept]]:
         """What :meth:`given` reads."""

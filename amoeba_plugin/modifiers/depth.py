@@ -21,7 +21,7 @@ from amoeba_plugin.selection.depth.layer_importance import keeping
 from amoeba_plugin.selection.depth.steps import Granularity
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
-from amoeba_plugin.shape import require_distinct_depths
+from amoeba_plugin.shape import half_steps, require_distinct_depths
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,7 @@ class DepthShrinkingModifier(Modifier):
                 if reported:
                     self._report(selection, state.model, selection.depth, reported)
             self.kept_layers = selection.depth.table
+            _tell(selection.depth)
         else:
             layers = len(selection.adapter.layers(state.model))
             selection.depth = DepthStrategy.given(self.kept_layers, layers, self.objective)
@@ -231,3 +232,13 @@ class DepthShrinkingModifier(Modifier):
             logger.info("depth %s answers %.1f %% of split %s right", depth, 100 * accuracy[str(depth)],
                         self.questions.report_split)  # fmt: skip
         selection.provenance["accuracy"] = {"split": self.questions.report_split, "by depth": accuracy}
+
+
+def _tell(depths: DepthStrategy) -> None:
+    """Log what every depth removes, and what was measured without it."""
+    whole = depths.metric.get(depths.num_layers)
+    for depth in sorted(depths.kept, reverse=True)[1:]:
+        removed, value = ", ".join(map(str, depths.removed(depth))), depths.metric.get(depth)
+        measured = "" if value is None else f": {depths.objective} {value:.4g}"
+        of_whole = "" if value is None or whole is None else f", of the whole model {whole:.4g}"
+        logger.info("depth %s is without %s%s%s", half_steps(depth), removed, measured, of_whole)

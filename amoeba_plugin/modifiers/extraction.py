@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from llmcompressor.core import State
@@ -15,6 +16,8 @@ from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.saving import save_as_it_is
 from amoeba_plugin.modifiers.selection import forget_selection, selection_for
 from amoeba_plugin.shape import SubnetShape
+
+logger = logging.getLogger(__name__)
 
 
 class SubnetExtractionModifier(Modifier):
@@ -56,6 +59,8 @@ class SubnetExtractionModifier(Modifier):
         self._card = model_card(elastic, subnet, shape, adapter, self.portable)
         if len({parameter.device for parameter in subnet.parameters()}) == 1:  # else it may not fit where one runs
             self._card["parity"] = compare_logits(elastic, shape, subnet).in_words
+        parity = f"; {self._card['parity']}" if "parity" in self._card else ""
+        logger.info("subnet %s has %s parameters%s", shape, self._card["parameters"], parity)
         forget_selection(state.model)
         become(state.model, subnet)
         return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from fractions import Fraction
 from typing import Any, Literal
 
 from llmcompressor.core import State
@@ -25,6 +27,8 @@ from amoeba_plugin.selection.width.measured_split import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.shape import parse_width
+
+logger = logging.getLogger(__name__)
 
 
 class WidthShrinkingModifier(Modifier):
@@ -113,6 +117,8 @@ class WidthShrinkingModifier(Modifier):
                     model, selection.adapter, objective_named("loss"), selection.batches, self.anchor_layers
                 )
             selection.width = self._ranked(model, selection.adapter, selection.batches)
+        if self.allocation != "measured":  # which tells what it measured
+            _tell(selection.width)
         return True
 
     def _ranked(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> WidthStrategy:
@@ -136,3 +142,18 @@ class WidthShrinkingModifier(Modifier):
         if self.allocation == "measured":
             return measured_widths(task, objective_named("loss"), batches)
         return rank_widths(task)
+
+
+def _tell(width: WidthStrategy) -> None:
+    """Log how many units every width keeps, by kind: in every layer, or from the least to the most."""
+    whole = width.units[Fraction(1)]
+    for share in sorted(width.units, reverse=True)[1:]:
+        kept: dict[str, list[int]] = {}
+        for key, count in width.units[share].items():
+            kept.setdefault(key.split(".")[1], []).append(count)
+        most = {key.split(".")[1]: count for key, count in whole.items()}
+        words = [
+            f"{min(counts)}{f' to {max(counts)}' if len(set(counts)) > 1 else ''} of {most[name]} {name} units"
+            for name, counts in kept.items()
+        ]
+        logger.info("width %s keeps %s in every layer", share, ", ".join(words))

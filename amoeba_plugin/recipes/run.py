@@ -2,38 +2,86 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.extraction.checkpoint import how_to_load
 from amoeba_plugin.extraction.model_card import require_model_card
 from amoeba_plugin.recipes.execute import execute
 from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
+from amoeba_plugin.recipes.plan import RecipePlan
 from amoeba_plugin.recipes.read import plan_recipe
+from amoeba_plugin.recipes.run_record import other_inputs, run_record, write_run_record
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.runtime.model_files import load_config
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.whole_weights import require_weights
 
+NAMED = {  # what a recipe writes beside its checkpoint, by field
+    "elastic_dir": "all shapes are in {0}; to cut another one: amoeba extract {0} --shape SHAPE -o DIRECTORY",
+    "checkpoint_dir": "the training's own checkpoints are in {0}; they can be deleted",
+    "resume_dir": "the scores of the depth search are in {0}; the next search on the same model and data uses them",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        directory: The checkpoint.
+        is_new: False: the same command had run before, and nothing was computed.
+        plan: The recipe's.
+    """
+
+    directory: Path
+    is_new: bool
+    plan: RecipePlan
+
+    @property
+    def in_words(self) -> list[str]:
+        """What there is now and what to do with it, in sentences; the first one says where the result is."""
+        megabytes = sum(path.stat().st_size for path in self.directory.glob("*.safetensors")) / 1e6
+        told = [
+            f"checkpoint written to {self.directory}: {megabytes:,.1f} MB of weights; its README.md says what was done"
+        ]
+        if not self.is_new:
+            told = [f"the result of this very run is in {self.directory} already; nothing was computed"]
+        if self.plan.extraction is not None:
+            told += how_to_load(self.directory, self.plan.extraction.portable)
+        for _, field, directory in self.plan.named_directories:
+            told.append(NAMED[field].format(directory))
+        return told
+
 
 def run_recipe(
     recipe: str, model: str, dataset: str | None, output_dir: Path, options: RunOptions | None = None
-) -> Path:
+) -> RunResult:
     """Run a recipe and write the checkpoint; what can be refused is refused before the model loads.
 
     Args:
         recipe: Path of a recipe file, or the name of a shipped one.
         model: Path or hub id of a causal LM.
         dataset: Path or hub id of calibration text; may be ``None`` for recipes that measure nothing.
-        output_dir: New or empty; holds the whole checkpoint afterwards, or nothing after an error.
+        output_dir: New or empty; holds the whole checkpoint afterwards, or nothing after an error. Where it holds the
+            result of the very same run, that is all there is to do.
         options: How calibration data is drawn.
-
-    Returns:
-        ``output_dir``.
 
     Raises:
         AmoebaError: Recipe, model, data and directory do not fit together; the message says which and what to do.
     """
     options = options or RunOptions()
     plan = plan_recipe(recipe)
+    record = run_record(plan, model, dataset, options)
+    differences = other_inputs(output_dir, record)
+    if differences == []:
+        return RunResult(output_dir, is_new=False, plan=plan)
+    if differences:
+        raise ArtifactError(
+            f"{output_dir} holds the result of another run (another {', another '.join(differences)}), and nothing is "
+            "overwritten; name another --output-dir, or empty this one"
+        )
     plan.require_runnable(output_dir)
     with owning(output_dir, *(directory for _, _, directory in plan.named_directories)):
         plan.require_runnable(output_dir)  # another run may have ended meanwhile
@@ -44,4 +92,5 @@ def run_recipe(
             execute(plan, model_plan, model, batches, partial, options)
             # after a stage of its own, or where there is no subnet, the save wrote no card
             require_model_card(partial, plan.card or {"base model": model})
-    return output_dir
+            write_run_record(partial, record)
+    return RunResult(output_dir, is_new=True, plan=plan)

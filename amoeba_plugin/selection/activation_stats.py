@@ -10,14 +10,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch, model_inputs
+from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.experts import expert_inputs
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.runtime.module_calls import evaluating, input_device, onloaded
+from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import sum_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,9 @@ def collect_statistics(
             for path, some in hooks.items():
                 handles.append(layer.get_submodule(path).register_forward_pre_hook(_together(some)))
         with evaluating(model):
-            for batch in tqdm(batches, desc="activation statistics", unit="batch", disable=not progress):
+            for batch in StageBar(
+                batches, desc="activation statistics", unit="batch", disable=not progress, shorter=LESS_DATA
+            ):
                 watch.begin(batch)
                 adapter.decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
     finally:

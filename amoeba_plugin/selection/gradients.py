@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch, target_counts
+from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.errors import ArchitectureError, DataError
 from amoeba_plugin.runtime.module_calls import evaluating, is_offloaded
+from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import sum_over_ranks
 from amoeba_plugin.selection.objectives import target_losses
 
@@ -67,7 +68,7 @@ def loss_gradients(
     with _only_trainable(model, weights.values()):
         handles = [weight.register_post_accumulate_grad_hook(collect(name)) for name, weight in weights.items()]
         try:
-            for batch in tqdm(batches, desc="gradients", unit="batch", disable=not progress):
+            for batch in StageBar(batches, desc="gradients", unit="batch", disable=not progress, shorter=LESS_DATA):
                 number += 1
                 tokens += int(target_counts(batch).sum())
                 target_losses(model, batch).sum().backward()

@@ -132,7 +132,7 @@ def test_a_smoothed_subnet_computes_what_it_did(model_type: str, allocation: str
         recipe = tmp_path / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump(stages, sort_keys=False))
         options = RunOptions(num_samples=8, max_seq_length=16, dtype="float32")
-        out = run_recipe(str(recipe), str(base), str(tmp_path / "data"), tmp_path / name, options)
+        out = run_recipe(str(recipe), str(base), str(tmp_path / "data"), tmp_path / name, options).directory
         found.append(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=allocation == "global"))
     plain, smooth = found
     norms = [each.model.layers[0].input_layernorm.weight for each in found]

@@ -116,7 +116,7 @@ def run_apart(base: Path, data: Dataset, output: Path, *stages: str, quantizing:
     recipe.write_text(yaml.safe_dump(chosen, sort_keys=False))
     options = RunOptions(num_samples=8, max_seq_length=16, dtype="float32")
     reset_session()
-    return run_recipe(str(recipe), str(base), str(output.parent / "data"), output, options)
+    return run_recipe(str(recipe), str(base), str(output.parent / "data"), output, options).directory
 
 
 @pytest.mark.parametrize("model_type", OWN_STAGE)

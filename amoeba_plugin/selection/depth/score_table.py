@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from amoeba_plugin.runtime.ranks import from_first_rank, rank
 from amoeba_plugin.selection.depth.steps import Granularity, Removed
 from amoeba_plugin.selection.objectives import Score
 
+logger = logging.getLogger(__name__)
 FORMAT, VERSION = "amoeba_plugin.DepthSearch", 1
 NAMES: Mapping[Granularity, str] = {"layer": "depth_search.json", "sublayer": "sublayer_search.json"}
 
@@ -62,7 +64,10 @@ class MeasuredTable:
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             clear_partials(path)
-        return cls(measure, identity, path, {} if data is None else _scores(path, data, identity))
+        scores = {} if data is None else _scores(path, data, identity)
+        if scores:
+            logger.info("depth search goes on with the %d scores in %s", len(scores), path)
+        return cls(measure, identity, path, scores)
 
     def __call__(self, sets: Sequence[Removed]) -> list[Score]:
         """Return the scores of the model without each of the sets."""

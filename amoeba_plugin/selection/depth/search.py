@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
@@ -23,6 +23,7 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import reset_peak_memory
+from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import agreed, rank
 from amoeba_plugin.selection.depth.dynamic_program import NEAR, Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.selection.depth.lockstep import Lockstep
@@ -73,7 +74,13 @@ def search_depths(task: DepthTask) -> DepthStrategy:
     kept = [] if options.resume_dir is None or rank() != 0 else [Path(options.resume_dir)]
     with (
         owning(*kept),
-        tqdm(total=scored * len(mine), desc="depth search", unit="batch", disable=silent) as bar,
+        StageBar(
+            total=scored * len(mine),
+            desc="depth search",
+            unit="batch",
+            disable=silent,
+            shorter=f"{LESS_DATA}, max_batches",
+        ) as bar,
         runner_for(task, mine) as runner,
         evaluating(task.model),
     ):

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
+from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.selection.objectives import Objective, Score, sort_key
 from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
 from amoeba_plugin.selection.width.allocation import rounding_steps, tell_equal
@@ -78,15 +80,22 @@ def measured_widths(
     has_class = _class_finder(model.config, adapter, task.bias_compensation)
     chosen: dict[Fraction, Sizes] = {}
     most: Sizes = {part.name: part.units for part in parts}
-    with _in_order(model, adapter, ranked) as elastic:
-        for share in tqdm(require_widths(task.widths), desc="sizes of widths", unit="width", disable=not progress):
+    shares = require_widths(task.widths)
+    bar: Any = StageBar(
+        total=MOST_SPLITS * len(shares), desc="sizes of widths", unit="split", disable=not progress, shorter=LESS_DATA
+    )
+    with _in_order(model, adapter, ranked) as elastic, bar:
+        for share in shares:
             tried = splits(parts, share, most, has_class)
+            bar.total -= MOST_SPLITS - (len(tried) if len(tried) > 1 else 0)
             scores: list[Score] = []
             for sizes in tried if len(tried) > 1 else []:
                 elastic.set_units(sizes)
                 scores.append(score_over_ranks(objective, model, mine))
+                bar.update()
             most = chosen[share] = _best(objective, tried, scores) if scores else tried[0]
-            _tell(share, parts, tried, scores, most)
+            if share != 1:
+                _tell(share, parts, tried, scores, most)
     groups = adapter.channel_groups(model.config)
     keys = {group_key(index, group): group.name for index in range(len(adapter.layers(model))) for group in groups}
     units = {share: {key: sizes[name] for key, name in keys.items()} for share, sizes in chosen.items()}
@@ -176,5 +185,5 @@ def _best(objective: Objective, tried: Sequence[Sizes], scores: Sequence[Score])
 
 def _tell(share: Fraction, parts: Sequence[Part], tried: Sequence[Sizes], scores: Sequence[Score], best: Sizes) -> None:
     kept = ", ".join(f"{best[part.name]} of {part.units} {part.name} units" for part in parts)
-    values = f", the best of {len(tried)} splits ({scores[tried.index(best)].value:.3f})" if scores else ""
-    logger.info("width %s keeps %s%s", share, kept, values)
+    values = f": loss {scores[tried.index(best)].value:.4g}, the best of {len(tried)} splits" if scores else ""
+    logger.info("width %s keeps %s in every layer%s", share, kept, values)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from amoeba_plugin.runtime.progress import tell_pace
 from amoeba_plugin.shape import ShapeSpace
 
 
@@ -20,6 +21,18 @@ class SubnetProgress(ProgressCallback):
     def __init__(self, space: ShapeSpace) -> None:
         super().__init__()
         self._shown = [str(space.largest), str(space.smallest)]
+        self._told = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar on; say once how long the training will take."""
+        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        bar: Any = self.training_bar
+        if not self._told and bar is not None:
+            about = bar.format_dict
+            self._told = tell_pace(
+                "one-for-all training", about["n"] - about["initial"], about["total"] - about["initial"],
+                about["elapsed"], "less max_steps, gradient_accumulation_steps, batch_size or num_random",
+            )  # fmt: skip
 
     def on_log(
         self,

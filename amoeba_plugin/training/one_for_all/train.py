@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,12 @@ from transformers.trainer_utils import TrainOutput
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.shape import ShapeSpace
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.progress import SubnetProgress
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
+logger = logging.getLogger(__name__)
 FORWARD_NAMES = ("forward", "_original_forward")  # what accelerate hangs on a model for autocast, and leaves there
 
 
@@ -67,7 +70,19 @@ def train_one_for_all(
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(SubnetProgress(elastic.space))
-        return trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        output = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        _tell(output, trainer.state.log_history, elastic.space)
+        return output
+
+
+def _tell(output: TrainOutput, history: list[dict[str, float]], space: ShapeSpace) -> None:
+    """Log the losses of largest and smallest subnet, as means over the first and the last window that was logged."""
+    told = []
+    for shape in (space.largest, space.smallest):
+        losses = [logs[f"loss/{shape}"] for logs in history if f"loss/{shape}" in logs]
+        if losses:
+            told.append(f"loss {shape} {losses[0]:.3f} -> {losses[-1]:.3f}")
+    logger.info("one-for-all training ended at step %d%s", output.global_step, f": {', '.join(told)}" if told else "")
 
 
 @contextmanager

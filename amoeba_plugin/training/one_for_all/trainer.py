@@ -6,6 +6,7 @@ What works with Trainer works here; the step itself is :mod:`amoeba_plugin.train
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,7 @@ from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler
 from amoeba_plugin.training.one_for_all.step import StepHost, SubnetStep
 
+logger = logging.getLogger(__name__)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -132,6 +134,7 @@ class OneForAllTrainer(Trainer):
         if resume_from_checkpoint:
             named = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             resume_from_checkpoint = str(self._whole_checkpoint(named))
+            logger.info("one-for-all training goes on from %s", resume_from_checkpoint)
         self.elastic.set_shape(self.elastic.space.largest)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
