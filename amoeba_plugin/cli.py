@@ -51,6 +51,8 @@ app.add_typer(recipes_app, name="recipes")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecipeArgument = Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences of calibration data that selection sees.")]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and where the result is.")]
 OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes: new or empty.")]
 
@@ -96,10 +98,8 @@ def run(
         str | None,
         typer.Option(help="Text: a .jsonl, .json, .txt, .csv or .parquet file, a save_to_disk directory, or a hub id."),
     ] = None,
-    num_calibration_samples: Annotated[
-        int, typer.Option(min=1, help="Sequences of calibration data that selection sees.")
-    ] = 512,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    num_calibration_samples: SamplesOption = 512,
+    max_seq_length: LengthOption = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 1,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
     text_column: Annotated[
@@ -128,15 +128,19 @@ def check(
     model: Annotated[
         str | None, typer.Option(help="Path or hub id; of weights there, only names and sizes are read.")
     ] = None,
+    num_calibration_samples: SamplesOption = 512,
+    max_seq_length: LengthOption = 512,
 ) -> None:
     """Check a recipe, and how it fits a model, without loading weights."""
     from amoeba_plugin.recipes.check import check_recipe
 
-    checked = check_recipe(recipe, model)
+    checked = check_recipe(recipe, model, num_calibration_samples, max_seq_length)
     table = Table("#", "modifier", "group", "fields", title=checked.source, title_justify="left")
     for row in checked.rows:
         table.add_row(*row)
     Console().print(table)
+    for cost in checked.costs:
+        _say(cost)
     _done(f"{checked.source} can run{f' on {model}' if model else '; add --model to check it against its sizes'}")
 
 
@@ -245,6 +249,10 @@ def copy_recipe(
 def _hush_if(quiet: bool) -> None:
     if quiet:
         hush()
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
 def _done(message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amoeba_plugin.recipes.estimate import estimated, stage_costs
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.model_files import load_config
 from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
@@ -16,31 +17,37 @@ class Checked:
     Attributes:
         source: Where the recipe is from.
         rows: Of every modifier its number, name and group, and the fields that the recipe gives it.
+        costs: What each stage that measures or trains takes, in sentences; of a model that is known.
     """
 
     source: str
     rows: tuple[tuple[str, str, str, str], ...]
+    costs: tuple[str, ...] = ()
 
 
-def check_recipe(recipe: str, model: str | None = None) -> Checked:
+def check_recipe(recipe: str, model: str | None = None, samples: int = 512, length: int = 512) -> Checked:
     """Check a recipe, and against a model's configuration where one is given.
 
     Args:
         recipe: Path of a recipe file, or the name of a shipped one.
         model: Path or hub id; the weights in a directory have to be whole.
+        samples: Sequences of calibration data that the run will have.
+        length: Tokens of each.
 
     Raises:
         AmoebaError: On the first thing that cannot run; the message says where it stands and what to do.
     """
     plan = plan_recipe(recipe)
+    costs: list[str] = []
     if model is not None:
         config = load_config(model)
         plan.against(config)
         if has_weights(model):  # else it is a configuration alone, or on the hub
             require_weights(model, config)
+        costs = estimated(stage_costs(plan, config, samples, length), config)
     rows = []
     for number, modifier in enumerate(plan.modifiers, start=1):
         given = modifier.model_dump(exclude_unset=True, exclude={"group"})
         fields = ", ".join(f"{name}={value}" for name, value in given.items())
         rows.append((str(number), type(modifier).__name__, modifier.group, fields))
-    return Checked(plan.source, tuple(rows))
+    return Checked(plan.source, tuple(rows), tuple(costs))

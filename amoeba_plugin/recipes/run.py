@@ -75,15 +75,17 @@ def run_recipe(
     plan = plan_recipe(recipe)
     record = run_record(plan, model, dataset, options)
     differences = other_inputs(output_dir, record)
+    written = (output_dir, *(directory for _, _, directory in plan.named_directories))
     if differences == []:
-        return RunResult(output_dir, is_new=False, plan=plan)
+        with owning(*written):  # clears the locks of a run that was killed after all else
+            return RunResult(output_dir, is_new=False, plan=plan)
     if differences:
         raise ArtifactError(
             f"{output_dir} holds the result of another run (another {', another '.join(differences)}), and nothing is "
             "overwritten; name another --output-dir, or empty this one"
         )
     plan.require_runnable(output_dir)
-    with owning(output_dir, *(directory for _, _, directory in plan.named_directories)):
+    with owning(*written):
         plan.require_runnable(output_dir)  # another run may have ended meanwhile
         model_plan = plan.against(load_config(model))
         require_weights(model, model_plan.config)

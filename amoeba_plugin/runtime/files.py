@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
@@ -35,7 +35,7 @@ def require_writable(directory: Path, whole: bool = False) -> None:
     tried = workplace(directory, PARTIAL).parent if whole else directory
     existing = next(each for each in (tried, *tried.absolute().parents) if each.exists())
     try:
-        with TemporaryDirectory(dir=existing, prefix=".amoeba-"):
+        with TemporaryFile(dir=existing):  # without a name, where the file system can: a kill leaves nothing
             pass
     except OSError as error:
         raise ArtifactError(

@@ -1,0 +1,122 @@
+"""How long the stages of a recipe will take on a model, before any weight is loaded: passes, and time on this machine.
+
+An estimate: it knows the sizes of linears and the speed of a large matrix product, not attention over long sequences,
+short matrices, or memory that runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from amoeba_plugin.data.calibration import LESS_DATA
+from amoeba_plugin.elastic.subnet_config import weightless
+from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier, WidthShrinkingModifier
+from amoeba_plugin.recipes.plan import RecipePlan
+from amoeba_plugin.runtime.machine_speed import flops_per_second
+from amoeba_plugin.runtime.progress import in_words
+from amoeba_plugin.selection.depth.dynamic_program import evaluations, exchange_evaluations
+from amoeba_plugin.selection.depth.steps import steps_per_layer
+from amoeba_plugin.selection.importance import GroupImportance
+from amoeba_plugin.selection.registry import importance_named
+from amoeba_plugin.selection.width.measured_split import MOST_SPLITS
+
+FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
+# Layer-forwards that the lockstep search runs, of all that its subnets have: 0.33 at 32 layers to 20, 0.4 at 12 to 8.
+SHARED = 0.4
+USED = 0.4  # of the speed of a large matrix product, by a model of this kind
+# Passes of the other selectors; of those that plugins bring nothing is known.
+SELECTOR_PASSES = {"block_influence": 1, "angular_distance": 1, "taylor": 3, "taylor_plus": 3, "magnitude": 0,
+                   "magnitude_plus": 0, "last_layers": 0}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage costs.
+
+    Attributes:
+        stage: Its name, as in the progress bars.
+        what: What is counted, for people.
+        passes: Of the whole model over one sequence.
+        length: Tokens of the sequence.
+        shorter: What shortens it.
+    """
+
+    stage: str
+    what: str
+    passes: float
+    length: int
+    shorter: str
+
+
+def stage_costs(plan: RecipePlan, config: PretrainedConfig, samples: int, length: int) -> list[StageCost]:
+    """Return the stages that measure or train.
+
+    Args:
+        plan: Of the recipe.
+        config: The whole model's.
+        samples: Sequences of calibration data.
+        length: Tokens of each.
+    """
+    costs: list[StageCost] = []
+    if plan.depth is not None and plan.depth.kept_layers is None and plan.depth.questions is None:
+        costs += _depth(plan.depth, config.num_hidden_layers, samples, length)
+    if plan.width is not None:
+        costs += _width(plan.width, samples, length)
+    if plan.training is not None and plan.training.max_steps:
+        costs.append(_training(plan.training, length))
+    return costs
+
+
+def estimated(costs: list[StageCost], config: PretrainedConfig) -> list[str]:
+    """Return a line for every stage, with its time on this machine."""
+    model = weightless(config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if not config.tie_word_embeddings:  # the input's are looked up, not multiplied by
+        weights -= model.get_input_embeddings().get_parameter("weight").numel()
+    speed = USED * flops_per_second()
+    return [
+        f"{cost.stage}: {cost.what}, about {in_words(2 * weights * cost.length * cost.passes / speed)} here; shorter "
+        f"with {cost.shorter}"
+        for cost in costs
+    ]
+
+
+def _depth(modifier: DepthShrinkingModifier, layers: int, samples: int, length: int) -> Iterator[StageCost]:
+    used = samples if modifier.max_batches is None else min(samples, modifier.max_batches)
+    shorter = f"{LESS_DATA} or max_batches"
+    if modifier.selector == "dynamic_program":
+        steps = steps_per_layer(modifier.granularity)
+        candidates, most = steps * (layers - modifier.keep_last), steps * (layers - modifier.min_depth)
+        subnets = 1 + evaluations(candidates, most, modifier.beam)
+        subnets += exchange_evaluations(candidates, most, modifier.exchanges)
+        what = f"{subnets:,} subnets on {used:,} sequences of {length} tokens"
+        yield StageCost("depth search", what, SHARED * subnets * used, length, shorter)
+        return
+    passes = layers if modifier.selector == "one_shot" else SELECTOR_PASSES.get(modifier.selector)
+    if passes:
+        what = f"{passes} passes over {used:,} sequences of {length} tokens"
+        yield StageCost(f"selector {modifier.selector}", what, passes * used, length, shorter)
+
+
+def _width(modifier: WidthShrinkingModifier, samples: int, length: int) -> Iterator[StageCost]:
+    importance = importance_named(modifier.importance)
+    passes = 1
+    if isinstance(importance, GroupImportance):
+        passes = FORWARD_AND_BACKWARD if importance.needs_gradients else 0
+    if modifier.allocation == "measured":
+        passes += MOST_SPLITS * (len(modifier.widths) - 1)
+    if passes:
+        what = f"at most {passes} passes over {samples:,} sequences of {length} tokens"
+        yield StageCost("width ranking", what, passes * samples, length, f"{LESS_DATA}, or allocation: uniform")
+
+
+def _training(modifier: OneForAllDistillationModifier, length: int) -> StageCost:
+    sequences = modifier.max_steps * modifier.gradient_accumulation_steps * modifier.batch_size
+    subnets = 2 + modifier.num_random
+    tokens = length if modifier.dataset is None else modifier.max_seq_length
+    what = f"{modifier.max_steps:,} steps, {sequences:,} sequences of {tokens} tokens through {subnets} subnets each"
+    shorter = "max_steps, gradient_accumulation_steps, batch_size or num_random"
+    return StageCost("one-for-all training", what, FORWARD_AND_BACKWARD * subnets * sequences, tokens, shorter)

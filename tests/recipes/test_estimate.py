@@ -1,0 +1,65 @@
+"""What a recipe will cost: counted as the stages count themselves, and told by `check`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from amoeba_plugin.cli import app
+from amoeba_plugin.recipes.estimate import estimated, stage_costs
+from amoeba_plugin.recipes.read import plan_recipe
+from support.recipes import GOOD, config_of
+
+
+def test_stages_are_counted_as_they_are_run() -> None:
+    """Of 4 layers down to 2, the last kept: 3 + 2 subnets and the whole one; 2 steps of 4 x 2 rows, 4 subnets each."""
+    depth, width, training = stage_costs(plan_recipe(GOOD), config_of(), samples=7, length=16)
+    assert depth.what == "6 subnets on 7 sequences of 16 tokens"
+    assert width.what == "at most 17 passes over 7 sequences of 16 tokens"
+    assert training.what == "2 steps, 16 sequences of 16 tokens through 4 subnets each"
+    assert training.passes == 3 * 4 * 16
+
+
+ALL = ["depth search", "width ranking", "one-for-all training"]
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        (("{min_depth: 2}", "{min_depth: 2, selector: last_layers}"), ALL[1:]),
+        (("max_steps: 2", "max_steps: 0"), ALL[:2]),
+        (("{min_depth: 2}", "{min_depth: 2, max_batches: 3}"), ALL),
+        (('"3/4"]}', '"3/4"], allocation: uniform, importance: magnitude}'), ALL),
+    ],
+)
+def test_what_a_recipe_leaves_out_costs_nothing(change: tuple[str, str], stages: list[str]) -> None:
+    plain = stage_costs(plan_recipe(GOOD), config_of(), 7, 16)
+    changed = stage_costs(plan_recipe(GOOD.replace(*change)), config_of(), 7, 16)
+    assert [cost.stage for cost in changed] == stages
+    assert sum(cost.passes for cost in changed) < sum(cost.passes for cost in plain)
+
+
+def test_time_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 x parameters x tokens x passes at 40 % of the speed; the input's embedding is not multiplied by."""
+    monkeypatch.setattr("amoeba_plugin.recipes.estimate.flops_per_second", lambda: 1e6)
+    plan, config = plan_recipe(GOOD), config_of(tie_word_embeddings=False)
+    line = estimated(stage_costs(plan, config, 1000, 16)[:1], config)[0]
+    told = re.search(r"about (\d+) (s|min|h) here", line)
+    assert told is not None
+    hidden, layers, mlp, vocabulary = config.hidden_size, 4, config.intermediate_size, config.vocab_size
+    attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    weights = layers * (attention + 3 * hidden * mlp + 2 * hidden) + hidden + vocabulary * hidden
+    seconds = 2 * weights * 16 * 0.4 * 6 * 1000 / 0.4e6
+    assert float(told[1]) * {"s": 1, "min": 60, "h": 3600}[told[2]] == pytest.approx(seconds, rel=0.02)
+
+
+def test_check_tells_it(tmp_path: Path) -> None:
+    config_of().save_pretrained(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    arguments = ["check", str(tmp_path / "recipe.yaml"), "--model", str(tmp_path / "model")]
+    result = CliRunner().invoke(app, [*arguments, "--num-calibration-samples", "9"])
+    assert result.exit_code == 0, result.output
+    assert "depth search: 6 subnets on 9 sequences of 512 tokens, about" in result.stderr
