@@ -167,7 +167,7 @@ def make_trainer(directory: Path, case: Case, mode: str, **fields: Any) -> OneFo
     return OneForAllTrainer(
         make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments,
         train_dataset=uneven_rows()[: case.rows],
-        eval_dataset=uneven_rows()[:6], data_collator=PaddingCollator(),
+        eval_dataset=uneven_rows()[:6], eval_shapes="all", data_collator=PaddingCollator(),
     )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def train(directory: Path, name: str, mode: str, case: Case) -> None:
     found |= {
         "exchanges": torch.tensor([min(counts, default=0), max(counts, default=0)]),
         "logged": torch.tensor(numbers),
-        "evaluated": torch.tensor(trainer.evaluate()["eval_loss"]),
+        "evaluated": torch.tensor([trainer.evaluate()[f"eval_loss_{shape}"] for shape in trainer.elastic.space]),
     }
     peft_model = None if case.adapter == "none" else trainer.model
     save_elastic(

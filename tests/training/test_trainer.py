@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from amoeba_plugin.data.collator import PaddingCollator
-from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.training.one_for_all import trainer
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
@@ -73,28 +72,6 @@ def test_training_helps_every_shape_and_leaves_the_model_as_found(tmp_path: Path
     assert not gradients_of(model)
     assert "forward" not in vars(model)
     assert all(after < 0.9 * loss for after, loss in zip(losses(), before, strict=True))
-
-
-def test_evaluation_runs_at_the_largest(tmp_path: Path):
-    elastic = make_elastic()
-    rows = make_rows(4)
-    arguments = make_arguments(tmp_path, eval_strategy="steps", eval_steps=1)
-    trainer = OneForAllTrainer(
-        elastic.model,
-        elastic,
-        PAPER,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=PaddingCollator(),
-    )
-    trainer.train()
-    elastic.set_shape("2x1/2")
-    found = trainer.evaluate()["eval_loss"]
-    assert elastic.shape == SubnetShape.parse("2x1/2")
-    with elastic.active("4x1"), torch.no_grad():
-        assert found == pytest.approx(elastic.model(**PaddingCollator()(rows)).loss.item(), abs=1e-5)
-    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
 
 
 @pytest.mark.parametrize("adapter", ["none", "smol"])

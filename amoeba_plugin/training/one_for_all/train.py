@@ -42,7 +42,7 @@ def train_one_for_all(
         train_dataset: Rows with ``input_ids`` and ``labels``, of any lengths.
         options: Of the objective and the sampling.
         arguments: Trainer's; ``resume_from_checkpoint`` is followed.
-        eval_dataset: Like ``train_dataset``; evaluated at the largest shape.
+        eval_dataset: Like ``train_dataset``; evaluated as :class:`OneForAllTrainer` does.
         callbacks: Added to those that Trainer has anyway.
 
     Raises:

@@ -22,12 +22,13 @@ from transformers import (
     PreTrainedModel,
     Trainer,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
+from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.training.one_for_all.checkpoints import (
     could_not_write,
     is_complete,
@@ -35,6 +36,13 @@ from amoeba_plugin.training.one_for_all.checkpoints import (
     last_complete_checkpoint,
 )
 from amoeba_plugin.training.one_for_all.checks import FiniteGradients, WholeLayers, require_follows, require_supported
+from amoeba_plugin.training.one_for_all.evaluation import (
+    EvalShapes,
+    of_shape,
+    restart_bars,
+    shapes_to_measure,
+    with_direction,
+)
 from amoeba_plugin.training.one_for_all.losses import Positions
 from amoeba_plugin.training.one_for_all.metrics import routing_log
 from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
@@ -49,7 +57,12 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class OneForAllTrainer(Trainer):
     """Trains all subnets of an elastic model at once.
 
-    Between steps the largest shape is active: saving and evaluation see the whole model.
+    Between steps the largest shape is active: saving sees the whole model.
+
+    An evaluation measures the active shape, whose metrics have Trainer's names (``eval_loss``; during training it is
+    the largest), and every one of ``eval_shapes``, whose metrics end in the shape (``eval_loss_10x7/8``). Seconds, and
+    samples per second, are those of all of them together. ``metric_for_best_model`` takes any of these names; of a
+    shape's loss the lower is better, whatever ``greater_is_better`` says. ``predict`` runs the active shape alone.
 
     The logged ``loss`` is the largest subnet's next-token cross-entropy. Beside it are logged, as means over the
     logging window, ``loss/SHAPE`` (before balancing), ``balance/SHAPE`` (the ratio) and, with ``conflict_every``,
@@ -61,22 +74,24 @@ class OneForAllTrainer(Trainer):
     what is trained; with ``sync_each_batch`` of accelerate's ``gradient_accumulation_kwargs`` they are exchanged, and
     sharded, after every subnet.
 
-    Subclasses: ``training_step`` is a micro-batch with all its subnets, ``evaluate`` and ``prediction_step`` evaluate,
-    and the other methods are Trainer's. ``compute_loss`` is refused: Trainer's own is the loss of one forward, and here
-    ``SubnetStep`` takes the losses, where the head stands. A term of one's own belongs into ``training_step``:
-    differentiate it by ``self.accelerator.backward``, and return what ``super()``'s returns. An evaluation of one's own
-    belongs into ``prediction_step``.
+    Subclasses: ``training_step`` is a micro-batch with all its subnets, ``evaluation_loop`` evaluates every shape by
+    ``prediction_step``, and the other methods are Trainer's. ``compute_loss`` is refused: Trainer's own is the loss of
+    one forward, and here ``SubnetStep`` takes the losses, where the head stands. A term of one's own belongs into
+    ``training_step``: differentiate it by ``self.accelerator.backward``, and return what ``super()``'s returns. An
+    evaluation of one's own belongs into ``prediction_step``.
 
     Args:
         model: What is trained: the elastic model's own, or the ``PeftModel`` around it.
         elastic: Switches its shape.
         options: Of the objective and the sampling.
+        eval_shapes: What evaluations measure beside the active shape; "all": the whole space. Default: the largest and
+            the smallest.
         trainer_kwargs: Of ``transformers.Trainer``: ``args``, ``train_dataset``, ... Without a ``data_collator``, rows
             are padded by :class:`~amoeba_plugin.data.collator.PaddingCollator`.
 
     Raises:
         TrainingError: If the arguments ask for what this training cannot do, or the adapter does not follow the shape.
-        ShapeError: If a sampled shape is not in the space.
+        ShapeError: If a shape that is sampled or evaluated is not in the space.
     """
 
     def __init__(
@@ -84,8 +99,11 @@ class OneForAllTrainer(Trainer):
         model: PreTrainedModel | PeftModel,
         elastic: ElasticModel,
         options: OneForAllOptions,
+        *,
+        eval_shapes: EvalShapes = None,
         **trainer_kwargs: Any,
     ) -> None:
+        self._eval_shapes = shapes_to_measure(elastic.space, eval_shapes)
         require_follows(model, elastic)
         if trainer_kwargs.get("data_collator") is None:  # Trainer's own stacks rows, and wants one length
             trainer_kwargs["data_collator"] = PaddingCollator.of(elastic.config)
@@ -96,6 +114,7 @@ class OneForAllTrainer(Trainer):
             self.args.ddp_find_unused_parameters = True  # layers a subnet drops get no gradient from it
         require_supported(self, options)
         self.elastic = elastic
+        self.args = with_direction(self.args, self._measured(elastic.space.largest))
         self.options = options
         host = StepHost(
             lambda loss: self.accelerator.backward(loss),
@@ -243,11 +262,30 @@ class OneForAllTrainer(Trainer):
         self._micro_step = (step, seen + 1)
         return step, seen
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the largest subnet, as Trainer does."""
-        with self.elastic.active(self.elastic.space.largest):
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        return metrics
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Evaluate all shapes, as Trainer does one; a prediction is of the active shape.
+
+        Returns:
+            What Trainer's loop returns at the active shape, with the metrics of all shapes.
+        """
+        if description != "Evaluation":
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        metrics: dict[str, float] = {}
+        for shape in self._measured(self.elastic.shape):
+            restart_bars(self.callback_handler.callbacks)
+            with self.elastic.active(shape):
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            metrics |= of_shape(output.metrics or {}, shape)
+            if shape == self.elastic.shape:
+                active: EvalLoopOutput = output
+        return active._replace(metrics={**(active.metrics or {}), **metrics})
+
+    def _measured(self, active: SubnetShape) -> list[SubnetShape]:
+        """Return the shapes that an evaluation measures, largest first: all layers are prepared in the first pass."""
+        prepared = {self.elastic.space.largest} if self.is_fsdp_enabled else set()
+        return sorted({*self._eval_shapes, active, *prepared}, reverse=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding the subnets' means to what Trainer logs of the training."""
