@@ -39,8 +39,9 @@ from amoeba_plugin.selection.depth import search as depth
 from amoeba_plugin.selection.depth.dynamic_program import Search, Table
 from amoeba_plugin.selection.depth.lockstep import walk
 from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
+from amoeba_plugin.selection.depth.runner import runner_for
 from amoeba_plugin.selection.depth.score_table import MeasuredTable
-from amoeba_plugin.selection.depth.search import runner_for, search_depths
+from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.objectives import PerTokenLoss, Score
@@ -145,7 +146,7 @@ def searches(model: PreTrainedModel, batches: Sequence[Batch], min_depth: int) -
     layers = len(model.model.layers)
     candidates, most = layers - 1, layers - min_depth
     task = DepthTask(model, adapter, objective, batches, min_depth)
-    with runner_for(task, batches) as runner, evaluating(model):
+    with runner_for(task, batches, candidates) as runner, evaluating(model):
         everything = MeasuredTable(partial(runner.measure, objective, progress=lambda: None), {})
         sets = [Removed(s) for count in range(most + 1) for s in itertools.combinations(range(candidates), count)]
         everything(sets)
@@ -185,7 +186,7 @@ def sublayer_searches(
     deepest = min(candidates, most + 4)  # attentions are small: as many parameters are more of them
     sizes = [parameters(layers[0].self_attn), parameters(layers[0].mlp)]
     task = DepthTask(model, adapter, objective, batches, min_depth, options=SearchOptions(granularity="sublayer"))
-    with runner_for(task, batches) as runner, evaluating(model):
+    with runner_for(task, batches, candidates) as runner, evaluating(model):
         everything = MeasuredTable(partial(runner.measure, objective, progress=lambda: None), {})
         everything([WHOLE])
         results: list[Result] = []

@@ -21,17 +21,22 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating, onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
+from amoeba_plugin.selection.depth.runner import runner_for
+from amoeba_plugin.selection.depth.steps import Removed
+from amoeba_plugin.selection.depth.task import DepthTask
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.hidden_states import layer_flow
 from amoeba_plugin.selection.objectives import Objective, Score, sort_key
-from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
+from amoeba_plugin.selection.over_ranks import share_of
 
 
-def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> list[float]:
+def block_influence(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch], progress: bool = True
+) -> list[float]:
     """Return for each layer 1 - mean cosine over tokens of input and output (ShortGPT, arXiv:2403.03853, eq. 1)."""
     similarity = torch.zeros(len(adapter.layers(model)) + 1, dtype=torch.float64)  # last: tokens
     with evaluating(model):
-        for batch in batches:
+        for batch in tqdm(batches, desc="block influence", unit="batch", disable=not progress):
             present = batch["attention_mask"].bool()
             similarity[-1] += int(present.sum())
             for index, (states, output) in enumerate(layer_flow(model, adapter, batch)):
@@ -46,7 +51,9 @@ def block_influence(model: PreTrainedModel, adapter: ArchitectureAdapter, batche
     return [1 - total / tokens for total in sums]
 
 
-def angular_distances(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> Tensor:
+def angular_distances(
+    model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch], progress: bool = True
+) -> Tensor:
     """Return how far the states turn between layers (Gromov et al., arXiv:2403.17887, eq. 3).
 
     Returns:
@@ -56,7 +63,7 @@ def angular_distances(model: PreTrainedModel, adapter: ArchitectureAdapter, batc
     size = len(adapter.layers(model)) + 1
     total, sequences = torch.zeros(size, size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with evaluating(model):
-        for batch in batches:
+        for batch in tqdm(batches, desc="angular distance", unit="batch", disable=not progress):
             rows, last = last_tokens(batch["attention_mask"].cpu())  # states may be on several devices
             flow = layer_flow(model, adapter, batch)
             states = [states[rows, last].double().cpu() for states in (*(enters for enters, _ in flow), flow[-1][1])]
@@ -91,16 +98,19 @@ def scores_without(
 ) -> list[Score]:
     """Return for each layer the objective of the model without it (Shortened LLaMA's PPL, arXiv:2402.02834).
 
-    Ranks that were given the same batches share them out.
+    The layers before the missing one are run once for all, which may round differently (by about 1e-6, relative) than
+    a run from the embeddings. Ranks that were given the same batches share them out.
     """
     objective.check(batches)
     mine, _ = share_of(objective, batches)
-    layers = len(adapter.layers(model))
-    scores = []
-    for removed in tqdm(range(layers), desc="layers left out", unit="layer", disable=not progress):
-        with keeping(model, adapter, [index for index in range(layers) if index != removed]):
-            scores.append(score_over_ranks(objective, model, mine))
-    return scores
+    task = DepthTask(model, adapter, objective, batches, min_depth=1)
+    alone = [Removed({layer}) for layer in range(task.num_layers)]
+    with (
+        tqdm(total=len(alone) * len(mine), desc="layers left out", unit="batch", disable=not progress) as bar,
+        runner_for(task, mine, len(alone)) as runner,
+        evaluating(model),
+    ):
+        return list(runner.measure(objective, alone, bar.update))
 
 
 def most_sensitive_layers(

@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.fingerprint import PACKED, model_fingerprint
 from amoeba_plugin.models.kept import kept_without, removed_names
-from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import reset_peak_memory
 from amoeba_plugin.runtime.progress import StageBar
-from amoeba_plugin.runtime.ranks import agreed, rank
+from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.selection.depth.dynamic_program import NEAR, Search, Table, evaluations, exchange_evaluations
-from amoeba_plugin.selection.depth.lockstep import Lockstep
-from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
-from amoeba_plugin.selection.depth.one_by_one import OneByOne
-from amoeba_plugin.selection.depth.runner import Runner
+from amoeba_plugin.selection.depth.runner import GIB, runner_for
 from amoeba_plugin.selection.depth.score_table import MeasuredTable
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed, steps_per_layer
 from amoeba_plugin.selection.depth.task import DepthTask
@@ -39,7 +33,6 @@ from amoeba_plugin.selection.over_ranks import share_of
 from amoeba_plugin.shape import half_steps
 
 logger = logging.getLogger(__name__)
-GIB = 2**30
 
 
 def search_depths(task: DepthTask) -> DepthStrategy:
@@ -81,7 +74,7 @@ def search_depths(task: DepthTask) -> DepthStrategy:
             disable=silent,
             shorter=f"{LESS_DATA}, max_batches",
         ) as bar,
-        runner_for(task, mine) as runner,
+        runner_for(task, mine, candidates) as runner,
         evaluating(task.model),
     ):
         measured = _table(task, lambda sets: runner.measure(task.objective, sets, bar.update), data)
@@ -94,44 +87,6 @@ def search_depths(task: DepthTask) -> DepthStrategy:
         report = {"measured": measured.measured, **runner.report(), "near_ties": _near_ties(search, per_layer > 1)}
     _log(report)
     return _strategy(task, {0: (WHOLE, whole)} | table, report)
-
-
-@contextmanager
-def runner_for(task: DepthTask, mine: Sequence[Batch]) -> Iterator[Runner]:
-    """Yield what runs subnets: in lockstep where decoder and objective allow it on every rank, else one by one.
-
-    Args:
-        task: Its model is restored with the block.
-        mine: The batches that this rank observes, from ``share_of``; may be none.
-
-    Raises:
-        ArchitectureError: If the adapter does not know the sublayers asked for.
-    """
-    model, adapter, objective = task.model, task.adapter, task.objective
-    stand_ins = _stand_ins(task)
-    contract = Contract(f"objective {objective.name} measures it as a whole")
-    if objective.is_separable:
-        contract = check_contract(model, adapter, task.batches, stand_ins)
-    if agreed(contract.broken is None):
-        steps = steps_per_layer(task.options.granularity) * task.removable()
-        with Lockstep.of(
-            model, adapter, mine, steps, task.options.cache_gib * GIB,
-            returns_tuples=contract.returns_tuples, stand_ins=stand_ins,
-        ) as lockstep:  # fmt: skip
-            yield lockstep
-    else:
-        logger.warning(
-            "depth search: every subnet of this %s is run from its embeddings, which takes several times as long: %s",
-            type(model).__name__, contract.broken or "another rank has to",
-        )  # fmt: skip
-        with OneByOne.of(model, adapter, mine, stand_ins) as one_by_one:
-            yield one_by_one
-
-
-def _stand_ins(task: DepthTask) -> StandIns | None:
-    if task.options.granularity == "layer":
-        return None
-    return StandIns(task.adapter.sublayers(task.model.config), tuple(task.adapter.layers(task.model)))
 
 
 def _table(task: DepthTask, measure: Callable[[Sequence[Removed]], Sequence[Score]], data: str) -> MeasuredTable:

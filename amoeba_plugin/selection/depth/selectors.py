@@ -28,7 +28,8 @@ PROTECTED_FIRST, PROTECTED_LAST = 4, 2  # what the "+" of Shortened LLaMA means 
 def least_block_influence(task: DepthTask) -> DepthStrategy:
     """Remove the layers of least block influence first (ShortGPT, arXiv:2403.03853); nested."""
     removable = range(task.removable())
-    return _least_first(task, "block_influence", block_influence(task.model, task.adapter, task.batches), removable)
+    scores = block_influence(task.model, task.adapter, task.batches, task.progress)
+    return _least_first(task, "block_influence", scores, removable)
 
 
 def one_shot(task: DepthTask) -> DepthStrategy:
@@ -69,7 +70,7 @@ def least_angular_distance(task: DepthTask) -> DepthStrategy:
     Gromov et al., arXiv:2403.17887, section 3.2; of equal runs the deepest.
     """
     layers, removable = task.num_layers, task.removable()
-    distances = angular_distances(task.model, task.adapter, task.batches)
+    distances = angular_distances(task.model, task.adapter, task.batches, task.progress)
     _require_scores("angular_distance", distances.diagonal(1).tolist())
     kept: dict[float, tuple[int, ...]] = {layers: tuple(range(layers))}
     for count in range(1, layers - task.min_depth + 1):

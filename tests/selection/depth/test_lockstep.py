@@ -20,8 +20,7 @@ from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.architectures.llama import LlamaFamily
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.state_store import StateStore
-from amoeba_plugin.selection.depth import lockstep
-from amoeba_plugin.selection.depth import search as depth
+from amoeba_plugin.selection.depth import lockstep, runner
 from amoeba_plugin.selection.depth.dynamic_program import Search
 from amoeba_plugin.selection.depth.lockstep import Lockstep, walk
 from amoeba_plugin.selection.depth.lockstep_contract import check_contract
@@ -119,7 +118,7 @@ def test_the_search_runs_every_shared_state_once_and_no_other(
         rows, calls = rows + len(args[0]), calls + 1
 
     contract = check_contract(model, AnyDecoder(), batches)
-    monkeypatch.setattr(depth, "check_contract", lambda *args: contract)  # it runs layers too
+    monkeypatch.setattr(runner, "check_contract", lambda *args: contract)  # it runs layers too
     monkeypatch.setattr(Lockstep, "observe", noted)
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(count)
@@ -128,7 +127,7 @@ def test_the_search_runs_every_shared_state_once_and_no_other(
     assert len(batches) * distinct_states(steps, layers) == rows / 2 == found.search["layer_forwards"]
     assert calls == found.search["layer_calls"] < rows / 2
     assert found.search["measured"] == sum(map(len, steps)) == len({removed for step in steps for removed in step})
-    monkeypatch.setattr(depth, "check_contract", lambda *args: depth.Contract("for comparison"))
+    monkeypatch.setattr(runner, "check_contract", lambda *args: runner.Contract("for comparison"))
     one_by_one = searched(model, AnyDecoder(), PerTokenLoss(), batches, **options)
     assert one_by_one.kept == found.kept
     assert one_by_one.metric == pytest.approx(found.metric, rel=1e-5)

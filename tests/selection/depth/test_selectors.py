@@ -7,18 +7,22 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.selection.depth.layer_importance import block_influence, taylor
+from amoeba_plugin.selection.depth.layer_importance import block_influence, scores_without, taylor
+from amoeba_plugin.selection.depth.lockstep_contract import check_contract
 from amoeba_plugin.selection.depth.selectors import random_depths
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
+from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
 
 Batch = dict[str, Tensor]
@@ -136,6 +140,46 @@ def test_one_shot_equals_a_loop_over_models_whose_layers_are_deleted(
     found = select("one_shot", model, batches, 2, objective=objective, keep_last=2)
     assert found.kept == least_first(losses, range(3), 5, 2)
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
+
+
+def layers_run(run: Callable[[], object]) -> int:
+    """Return how many decoder layers of a Llama something runs, counted for every row."""
+    rows = []
+    forward = LlamaDecoderLayer.forward
+
+    def counting(self: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(len(states))
+        return forward(self, states, *args, **kwargs)
+
+    with mock.patch.object(LlamaDecoderLayer, "forward", counting):
+        run()
+    return sum(rows)
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_leaving_every_layer_out_runs_what_is_before_it_once(
+    tiny_model: TinyModel, random_batches: RandomBatches, layers: int
+) -> None:
+    model, batches = tiny_model("llama", layers=layers), random_batches(3, 2, 10, lengths=(10, 6))
+    adapter, found = architecture_for("llama"), []
+    before = layers_run(lambda: check_contract(model, adapter, batches))
+    ran = layers_run(lambda: found.extend(scores_without(model, adapter, PerTokenLoss(), batches, progress=False)))
+    assert ran - before == 2 * 3 * (layers + layers * (layers - 1) / 2)
+    with torch.no_grad():
+        losses = [mean_loss(without(model, layer), batches).item() for layer in range(layers)]
+    assert [score.value for score in found] == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["block_influence", "angular_distance", "one_shot"])
+def test_a_selector_shows_how_far_it_is_unless_it_shall_not(
+    tiny_model: TinyModel, random_batches: RandomBatches, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    model, batches = tiny_model("llama"), random_batches(3)
+    for progress in (False, True):
+        task = DepthTask(model, architecture_for("llama"), PerTokenLoss(), batches, 2, progress=progress)
+        depth_selector_named(name).select(task)
+        shown = capsys.readouterr().err
+        assert (("12/12" if name == "one_shot" else "3/3") in shown) == progress
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])

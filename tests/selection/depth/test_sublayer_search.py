@@ -23,7 +23,7 @@ from amoeba_plugin.models.kept import PARTS, kept_without, write_kept
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
-from amoeba_plugin.selection.depth import search as depth
+from amoeba_plugin.selection.depth import runner
 from amoeba_plugin.selection.depth.lockstep import Lockstep
 from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed
@@ -119,7 +119,7 @@ def test_lockstep_finds_what_one_subnet_after_another_finds(
 ) -> None:
     model, batches = tiny_model("qwen3", layers=5), random_batches(2, 2, 10, lengths=(10, 6))
     together = search(model, batches, beam=2, exchanges=1)
-    monkeypatch.setattr(depth, "check_contract", lambda *args: Contract("for comparison"))
+    monkeypatch.setattr(runner, "check_contract", lambda *args: Contract("for comparison"))
     with caplog.at_level(logging.WARNING):
         apart = search(model, batches, beam=2, exchanges=1)
     assert (apart.kept, apart.lost) == (together.kept, together.lost)
@@ -196,7 +196,7 @@ def test_an_offloaded_model_fetches_each_sublayer_once_a_step(
     model, batches = tiny_model("llama", layers=3), random_batches(2)
     wanted = search(model, batches)
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    monkeypatch.setattr(depth, "check_contract", lambda *args: Contract(None))  # it fetches too
+    monkeypatch.setattr(runner, "check_contract", lambda *args: Contract(None))  # it fetches too
     fetched, steps = Counter[nn.Module](), []
     fetch, observe = AlignDevicesHook.pre_forward, Lockstep.observe
 
