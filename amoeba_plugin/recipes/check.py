@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from amoeba_plugin.recipes.estimate import estimated, stage_costs
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.model_files import load_config
-from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
     plan = plan_recipe(recipe)
     costs: list[str] = []
     if model is not None:
+        from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
+
         config = load_config(model)
         plan.against(config)
         if has_weights(model):  # else it is a configuration alone, or on the hub

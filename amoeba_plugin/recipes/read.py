@@ -1,13 +1,18 @@
-"""From a recipe's file to its plan: all that can be checked without a model."""
+"""From a recipe's file to its plan: all that can be checked without a model.
+
+What the text alone tells is refused before llm-compressor is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from amoeba_plugin.recipes.fields import create_modifier
 from amoeba_plugin.recipes.files import read_recipe
-from amoeba_plugin.recipes.plan import RecipePlan
 from amoeba_plugin.recipes.text import entries_of
+
+if TYPE_CHECKING:
+    from amoeba_plugin.recipes.plan import RecipePlan
 
 
 def plan_recipe(recipe: str | Path) -> RecipePlan:
@@ -26,6 +31,9 @@ def plan_recipe(recipe: str | Path) -> RecipePlan:
     """
     source, text = read_recipe(recipe)
     entries = entries_of(text, source)
+    from amoeba_plugin.recipes.fields import create_modifier
+    from amoeba_plugin.recipes.plan import RecipePlan
+
     modifiers = tuple(create_modifier(entry, source) for entry in entries)
     plan = RecipePlan(source, modifiers, tuple(entry.line for entry in entries))
     plan.require_consistent()

@@ -283,9 +283,8 @@ class OneForAllTrainer(Trainer):
         return active._replace(metrics={**(active.metrics or {}), **metrics})
 
     def _measured(self, active: SubnetShape) -> list[SubnetShape]:
-        """Return the shapes that an evaluation measures, largest first: all layers are prepared in the first pass."""
-        prepared = {self.elastic.space.largest} if self.is_fsdp_enabled else set()
-        return sorted({*self._eval_shapes, active, *prepared}, reverse=True)
+        """Return the shapes that an evaluation measures, largest first: the first pass moves and casts what it sees."""
+        return sorted({*self._eval_shapes, active}, reverse=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding the subnets' means to what Trainer logs of the training."""
