@@ -44,11 +44,12 @@ class DepthStrategy:
 
     Attributes:
         kept: Indices of the layers of which anything is kept.
-        objective: What chose them.
+        objective: What was made least, by its name; empty where no objective was measured.
         metric: What the objective measured for each depth on the calibration data; empty where nothing was measured.
         search: How the search went, for people.
         lost: For depths that keep layers in part: by layer the sublayer that it has lost, "attention" or "mlp". Each is
             half a layer of the depth.
+        selector: What chose them; empty where they were given.
     """
 
     kept: Mapping[float, tuple[int, ...]]
@@ -56,16 +57,16 @@ class DepthStrategy:
     metric: Mapping[float, float] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict, compare=False)
     lost: Mapping[float, Mapping[int, str]] = field(default_factory=dict)
+    selector: str = ""
 
     @classmethod
-    def given(cls, kept: Mapping[str, Sequence[Kept]], num_layers: int, objective: str = "") -> DepthStrategy:
+    def given(cls, kept: Mapping[str, Sequence[Kept]], num_layers: int) -> DepthStrategy:
         """Return a strategy written by hand or by an earlier run.
 
         Args:
             kept: Per depth, as text, the layers to keep, ``[0, "2.mlp", 3]`` at depth 2.5; the whole model is added
                 where it is missing.
             num_layers: Layers of the model.
-            objective: What chose them, for people.
 
         Raises:
             RecipeError: If a depth does not keep as many different layers of the model as it says, or is written twice.
@@ -90,7 +91,7 @@ class DepthStrategy:
                 )
             if gone:
                 lost[depth] = gone
-        return cls(layers, objective, lost=lost)
+        return cls(layers, lost=lost)
 
     @classmethod
     def whole(cls, num_layers: int) -> DepthStrategy:
@@ -182,6 +183,7 @@ class SubnetStrategy:
             "fingerprint": self.fingerprint,
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
             "depth": {
+                "selector": self.depth.selector,
                 "objective": self.depth.objective,
                 "kept": self.depth.table,
                 "metric": {str(depth): _finite_or_none(value) for depth, value in self.depth.metric.items()},
@@ -236,7 +238,7 @@ class SubnetStrategy:
         require_units(units)
         require_tensors(order, mean_input, units[Fraction(1)], width.bias_compensation)
         return cls(
-            DepthStrategy(layers, depth.objective, metric, depth.search, lost),
+            DepthStrategy(layers, depth.objective, metric, depth.search, lost, depth.selector),
             WidthStrategy(units, order, mean_input, width.importance, width.allocation, width.bias_compensation),
             document.fingerprint,
             document.provenance,

@@ -19,6 +19,7 @@ class DepthDocument(_Document):
     """Layers kept by depth, as ``models.kept`` writes them."""
 
     objective: str
+    selector: str = ""  # older files have none
     kept: dict[str, list[int | str]] = Field(min_length=1)
     metric: dict[str, float | None]
     search: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import SubnetShape
@@ -45,7 +46,7 @@ def model_card(
         "adapter": {"fold": "folded in", "separate": "in `adapter/`, an ordinary LoRA"}.get(adapter, "none"),
         "width": f"importance {strategy.width.importance or 'given'}, allocation {strategy.width.allocation}"
         + (", biases that stand in for missing channels" if strategy.width.bias_compensation else ""),
-        "depth": f"objective {strategy.depth.objective or 'given'}",
+        "depth": _chosen(strategy.depth),
     }
     metric = strategy.depth.metric.get(shape.depth, math.nan)
     if math.isfinite(metric):
@@ -115,6 +116,12 @@ def _parameters(config: PretrainedConfig) -> int:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _chosen(depth: DepthStrategy) -> str:
+    """Return what chose the layers, in words."""
+    by = {"selector": depth.selector, "objective": depth.objective}
+    return ", ".join(f"{what} {name}" for what, name in by.items() if name) or "layers given"
 
 
 def _units(units: Mapping[str, int]) -> str:

@@ -206,7 +206,7 @@ class DepthShrinkingModifier(Modifier):
             _tell(selection.depth)
         else:
             layers = len(selection.adapter.layers(state.model))
-            selection.depth = DepthStrategy.given(self.kept_layers, layers, self.objective)
+            selection.depth = DepthStrategy.given(self.kept_layers, layers)
         return True
 
     def _data(self, selection: Selection, model_name: str) -> tuple[list[Batch], list[Batch]]:

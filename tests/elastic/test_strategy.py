@@ -47,7 +47,7 @@ def test_a_saved_strategy_loads_equal(saved: tuple[SubnetStrategy, Path]) -> Non
 
 def test_depths_in_half_layers_are_saved_and_ask_for_a_newer_reader(tiny_model: TinyModel, tmp_path: Path) -> None:
     table = {"3": [0, "1.attention", "2.mlp", 3], "1.5": ["0.mlp", 3]}
-    depth = replace(DepthStrategy.given(table, 4, "loss"), metric={4: 1.0, 3: 1.5, 1.5: 2.0})
+    depth = replace(DepthStrategy.given(table, 4), metric={4: 1.0, 3: 1.5, 1.5: 2.0}, selector="one_shot")
     strategy = replace(random_strategy(tiny_model("llama")), depth=depth)
     strategy.save(tmp_path)
     loaded = SubnetStrategy.load(tmp_path)

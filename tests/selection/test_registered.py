@@ -295,7 +295,7 @@ def test_a_selector_keeps_the_last_layers_at_every_depth_and_leaves_the_model_as
         assert len(kept) == depth
         assert list(kept) == sorted(set(kept))
         assert set(kept) >= set(range(LAYERS - KEEP_LAST, LAYERS))
-    assert found.objective
+    assert found.selector == selector.name
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(now is then for now, then in zip(model.model.layers, layers, strict=True))

@@ -125,7 +125,7 @@ def _strategy(task: DepthTask, table: Table, report: Mapping[str, Any]) -> Depth
         metric[depth] = score.value
         if gone:
             lost[depth] = gone
-    return DepthStrategy(kept, task.objective.name, metric, report, lost)
+    return DepthStrategy(kept, task.objective.name, metric, report, lost, "dynamic_program")
 
 
 def _model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from amoeba_plugin.elastic.strategy import DepthStrategy
@@ -39,7 +40,8 @@ def one_shot(task: DepthTask) -> DepthStrategy:
     """
     removable = range(task.removable())
     scores = scores_without(task.model, task.adapter, task.objective, task.batches, task.progress)
-    return _least_first(task, "one_shot", [badness(task.objective, score) for score in scores], removable)
+    found = _least_first(task, "one_shot", [badness(task.objective, score) for score in scores], removable)
+    return replace(found, objective=task.objective.name)
 
 
 def least_taylor(task: DepthTask) -> DepthStrategy:
@@ -77,7 +79,7 @@ def least_angular_distance(task: DepthTask) -> DepthStrategy:
         # l*(n) = argmin_l d(x_l, x_{l+n})
         first = min(range(removable - count, -1, -1), key=distances.diagonal(count).__getitem__)
         kept[layers - count] = (*range(first), *range(first + count, layers))
-    return DepthStrategy(kept, "angular_distance")
+    return DepthStrategy(kept, selector="angular_distance")
 
 
 def last_layers(task: DepthTask) -> DepthStrategy:
@@ -89,7 +91,8 @@ def random_depths(num_layers: int, depths: Sequence[int], seed: int) -> DepthStr
     """Keep layers drawn at random, anew for every depth; the same seed draws the same. What chance would give."""
     kept = {depth: random.Random(f"{seed}.{depth}").sample(range(num_layers), depth) for depth in depths}
     return DepthStrategy(
-        {depth: tuple(sorted(layers)) for depth, layers in {num_layers: range(num_layers), **kept}.items()}, "random"
+        {depth: tuple(sorted(layers)) for depth, layers in {num_layers: range(num_layers), **kept}.items()},
+        selector="random",
     )
 
 
@@ -133,4 +136,4 @@ def _removed_in_order(task: DepthTask, name: str, order: Sequence[int]) -> Depth
         depth: tuple(index for index in range(layers) if index not in set(order[: layers - depth]))
         for depth in range(layers, task.min_depth - 1, -1)
     }
-    return DepthStrategy(kept, name)
+    return DepthStrategy(kept, selector=name)
