@@ -107,7 +107,11 @@ def run(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the data set; a file is one split.")] = "train",
     dtype: Annotated[
-        Dtype, typer.Option(help="To load the model in; float32 where a CPU is slow in bfloat16.")
+        Dtype,
+        typer.Option(
+            help="To compute in; auto: the model's own where the machine has instructions for it, else float32. The "
+            "checkpoint is saved in the model's own."
+        ),
     ] = "auto",
     quiet: QuietOption = False,
 ) -> None:
@@ -141,6 +145,8 @@ def check(
     Console().print(table)
     for cost in checked.costs:
         _say(cost)
+    for note in checked.notes:
+        _warn(note)
     _done(f"{checked.source} can run{f' on {model}' if model else '; add --model to check it against its sizes'}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amoeba_plugin.recipes.estimate import estimated, stage_costs
+from amoeba_plugin.recipes.notes import notes
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.model_files import load_config
 
@@ -17,11 +18,13 @@ class Checked:
         source: Where the recipe is from.
         rows: Of every modifier its number, name and group, and the fields that the recipe gives it.
         costs: What each stage that measures or trains takes, in sentences; of a model that is known.
+        notes: What to know of it all the same.
     """
 
     source: str
     rows: tuple[tuple[str, str, str, str], ...]
     costs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check_recipe(recipe: str, model: str | None = None, samples: int = 512, length: int = 512) -> Checked:
@@ -36,13 +39,13 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
     Raises:
         AmoebaError: On the first thing that cannot run; the message says where it stands and what to do.
     """
-    plan = plan_recipe(recipe)
+    plan, model_plan = plan_recipe(recipe), None
     costs: list[str] = []
     if model is not None:
         from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
 
         config = load_config(model)
-        plan.against(config)
+        model_plan = plan.against(config)
         if has_weights(model):  # else it is a configuration alone, or on the hub
             require_weights(model, config)
         costs = estimated(stage_costs(plan, config, samples, length), config)
@@ -51,4 +54,4 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
         given = modifier.model_dump(exclude_unset=True, exclude={"group"})
         fields = ", ".join(f"{name}={value}" for name, value in given.items())
         rows.append((str(number), type(modifier).__name__, modifier.group, fields))
-    return Checked(plan.source, tuple(rows), tuple(costs))
+    return Checked(plan.source, tuple(rows), tuple(costs), tuple(notes(plan, model_plan)))

@@ -23,7 +23,8 @@ class RunOptions:
         max_seq_length: Tokens per sequence.
         batch_size: Sequences per batch.
         seed: Of the draw, and of everything random that follows.
-        dtype: That the model is loaded in: "auto" (its own), "float32", "bfloat16", "float16".
+        dtype: To compute in: "float32", "bfloat16", "float16", or "auto": the model's own where the machine has
+            instructions for it, else float32. The checkpoint is saved in the model's own all the same.
     """
 
     split: str = "train"

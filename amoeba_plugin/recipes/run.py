@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction.checkpoint import how_to_load
-from amoeba_plugin.extraction.model_card import require_model_card
+from amoeba_plugin.extraction.model_card import RECIPE_NAME, require_model_card
+from amoeba_plugin.modifiers.saving import plain_recipe, saved_in
 from amoeba_plugin.recipes.execute import execute
 from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
+from amoeba_plugin.recipes.notes import notes
 from amoeba_plugin.recipes.plan import RecipePlan
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run_record import other_inputs, run_record, write_run_record
+from amoeba_plugin.runtime.dtypes import computing_dtype, dtype_of, saved_dtype, store_in
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.runtime.model_files import load_config
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.whole_weights import require_weights
 
+logger = logging.getLogger(__name__)
 NAMED = {  # what a recipe writes beside its checkpoint, by field
     "elastic_dir": "all shapes are in {0}; to cut another one: amoeba extract {0} --shape SHAPE -o DIRECTORY",
     "checkpoint_dir": "the training's own checkpoints are in {0}; they can be deleted",
@@ -66,7 +75,7 @@ def run_recipe(
         dataset: Path or hub id of calibration text; may be ``None`` for recipes that measure nothing.
         output_dir: New or empty; holds the whole checkpoint afterwards, or nothing after an error. Where it holds the
             result of the very same run, that is all there is to do.
-        options: How calibration data is drawn.
+        options: How the model is loaded, and calibration data drawn.
 
     Raises:
         AmoebaError: Recipe, model, data and directory do not fit together; the message says which and what to do.
@@ -90,9 +99,37 @@ def run_recipe(
         model_plan = plan.against(load_config(model))
         require_weights(model, model_plan.config)
         batches = calibration_batches(plan, model, dataset, options)
+        for note in notes(plan, model_plan):
+            logger.warning(note)
         with whole_or_nothing(output_dir) as partial:
-            execute(plan, model_plan, model, batches, partial, options)
+            with _stored(partial, options.dtype, dtype_of(model_plan.config)) as dtype:
+                execute(plan, model_plan, model, batches, partial, replace(options, dtype=dtype))
+            plain_recipe(partial / RECIPE_NAME)
             # after a stage of its own, or where there is no subnet, the save wrote no card
             require_model_card(partial, plan.card or {"base model": model})
             write_run_record(partial, record)
     return RunResult(output_dir, is_new=True, plan=plan)
+
+
+@contextmanager
+def _stored(directory: Path, asked: str, stored: torch.dtype | None) -> Iterator[str]:
+    """Yield the dtype that a run computes in, and let it write its checkpoint in the base model's.
+
+    Args:
+        directory: Where the checkpoint goes.
+        asked: "auto", or the dtype to compute in.
+        stored: The base model's; ``None`` where its configuration names none.
+    """
+    dtype = asked
+    if asked == "auto":
+        dtype, why = computing_dtype(stored)
+        logger.info(why)
+    if dtype == "auto":  # the base names none
+        yield dtype
+        return
+    computed: torch.dtype = getattr(torch, dtype)
+    saved = saved_dtype(computed, stored)
+    with saved_in(saved):
+        yield dtype
+    if saved != computed:
+        store_in(directory, saved, computed)

@@ -9,10 +9,12 @@ import pytest
 
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.recipes.files import find_recipe, shipped_recipes
+from amoeba_plugin.recipes.notes import notes
 from amoeba_plugin.recipes.read import plan_recipe
 from support.recipes import config_of
 
 SHIPPED = shipped_recipes()
+SMALL = {"head_dim": 64}
 MODELS = {
     "demo": config_of(
         num_hidden_layers=12, hidden_size=128, num_attention_heads=16, num_key_value_heads=8, intermediate_size=512
@@ -24,6 +26,14 @@ MODELS = {
         num_key_value_heads=32,
         head_dim=128,
         intermediate_size=11008,
+    ),
+    "small-llama": config_of(
+        num_hidden_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        **SMALL,
     ),
     "qwen3": config_of(
         "qwen3",
@@ -45,7 +55,18 @@ def test_an_unknown_name_lists_the_shipped_recipes():
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_a_shipped_recipe_fits_the_model_it_names(name: str):
-    plan_recipe(SHIPPED[name]).against(MODELS[name])
+    plan = plan_recipe(SHIPPED[name])
+    assert not [note for note in notes(plan, plan.against(MODELS[name])) if "round_to" in note]
+
+
+def test_the_recipe_of_small_llamas_fits_all_that_it_names():
+    plan = plan_recipe(SHIPPED["small-llama"])
+    for layers, hidden, heads, groups, neurons in ((32, 960, 15, 5, 2560), (22, 2048, 32, 4, 5632)):
+        config = config_of(
+            num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups,
+            intermediate_size=neurons, **SMALL,
+        )  # fmt: skip
+        assert not notes(plan, plan.against(config))
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
