@@ -193,13 +193,14 @@ def extract(
         bool, typer.Option("--portable", help="Layers that differ: pad with zeros to a stock class; no speed.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+    dtype: Annotated[Dtype, typer.Option(help="To save in; auto: the base model's own.")] = "auto",
     quiet: QuietOption = False,
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
     _hush_if(quiet)
     from amoeba_plugin.extraction.checkpoint import extract_checkpoint, how_to_load
 
-    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size)
+    parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size, dtype=dtype)
     _done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")
     for note in how_to_load(output_dir, portable):
         _done(note)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
 
+import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,7 @@ from amoeba_plugin.elastic.record import (
 )
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import AdapterError, ArtifactError
+from amoeba_plugin.runtime.dtypes import saved_dtype, store_in, stored_dtype
 from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing
 from amoeba_plugin.runtime.fsdp import whole_state_dict
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
@@ -112,11 +114,19 @@ def save_elastic(
                     keep_generation_defaults(model)
                     # a host's override of save_pretrained compresses
                     PreTrainedModel.save_pretrained(model, partial / BASE_DIRECTORY, state_dict=state)
+                    _store_as_base(partial / BASE_DIRECTORY, model, base)
                     copy_tokenizer(base, partial / BASE_DIRECTORY)
                 if peft_model is not None:
                     _save_adapter(peft_model, partial / ADAPTER_DIRECTORY, state)
                 dtype = str(elastic.model.dtype).removeprefix("torch.")
                 write_record(partial, directory, base, dtype, str(elastic.space), trained_base)
+
+
+def _store_as_base(directory: Path, model: PreTrainedModel, base: str) -> None:
+    """Store a trained base as the one it began as, where that is in bf16, to which fingerprints round."""
+    saved = saved_dtype(model.dtype, stored_dtype(base))
+    if saved == torch.bfloat16 != model.dtype:
+        store_in(directory, saved, model.dtype)
 
 
 def _save_adapter(peft_model: PeftModel, directory: Path, state: Any) -> None:

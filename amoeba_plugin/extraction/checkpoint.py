@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 
@@ -18,7 +19,8 @@ from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.extraction.cut import cut_factors, extract
 from amoeba_plugin.extraction.model_card import model_card, write_model_card
-from amoeba_plugin.extraction.parity import PARITY_NAME, AdapterMode, Parity, measure_parity
+from amoeba_plugin.extraction.parity import PARITY_NAME, AdapterMode, Parity, measure_parity, with_parameters_in
+from amoeba_plugin.runtime.dtypes import saved_dtype, stored_dtype
 from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing, write_atomically
 from amoeba_plugin.runtime.model_files import copy_tokenizer
 from amoeba_plugin.shape import SubnetShape
@@ -34,6 +36,8 @@ def extract_checkpoint(
     adapter: AdapterMode = "fold",
     portable: bool = False,
     max_shard_size: str = "5GB",
+    *,
+    dtype: str = "auto",
 ) -> Parity:
     """Cut one shape out of an elastic checkpoint and write it as an ordinary checkpoint, with tokenizer, model card and
     ``parity.json`` beside it.
@@ -51,6 +55,8 @@ def extract_checkpoint(
         portable: Pad layers of different sizes with zeros, so that a stock class holds them; see
             :func:`amoeba_plugin.extraction.cut.extract`.
         max_shard_size: Of a file of weights, for example "5GB"; larger models get several and an index.
+        dtype: To save in: "float32", "bfloat16", "float16", or "auto": that of the base model, whatever the training
+            computed in.
 
     Raises:
         ShapeError: If the checkpoint's space does not hold the shape; checked before the base model is loaded.
@@ -73,7 +79,9 @@ def extract_checkpoint(
             _write_lora(elastic, peft_model, parsed, partial / ADAPTER_DIRECTORY, output)
         with peft_model.disable_adapter() if peft_model is not None and separate else nullcontext():
             subnet = extract(elastic, parsed, portable)
-        subnet.save_pretrained(partial, max_shard_size=max_shard_size)
+        computed, base_path = elastic.model.dtype, str(elastic.config.name_or_path)
+        saved = saved_dtype(computed, stored_dtype(base_path)) if dtype == "auto" else getattr(torch, dtype)
+        with_parameters_in(subnet, saved).save_pretrained(partial, max_shard_size=max_shard_size)
         facts = model_card(elastic, subnet, parsed, "none" if peft_model is None else adapter, portable)
         del subnet  # parity needs the room: it loads what was written
         copy_tokenizer(base or str(elastic.config.name_or_path), partial)

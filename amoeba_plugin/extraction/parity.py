@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.record import ADAPTER_DIRECTORY
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
+from amoeba_plugin.runtime.dtypes import named
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.shape import SubnetShape
 
@@ -31,13 +32,18 @@ class Parity:
     tokens: int
     max_logit_difference: float
     mean_kl_divergence: float  # nats per token
+    dtype: str = ""  # that the subnet is saved in
+    elastic_dtype: str = ""  # that the elastic model was computed in
 
     @property
     def in_words(self) -> str:
         """The differences as a sentence, as logs and model cards print it."""
         difference = f"{self.max_logit_difference:.1e} over {self.tokens} tokens"
         divergence = f"{max(self.mean_kl_divergence, 0):.1e} nats per token"  # logits of bf16 differ by their rounding
-        return f"logits differ from the elastic model's by at most {difference}, predictions by {divergence} (mean KL)"
+        cast = self.dtype != self.elastic_dtype
+        its, whose = (f"saved in {self.dtype}, ", f" in {self.elastic_dtype}") if cast else ("", "")
+        found = f"by at most {difference}, predictions by {divergence} (mean KL)"
+        return f"{its}logits differ from the elastic model's{whose} {found}"
 
 
 def measure_parity(elastic: ElasticModel, shape: SubnetShape, checkpoint: Path) -> Parity:
@@ -71,4 +77,16 @@ def compare_logits(
         log_target=True,
         reduction="batchmean",
     )
-    return Parity(str(shape), adapter, PARITY_TOKENS, (found - expected).abs().max().item(), divergence.item())
+    dtypes = named(next(served.parameters()).dtype), named(elastic.model.dtype)
+    difference = (found - expected).abs().max().item()
+    return Parity(str(shape), adapter, PARITY_TOKENS, difference, divergence.item(), *dtypes)
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def with_parameters_in(model: ModelT, dtype: torch.dtype) -> ModelT:
+    """Cast a model's parameters, as saving and loading it in that dtype does; buffers stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

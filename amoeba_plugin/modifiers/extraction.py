@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, field_validator
+from transformers import PreTrainedModel
 
 from amoeba_plugin.extraction.cut import become, extract
 from amoeba_plugin.extraction.model_card import model_card
-from amoeba_plugin.extraction.parity import compare_logits
+from amoeba_plugin.extraction.parity import compare_logits, with_parameters_in
 from amoeba_plugin.modifiers.order import require_session_order
-from amoeba_plugin.modifiers.saving import save_as_it_is
+from amoeba_plugin.modifiers.saving import SAVED_IN, save_as_it_is
 from amoeba_plugin.modifiers.selection import forget_selection, selection_for
 from amoeba_plugin.shape import SubnetShape
 
@@ -58,7 +60,7 @@ class SubnetExtractionModifier(Modifier):
         adapter = "none" if selection.peft_model is None else "fold"
         self._card = model_card(elastic, subnet, shape, adapter, self.portable)
         if len({parameter.device for parameter in subnet.parameters()}) == 1:  # else it may not fit where one runs
-            self._card["parity"] = compare_logits(elastic, shape, subnet).in_words
+            self._card["parity"] = compare_logits(elastic, shape, _as_saved(subnet)).in_words
         parity = f"; {self._card['parity']}" if "parity" in self._card else ""
         logger.info("subnet %s has %s parameters%s", shape, self._card["parameters"], parity)
         forget_selection(state.model)
@@ -69,3 +71,8 @@ class SubnetExtractionModifier(Modifier):
         """See to it that the subnet's own configuration is saved."""
         save_as_it_is(state.model, self._card)
         return True
+
+
+def _as_saved(subnet: PreTrainedModel) -> PreTrainedModel:
+    dtype = SAVED_IN.get()
+    return subnet if dtype in (None, subnet.dtype) else with_parameters_in(copy.deepcopy(subnet), dtype)
