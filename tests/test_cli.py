@@ -123,6 +123,18 @@ def test_the_command_line_itself_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_what_the_text_of_a_recipe_tells_is_refused_before_the_hosts_are_imported(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("select:\n  a_modifiers:\n    DepthShrinkingModifier: {min_depth: 2}\n")
+    program = (
+        "import sys; from amoeba_plugin.errors import RecipeError\n"
+        "from amoeba_plugin.recipes.check import check_recipe\n"
+        f"try: check_recipe({str(tmp_path / 'recipe.yaml')!r})\n"
+        "except RecipeError as error: print(error, [n for n in ('torch', 'llmcompressor') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "name it 'select_stage' []" in done.stdout
+
+
 def test_shipped_recipes_are_listed_shown_and_copied(tmp_path: Path):
     shipped = shipped_recipes()
     assert all(name in invoke("recipes", "list").output for name in shipped)

@@ -40,8 +40,8 @@ def _own_class(plan: RecipePlan) -> Iterator[str]:
         verb = "gives" if len(reasons) == 1 else "give"
         pads = "amoeba extract --portable" if extraction is None else "portable: true in SubnetExtractionModifier"
         yield (
-            f"{' and '.join(reasons)} {verb} subnets whose layers differ: they bring a class of their own and load with "
-            f"trust_remote_code=True only; {pads} pads them to a stock class, which is no smaller and no faster"
+            f"{' and '.join(reasons)} {verb} subnets whose layers differ: they bring a class of their own and load "
+            f"with trust_remote_code=True only; {pads} pads them to a stock class, which is no smaller and no faster"
         )
 
 
