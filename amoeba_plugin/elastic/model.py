@@ -31,7 +31,9 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.fsdp import gathered
 from amoeba_plugin.runtime.module_calls import is_offloaded
+from amoeba_plugin.runtime.recomputation import NotOfCopies, recompute_as_run
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.smol.router import ShapeRouter
 
 if TYPE_CHECKING:
     from amoeba_plugin.runtime.streaming import StreamedWeights
@@ -87,6 +89,8 @@ class ElasticModel:
         else:
             self._load_on_use()
         self._shape = self.space.largest
+        decoder = self.adapter.decoder(model)
+        self._hook = decoder.register_forward_pre_hook(partial(recompute_as_run, NotOfCopies(self.held)))
 
     @property
     def packed(self) -> bool:
@@ -222,6 +226,19 @@ class ElasticModel:
         finally:
             self.set_shape(before)
 
+    def held(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what brings the shape of now back, for layers that are recomputed in a backward pass."""
+        return partial(self._recomputing, self._shape)
+
+    @contextmanager
+    def _recomputing(self, shape: SubnetShape) -> Iterator[None]:
+        if shape == self._shape:
+            yield
+            return
+        routers = [module for module in self.model.children() if isinstance(module, ShapeRouter)]
+        with routers[0].pinned() if routers else nullcontext(), self.active(shape):  # a router has a hold of its own
+            yield
+
     def reordered_strategy(self) -> SubnetStrategy:
         """Return the strategy for the model as it is now, its channels in order of importance; it changes no order.
 
@@ -259,6 +276,7 @@ class ElasticModel:
             original_order: Put all channels back to where they were.
         """
         self.set_shape(self.space.largest)
+        self._hook.remove()
         self._listeners.clear()
         for group in self.groups:
             order = self.strategy.width.order.get(group.key)

@@ -14,9 +14,9 @@ Three differences need no branch, as one way is right in all versions:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +51,14 @@ def cache_name(model: nn.Module) -> str:
     It takes the older one, ``past_key_values``, until 5.40, and warns of it.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def exchange_checkpointing(model: nn.Module, exchange: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Exchange the functions by which gradient checkpointing runs a model's layers; none are there before it was on."""
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None:
+            vars(module)["_gradient_checkpointing_func"] = exchange(function)
 
 
 # PEFT

@@ -7,8 +7,9 @@ adapter, it skips modules with the prefix in their name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.models.kept import Kept
+from amoeba_plugin.runtime.recomputation import recompute_as_run
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.host import BaseTunerLayer
@@ -45,15 +47,18 @@ class ShapeRouter(nn.Module, SmolLayer):
         self.in_features = self.out_features = 0
         self.hook: Any = None
         self.active_shape: tuple[SubnetShape, tuple[Kept, ...] | None] | None = None  # None: the largest, never set
+        self._pinned = False
 
     def attach(self, root: nn.Module) -> None:
-        """Draw fresh noise before each forward of ``root``; a checkpointed recomputation does not pass there."""
+        """Draw fresh noise before each forward of ``root``; gradient checkpointing recomputes layers, with the noise of
+        their run."""
         self.hook = root.register_forward_pre_hook(self.before_forward)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the root. Under ``torch.compile`` it does nothing, and ``set_shape`` draws the noise."""
         if torch.compiler.is_compiling():
             return
+        recompute_as_run(self.held, module)
         for name in self._active():
             self.weights(name).place()
             self.weights(name).draw_noise()
@@ -92,6 +97,8 @@ class ShapeRouter(nn.Module, SmolLayer):
             ShapeError: If an active adapter was not made for the shape; then no adapter has changed.
             AdapterError: If adapters are merged at another shape.
         """
+        if self._pinned:
+            return
         for name in self._active():
             self.weights(name).state_at(shape, kept_layers)
         parsed, kept = SubnetShape.parse(shape), None if kept_layers is None else tuple(kept_layers)
@@ -123,13 +130,27 @@ class ShapeRouter(nn.Module, SmolLayer):
             for name, (state, refused) in saved.items():
                 self.weights(name).state, self.weights(name).refused = state, refused
 
-    def checkpoint_context_fn(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for non-reentrant gradient checkpointing when several shapes run before one backward.
+    def held(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what brings the routing of now back, for layers that are recomputed in a backward pass."""
+        return partial(self.at, {name: self.weights(name).state for name in self.smol_router})
 
-        The recomputation would otherwise see the last shape, and the gradients of the others would be silently wrong.
-        Pass ``gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": router.checkpoint_context_fn}``.
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Let :meth:`set_shape` change nothing for a block of code: the base model's shape changes for a recomputation,
+        which :meth:`held` brings its routing back for."""
+        before, self._pinned = self._pinned, True
+        try:
+            yield
+        finally:
+            self._pinned = before
+
+    def checkpoint_context_fn(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts for non-reentrant gradient checkpointing by a loop of one's own, past transformers' layers.
+
+        Those are recomputed as they were run without it. Else the recomputation would see the last shape, and the
+        gradients of the others would be silently wrong: pass it as ``context_fn`` to ``torch.utils.checkpoint``.
         """
-        return nullcontext(), self.at({name: self.weights(name).state for name in self.smol_router})
+        return nullcontext(), self.held()()
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.smol_router]

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,3 +187,16 @@ class TestLlmCompressor:
             assert config._name_or_path == ""
             raise RuntimeError("stop")
         assert config._name_or_path == "base"
+
+
+def test_gradient_checkpointing_runs_a_layer_by_a_function_that_can_be_exchanged() -> None:
+    model, run = tiny_llama().train(), []
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda layer, *args: run.append(layer) or function(layer, *args)
+
+    compat.exchange_checkpointing(model, count)  # it has never been on
+    model.gradient_checkpointing_enable()
+    compat.exchange_checkpointing(model, count)
+    model(torch.tensor([[1, 2]]))
+    assert len(run) == len(model.model.layers)
