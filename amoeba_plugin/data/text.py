@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -102,13 +103,7 @@ def read_rows(dataset: str, split: str) -> Any:
     path = Path(dataset)
     try:
         if path.is_file():
-            if path.suffix not in FILE_FORMATS:
-                raise DataError(
-                    f"file {dataset} has none of the endings {', '.join(FILE_FORMATS)}; convert it to one of them"
-                )
-            options = {"sample_by": "document"} if path.suffix == ".txt" else {}
-            files = {split.partition("[")[0]: str(path)}
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=files, split=split, **options)
+            return _read_file(path, split)
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             saved = load_from_disk(dataset)
             if not isinstance(saved, DatasetDict):
@@ -116,7 +111,8 @@ def read_rows(dataset: str, split: str) -> Any:
             if split not in saved:
                 raise DataError(f"data set {dataset} has no split '{split}'; it has {', '.join(saved)}")
             return saved[split]
-        return load_dataset(dataset, split=split)
+        fresh = "force_redownload" if path.is_dir() else None  # as in _read_file: what is cached may be older files
+        return load_dataset(dataset, split=split, download_mode=fresh)
     except DataError:
         raise
     except Exception as error:  # builders of the data sets library raise anything, from any parser
@@ -125,6 +121,18 @@ def read_rows(dataset: str, split: str) -> Any:
             f"data set {dataset}, split {split}, cannot be read: {there}{_reason(error)}. Give a directory written by "
             f"save_to_disk, a file ({', '.join(FILE_FORMATS)}), or the id of a data set on the hub"
         ) from error
+
+
+def _read_file(path: Path, split: str) -> Any:
+    from datasets import load_dataset
+
+    if path.suffix not in FILE_FORMATS:
+        raise DataError(f"file {path} has none of the endings {', '.join(FILE_FORMATS)}; convert it to one of them")
+    with path.open("rb") as file:  # the library's cache knows files by path and time, which another file can have
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    options = {"sample_by": "document"} if path.suffix == ".txt" else {}
+    files = {split.partition("[")[0]: str(path)}
+    return load_dataset(FILE_FORMATS[path.suffix], digest, data_files=files, split=split, **options)
 
 
 def require_file(dataset: str) -> None:

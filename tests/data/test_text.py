@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from amoeba_plugin.data.text import load_batches
+from amoeba_plugin.data.text import load_batches, read_rows
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 
@@ -77,6 +78,19 @@ def test_text_from_anywhere_becomes_blocks(tmp_path: Path, tokenizer: Any, kind:
         assert batch["labels"][:, 0].eq(-100).all()
         assert batch["labels"][:, 1:].equal(batch["input_ids"][:, 1:])
         assert batch["attention_mask"].eq(1).all()
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "directory"])
+def test_another_file_of_the_same_name_and_time_is_another_data_set(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    (tmp_path / "directory").mkdir()
+    file = path / "rows.jsonl" if name == "directory" else path
+    found = []
+    for text in ("before", "behind"):
+        file.write_text(json.dumps({"text": text}))
+        os.utime(file, (10**9, 10**9))  # as a clock that was set back, or a copy that keeps times, leaves it
+        found.append(read_rows(str(path), "train")["text"][:])
+    assert found == [["before"], ["behind"]]
 
 
 def test_the_same_seed_draws_the_same_blocks(tmp_path: Path, tokenizer: Any) -> None:
