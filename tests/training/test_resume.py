@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
@@ -48,6 +49,24 @@ def test_a_killed_training_ends_bit_equal_to_one_that_was_not(tmp_path: Path) ->
     assert len(found["trials"]) == TRIALS
     assert {trial["digest"] for trial in found["trials"]} == {found["expected"]}
     assert len({trial["step"] for trial in found["trials"]}) > 2  # killed early and late
+
+
+class ClockSetBack(TrainerCallback):
+    """Gives what was saved a time to come, each an earlier one than the one before it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        later = time.time() + 10_000 - 100 * state.global_step
+        os.utime(Path(args.output_dir) / f"checkpoint-{state.global_step}", (later, later))
+
+
+def test_the_checkpoints_of_the_most_steps_stay_whatever_the_clock_says(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        make_elastic(), tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2
+    )
+    trainer.add_callback(ClockSetBack())
+    trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    assert trainer.args.save_total_limit == 2
 
 
 class Interruption(TrainerCallback):

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.elastic.model import ElasticModel
@@ -300,11 +300,15 @@ class OneForAllTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as Trainer does; what could not be written whole is taken away.
 
+        Of more than ``save_total_limit`` checkpoints those of the fewest steps go. Trainer goes by the time of their
+        files, and a clock that was set back would make it delete the one just written.
+
         Raises:
             TrainingError: If a file could not be written (a full disk). Other errors are left as they are.
         """
-        directory = Path(self.args.output_dir or ".")
+        directory = Path(self._get_output_dir(trial))
         checkpoint = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except BaseException as error:  # torch's of a sharded checkpoint is no Exception
@@ -317,3 +321,7 @@ class OneForAllTrainer(Trainer):
                 f"the checkpoint {checkpoint} cannot be written ({error}); make room on the disk, or name another "
                 f"output directory, then {advice}"
             ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(directory), limit, self.state.best_model_checkpoint)
