@@ -28,6 +28,7 @@ from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
 from amoeba_plugin.testing.architectures import random_strategy
+from support.ordinary_user import read_only
 
 RECIPE = {
     "select_stage": {
@@ -339,6 +340,31 @@ class TestBeforeAnythingLoads:
         text = files["recipe"].read_text()
         files["recipe"].write_text(text.replace(f"elastic_dir: {files['elastic']}", f"{field}: {inside}"))
         assert f"{inside} cannot be written" in refused(*run_arguments(files))
+
+    @pytest.mark.parametrize("field", ["out", "elastic_dir", "checkpoint_dir"])
+    def test_where_this_user_may_not_write_is_refused_before_anything_is_spent(
+        self, files: Files, field: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("llmcompressor.oneshot", None)  # not reached
+        locked = files["text"].parent / "locked"
+        empty, new = locked / "empty", locked / "new" / "deep"
+        empty.mkdir(parents=True)
+        text = files["recipe"].read_text()
+        with read_only(empty), read_only(locked):
+            for directory in (empty, new):
+                if field == "out":
+                    commands = [run_arguments(files, out=directory), ["demo", "--output-dir", directory]]
+                else:
+                    there = text.replace(f"elastic_dir: {files['elastic']}", f"{field}: {directory}")
+                    files["recipe"].write_text(there)
+                    commands = [run_arguments(files)]
+                for command in commands:
+                    message = refused(*command)
+                    assert f"{directory} cannot be written" in message
+                    assert "Permission denied); name another directory" in message
+            if field == "out":
+                assert f"{empty} cannot be written" in refused("recipes", "copy", "demo", empty)
+            assert [list(locked.iterdir()), list(empty.iterdir())] == [[empty], []]
 
     def test_training_text_that_is_not_there_is_refused(self, files: Files):
         text = files["recipe"].read_text().replace("max_steps: 1", "max_steps: 1\n      dataset: nowhere.jsonl")

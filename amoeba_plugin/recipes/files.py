@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from amoeba_plugin.errors import ArtifactError, RecipeError, did_you_mean
+from amoeba_plugin.runtime.files import require_writable, write_atomically
+from amoeba_plugin.runtime.full_disk import full_disk_named
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -77,7 +79,7 @@ def copy_recipe(name: str, path: Path) -> Path:
 
     Raises:
         RecipeError: If there is no recipe of that name.
-        ArtifactError: If there is a file already, or no directory for it.
+        ArtifactError: If there is a file already, or no directory for it, or none that can be written.
     """
     source = require_shipped(name)
     target = path / source.name if path.is_dir() else path
@@ -85,7 +87,9 @@ def copy_recipe(name: str, path: Path) -> Path:
         raise ArtifactError(f"{target} exists; nothing is overwritten: name another path")
     if not target.parent.is_dir():
         raise ArtifactError(f"there is no directory {target.parent} to copy the recipe into; make it first")
-    target.write_bytes(source.read_bytes())
+    require_writable(target.parent)
+    with full_disk_named(target.parent, "free space or name another path"):
+        write_atomically(target, source.read_bytes())
     return target
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amoeba_plugin.errors import ArchitectureError, DataError
+from amoeba_plugin.runtime.full_disk import full_disk_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,13 +49,19 @@ def why_not(model: str, error: Exception) -> str:
 
 
 def copy_tokenizer(reference: str, directory: Path) -> None:
-    """Write a model's tokenizer, if it has one, beside a checkpoint."""
+    """Write a model's tokenizer, if it has one, beside a checkpoint.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(reference).save_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(reference)
     except (OSError, ValueError):  # a base without a tokenizer is legal; its subnet then has none either
         return
+    with full_disk_named(directory, "the tokenizer was not written. Free space or name another directory"):
+        tokenizer.save_pretrained(directory)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from amoeba_plugin.runtime.full_disk import full_disk_named
 from amoeba_plugin.runtime.scratch import scratch_directory
 
 
@@ -59,7 +60,8 @@ class StateStore:
         kept: Tensor | Path
         if place == "disk":
             kept = self.folder / f"{next(self._number)}.safetensors"
-            save_file({"states": states.contiguous()}, kept)
+            with full_disk_named(self.folder, "hidden states go there; free space, or set TMPDIR to another directory"):
+                save_file({"states": states.contiguous()}, kept)
         else:
             kept = states if place == "accelerator" else states.cpu()
         self._held[key] = (place, kept, states.device, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from peft import LoraConfig
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from amoeba_plugin.errors import AdapterError
+from amoeba_plugin.runtime.full_disk import full_disk_named
 from amoeba_plugin.smol.config import SmolConfig
 from amoeba_plugin.smol.host import BaseTunerLayer
 
@@ -52,7 +54,7 @@ def lora_config(pairs: Mapping[str, LoraPair], config: SmolConfig, target_module
 def write_lora(
     directory: str | os.PathLike[str], pairs: Mapping[str, LoraPair], config: SmolConfig, model: nn.Module
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``: both, or neither.
 
     Args:
         directory: Created when it is not there.
@@ -62,6 +64,7 @@ def write_lora(
 
     Raises:
         AdapterError: If the adapter also holds whole modules or biases.
+        ArtifactError: If the disk is full; what was in the directory is still there.
     """
     for what, present in (
         ("whole modules (modules_to_save)", config.modules_to_save),
@@ -71,18 +74,26 @@ def write_lora(
             raise AdapterError(
                 f"the adapter also holds {what}, which a LoRA written here would lose; use merge_and_unload() instead"
             )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     lora = lora_config(pairs, config, target_names(model, set(pairs)))
     adapted = [model.get_submodule(name) for name in pairs]
     bases = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in adapted]
     lora.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
-    lora.save_pretrained(str(directory))
     tensors = {}
     for name, pair in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.B.detach().cpu().contiguous()
-    save_file(tensors, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+    _write_both(Path(directory), lora, tensors)
+
+
+def _write_both(directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    advice = "no adapter was written there. Free space or name another directory"
+    with full_disk_named(directory, advice):
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory) as scratch:
+            config.save_pretrained(scratch)
+            save_file(dict(tensors), Path(scratch) / "adapter_model.safetensors", metadata={"format": "pt"})
+            for path in Path(scratch).iterdir():
+                path.replace(directory / path.name)
 
 
 def target_names(model: nn.Module, targets: set[str]) -> list[str]:

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from amoeba_plugin.errors import AdapterError, ShapeError
+from amoeba_plugin.errors import AdapterError, ArtifactError, ShapeError
 from amoeba_plugin.smol import SmolConfig
+from support.small_disk import files_in, small_disk
 
 WITHOUT_PLUGIN = """
 import sys, torch
@@ -121,3 +122,21 @@ def test_what_a_lora_would_lose_is_refused(
     with pytest.raises(AdapterError, match=message):
         smol_model(**fields).to_lora(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_full_disk_the_adapter_of_before_stays(smol_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    model, disk = smol_model(), tmp_path / "disk"
+    full = 0
+    for size in range(4, 64, 4):
+        with small_disk(disk, size):
+            for shape in ("4x1", "2x1/2"):
+                before = files_in(disk)
+                try:
+                    model.to_lora(disk / "lora", shape)
+                except ArtifactError as error:
+                    assert f"the disk of {disk / 'lora'} is full" in str(error)  # noqa: PT017
+                    assert files_in(disk) == before
+                    full += 1 + bool(before)
+                else:
+                    assert set(files_in(disk)) == {"lora/adapter_config.json", "lora/adapter_model.safetensors"}
+    assert full > 2

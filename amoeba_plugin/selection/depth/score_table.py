@@ -12,6 +12,7 @@ from typing import Any
 
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import clear_partials, write_atomically
+from amoeba_plugin.runtime.full_disk import full_disk_named
 from amoeba_plugin.runtime.ranks import from_first_rank, rank
 from amoeba_plugin.selection.depth.steps import Granularity, Removed
 from amoeba_plugin.selection.objectives import Score
@@ -70,7 +71,11 @@ class MeasuredTable:
         return cls(measure, identity, path, scores)
 
     def __call__(self, sets: Sequence[Removed]) -> list[Score]:
-        """Return the scores of the model without each of the sets."""
+        """Return the scores of the model without each of the sets.
+
+        Raises:
+            ArtifactError: If the disk is full.
+        """
         missing = [removed for removed in dict.fromkeys(sets) if removed not in self.scores]
         if missing:
             self.scores.update(zip(missing, self.measure(missing), strict=True))
@@ -90,7 +95,9 @@ class MeasuredTable:
                 for removed, score in self.scores.items()
             ],
         }
-        write_atomically(self.path, json.dumps(document, allow_nan=False).encode())
+        advice = "free space and search again: it goes on with the scores that are there"
+        with full_disk_named(self.path.parent, advice):
+            write_atomically(self.path, json.dumps(document, allow_nan=False).encode())
 
 
 def _scores(path: Path, data: bytes, identity: Mapping[str, str]) -> dict[Removed, Score]:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import clear_partials, write_atomically
+from amoeba_plugin.runtime.full_disk import full_disk_named
 
 SETTINGS_NAME = "one_for_all.json"
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")  # in its messages about files
@@ -44,7 +45,8 @@ def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
         settings: What must be equal for a training to go on: JSON values by name.
 
     Raises:
-        ArtifactError: If the directory belongs to another model, space or recipe, or holds something else.
+        ArtifactError: If the directory belongs to another model, space or recipe, or holds something else, or its disk
+            is full.
     """
     path = directory / SETTINGS_NAME
     if path.is_file():
@@ -63,8 +65,9 @@ def require_same_training(directory: Path, settings: Mapping[str, Any]) -> None:
     clear_partials(path)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ArtifactError(f"{directory} exists and holds no checkpoints of this training; name another directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(settings, indent=1).encode())
+    with full_disk_named(directory, "free space or name another checkpoint_dir"):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(settings, indent=1).encode())
 
 
 def is_complete(checkpoint: Path) -> bool:

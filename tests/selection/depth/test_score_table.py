@@ -25,6 +25,7 @@ from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective
 from support.depth_search import searched
 from support.forked import forked
 from support.packed_linears import pack
+from support.small_disk import small_disk
 
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
@@ -38,6 +39,23 @@ def search(
         model, architecture_for("llama"), objective or PerTokenLoss(), batches,
         min_depth=2, exchanges=1, resume_dir=directory, progress=False,
     )  # fmt: skip
+
+
+def test_a_disk_that_fills_is_named_and_the_scores_before_stay(tmp_path: Path) -> None:
+    def table() -> MeasuredTable:
+        return MeasuredTable.resumed(lambda sets: [Score(1.0, 2.0) for _ in sets], {"model": "m"}, disk / "scores")
+
+    disk, asked = tmp_path / "disk", 0
+    with small_disk(disk, 16), pytest.raises(ArtifactError, match=f"disk of {disk}/scores is full; free space"):
+        for asked in range(1000):
+            table()([frozenset([asked])])
+            assert len(table().scores) == asked + 1
+    assert asked > 10
+    with small_disk(disk, 16):
+        first = table()
+        with pytest.raises(ArtifactError, match="is full"):
+            first([frozenset([number]) for number in range(1000)])
+        assert not table().scores
 
 
 def stopping(after: int, stop: Callable[[], object]) -> Callable[..., Tensor]:
