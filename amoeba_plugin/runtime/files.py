@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,10 +12,12 @@ from tempfile import TemporaryFile
 from safetensors import SafetensorError
 
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.runtime.full_disk import full_disk_named, is_full
 from amoeba_plugin.runtime.ownership import LOCK, PARTIAL, owning, workplace
 
 FILLING = ".amoeba.filling"  # in a directory that is being filled: whatever else is in it is not whole
 BEING_WRITTEN = ".partial"  # ends the names of files that are not there yet
+OLDER = ".amoeba.older"
 INSIDE = (FILLING, f".amoeba.{PARTIAL}", f".amoeba.{LOCK}")
 
 
@@ -77,16 +78,16 @@ def _filled(partial: Path, directory: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # tokenizers raise a bare one
+        if is_full(error):
             raise ArtifactError(
                 f"the disk of {directory} is full; nothing was kept there. Free space or name another directory"
             ) from error
+        if isinstance(error, SafetensorError):  # its writer wraps the system's errors
+            raise ArtifactError(
+                f"{directory} could not be written ({error}); nothing was kept there. Name another directory"
+            ) from error
         raise
-    except SafetensorError as error:  # its writer wraps the system's errors
-        raise ArtifactError(
-            f"{directory} could not be written ({error}); nothing was kept there. Free space or name another directory"
-        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -95,7 +96,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all: a sibling is written, synced, and renamed over it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{BEING_WRITTEN}")
     try:
-        with partial.open("wb") as file:
+        with full_disk_named(path.parent, f"{path.name} is as it was. Free space"), partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -117,11 +118,23 @@ def _put(partial: Path, target: Path, replace: bool) -> None:
     if not replace and not is_vacant(target):
         raise ArtifactError(f"{target} has been filled by something else meanwhile; nothing is overwritten")
     (target / FILLING).touch()
-    for entry in [each for each in target.iterdir() if each.name not in INSIDE]:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    for entry in list(partial.iterdir()):
-        shutil.move(entry, target / entry.name)
-    (target / FILLING).unlink()
+    try:
+        _exchange(partial, target)
+    finally:
+        (target / FILLING).unlink()
+
+
+def _exchange(partial: Path, target: Path) -> None:
+    """Let one directory's entries take the place of another's, by renames, which need no room and can be undone."""
+    before = [entry for entry in target.iterdir() if entry.name not in INSIDE]
+    new, older = list(partial.iterdir()), partial / OLDER
+    older.mkdir()  # goes with the other directory
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for entry, place in [(entry, older) for entry in before] + [(entry, target) for entry in new]:
+            shutil.move(entry, place / entry.name)
+            moved.append((entry, place / entry.name))
+    except BaseException:
+        for entry, placed in reversed(moved):
+            shutil.move(placed, entry)
+        raise

@@ -113,7 +113,8 @@ def _acquired(path: Path, directory: Path) -> _Owned:
         lock = None
     else:
         holder = {"process": os.getpid(), "since": datetime.now().isoformat(" ", "seconds"), "command": sys.argv}
-        path.write_text(json.dumps(holder), encoding="utf-8")
+        with suppress(OSError):  # a full disk: what owns it then has no name, and that is all
+            path.write_text(json.dumps(holder), encoding="utf-8")
     _owned[path] = owned = _Owned(lock)
     return owned
 

@@ -54,7 +54,7 @@ def test_a_copied_recipe_is_there_whole_or_not_at_all(tmp_path: Path):
 def test_states_that_find_no_room_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
     with small_disk(tmp_path / "disk", 8):
-        named = rf"disk of {tmp_path}/disk/amoeba_states_\w+ is full.*TMPDIR"
+        named = rf"disk of {tmp_path}/disk/amoeba_scratch_\w+ is full.*TMPDIR"
         with pytest.raises(ArtifactError, match=named), StateStore.of(budget=0) as store:
             store["states"] = torch.ones(10_000)
         assert not list((tmp_path / "disk").iterdir())
