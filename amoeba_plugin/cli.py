@@ -14,7 +14,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from amoeba_plugin._version import __version__
-from amoeba_plugin.errors import AmoebaError
+from amoeba_plugin.errors import AmoebaError, shortened
 from amoeba_plugin.runtime.voice import hush, speak
 
 EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
@@ -31,7 +31,7 @@ class AmoebaGroup(TyperGroup):
         except (AmoebaError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            _refuse(str(error))
+            _refuse(shortened(str(error)))  # the system's errors repeat names of files of any length
             raise typer.Exit(EXIT_REFUSED) from None
         except KeyboardInterrupt:
             _refuse("stopped by Ctrl-C; no half-written checkpoint was left")
@@ -101,7 +101,7 @@ def run(
     num_calibration_samples: SamplesOption = 512,
     max_seq_length: LengthOption = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")] = 42,
     text_column: Annotated[
         str | None, typer.Option(help="Column with the text; default: text, or the only column of strings.")
     ] = None,
@@ -214,7 +214,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A shortened schedule: shows that it works, not how well.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")] = 42,
 ) -> None:
     """Compress the model that comes with the package and report what was gained and lost."""
     from amoeba_plugin.demo.run import run_demo

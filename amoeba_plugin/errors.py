@@ -19,11 +19,40 @@ Every message says what was asked, what is possible, and what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST_WORD, LONGEST_MESSAGE = 400, 8000  # characters; a path may be long, what a user wrote can be endless
+KEPT_OF_A_WORD, QUOTING = 60, "'\":,;)"
+
+
+def shortened(message: str) -> str:
+    """Return a message in which endless words are cut, and which is cut in its middle where it is endless itself.
+
+    What is asked for stands at the beginning of a message, what to do at its end.
+
+    >>> shortened(f"depth {'9' * 5000}: a subnet keeps at least 1 layer")[60:]
+    '999999... (5001 characters): a subnet keeps at least 1 layer'
+    """
+    words = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", _cut_word, message)
+    side = LONGEST_MESSAGE // 2
+    return words if len(words) <= LONGEST_MESSAGE else f"{words[:side]} [...] {words[-side:]}"
+
+
+def _cut_word(found: re.Match[str]) -> str:
+    word = found[0]
+    return f"{word[:KEPT_OF_A_WORD]}... ({len(word)} characters){word[len(word.rstrip(QUOTING)) :]}"
 
 
 class AmoebaError(Exception):
-    """Base of all errors of this package; ``except AmoebaError`` catches what a user can put right."""
+    """Base of all errors of this package; ``except AmoebaError`` catches what a user can put right.
+
+    Args:
+        message: For people; what it repeats of their input is cut where it is endless.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message)))
 
 
 class RecipeError(AmoebaError, ValueError):

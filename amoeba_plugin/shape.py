@@ -15,15 +15,17 @@ A depth counts layers; attention and MLP are half a layer each, so a depth may e
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
 
 from amoeba_plugin.errors import ShapeError
 
-DIGITS = 30  # before or after the point; nobody needs more
 TIMES = "\N{MULTIPLICATION SIGN}"  # looks like an x where a shape is pasted from a text
+LONGEST_NUMBER = 50  # characters; Python takes 1e-999999999 for a number, and hours to write it down
+DEPTH = re.compile(r"\d+(\.\d+)?", re.ASCII)
+WIDTH = re.compile(r"-?(\d+/\d+|(\d+\.?\d*|\.\d+)(e-?\d\d?)?)", re.ASCII)
 
 
 @dataclass(frozen=True, order=True)
@@ -126,7 +128,7 @@ def half_steps(depth: float) -> float:
     Raises:
         ShapeError: If it is no multiple of 1/2.
     """
-    if depth * 2 != round(depth * 2):
+    if isinstance(depth, float) and not (depth * 2).is_integer():  # nor is what is infinite, or NaN
         raise ShapeError(f"depth {depth}: attention and MLP are half a layer each, so write whole or half layers, 10.5")
     return int(depth) if depth == int(depth) else depth
 
@@ -137,20 +139,10 @@ def parse_depth(text: str | float) -> float:
     Raises:
         ShapeError: If it is no number, or no multiple of 1/2.
     """
-    whole, point, rest = str(text).strip().partition(".")
-    try:
-        if point and not rest.isdecimal():
-            raise ValueError
-        return half_steps(int(whole) + float(f"0.{rest}") if point else int(whole))
-    except ShapeError:
-        raise
-    except ValueError:
-        raise ShapeError(f"depth '{text}' is no number of layers") from None
-
-
-def _within(width: Decimal) -> Decimal:
-    """Return a number, or one below all of them: a fraction writes out every digit of 1e-999999999."""
-    return width if width == 0 or -DIGITS < width.adjusted() < DIGITS else Decimal(-1)
+    number = str(text).strip()
+    if len(number) > LONGEST_NUMBER or not DEPTH.fullmatch(number):
+        raise ShapeError(f"depth '{text}' is no number of layers")
+    return half_steps(float(number) if "." in number else int(number))
 
 
 def require_distinct_depths(texts: Iterable[str | float]) -> None:
@@ -178,9 +170,12 @@ def parse_width(text: str | float | Fraction) -> Fraction:
     Raises:
         ShapeError: If it is no number in (0, 1].
     """
+    number = str(text).strip().lower()
     try:
-        width = Fraction(str(text)) if "/" in str(text) else Fraction(_within(Decimal(str(text))))
-    except (ValueError, ArithmeticError) as error:
+        if len(number) > LONGEST_NUMBER or not WIDTH.fullmatch(number):
+            raise ShapeError(f"width '{text}' is no number; write 1, 7/8 or 0.75")
+        width = Fraction(number)
+    except ZeroDivisionError as error:
         raise ShapeError(f"width '{text}' is no number; write 1, 7/8 or 0.75") from error
     if not 0 < width <= 1:
         raise ShapeError(f"width {text}: a share of channels lies in (0, 1]; write 1, 7/8 or 0.75")

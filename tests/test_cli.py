@@ -147,6 +147,10 @@ def test_shipped_recipes_are_listed_shown_and_copied(tmp_path: Path):
     assert (tmp_path / "demo.yaml").read_text() == shipped["demo"].read_text()
 
 
+def test_an_output_that_is_a_file_is_called_one_of_no_directory(files: Files):
+    assert "text.jsonl exists and is no directory" in refused(*run_arguments(files, out=files["text"]))
+
+
 def test_an_unknown_recipe_names_the_known_ones():
     assert "Did you mean 'demo'" in refused("recipes", "show", "demos")
 

@@ -1,6 +1,7 @@
 """Shapes and spaces: values."""
 
 import json
+import math
 import random
 from fractions import Fraction
 
@@ -46,7 +47,31 @@ def test_a_depth_alone_is_full_width() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x1", "0x1", "12x0", "12x9/8", "12x1/0", "12xx1", "a", "1.4x1", "1.x1", ".5x1", "1.5.5", "nan", "1e1", "-2x1"],
+    [
+        "",
+        "x1",
+        "0x1",
+        "12x0",
+        "12x9/8",
+        "12x1/0",
+        "12xx1",
+        "a",
+        "1.4x1",
+        "1.x1",
+        ".5x1",
+        "1.5.5",
+        "nan",
+        "1e1",
+        "-2x1",
+        "1_0",
+        "\uff11x1",
+        "10x1_0/2_0",
+        "9" * 5000,
+        f"10.{'9' * 5000}",
+        f"10x1/{'9' * 5000}",
+        f"10x0.{'0' * 4299}1",
+        "10x1e-999999999",
+    ],
 )
 def test_what_is_no_shape_says_how_to_write_one(text: str) -> None:
     with pytest.raises(ShapeError, match="for example 24x7/8"):
@@ -87,6 +112,12 @@ def test_a_shape_outside_names_the_space() -> None:
     space = ShapeSpace((12, 8), (Fraction(1), Fraction(3, 4)))
     with pytest.raises(ShapeError, match=r"shape 10x1 is outside the space depths \{12, 8\} x widths \{1, 3/4\}"):
         space.require("10x1")
+
+
+@pytest.mark.parametrize("depth", [math.inf, math.nan, 1.25])
+def test_depths_in_numbers_are_whole_or_half_ones(depth: float) -> None:
+    with pytest.raises(ShapeError, match="whole or half layers"):
+        SubnetShape(depth, Fraction(1))
 
 
 def test_an_empty_space_is_refused() -> None:

@@ -107,17 +107,21 @@ def how_to_load(output: Path, portable: bool) -> list[str]:
 
 def _require_output(output: Path, elastic: Path, max_shard_size: str) -> None:
     if not is_vacant(output):
-        raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
+        what = "is not empty" if output.is_dir() else "is no directory"
+        raise ArtifactError(f"{output} exists and {what}; nothing is overwritten: name another directory")
     if elastic.resolve() in output.resolve().parents:
         raise ArtifactError(
             f"{output} is inside the elastic checkpoint {elastic}, and would be gone when that is written anew; name "
             "another directory"
         )
     require_writable(output, whole=True)
+    advice = f"max_shard_size '{max_shard_size}' is no size of a file; write 5GB or 500MB"
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ArtifactError(f"max_shard_size '{max_shard_size}' is no size of a file; write 5GB or 500MB") from error
+    except (ValueError, OverflowError) as error:
+        raise ArtifactError(advice) from error
+    if not float(max_shard_size.strip()[:-2]) > 0:  # the host takes it, and gives every tensor a file of its own
+        raise ArtifactError(advice)
 
 
 def _write_lora(

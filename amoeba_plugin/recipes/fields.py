@@ -72,21 +72,29 @@ def _problems(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def _problem(field: str, errors: Sequence[Mapping[str, Any]]) -> str:
     first = errors[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ") + _quoting(first)
     if first["type"] == "missing":
         return f"{field} must be given"
     if first["type"] == "extra_forbidden":
         return f"'{field}' is no field"
     if first["type"] == "value_error" or not field:
         return message if field in message else f"{field}: {message}"
-    wants = [
-        "input should be a mapping, {field: value}" if error["type"] in MAPPING_ERRORS else _small(error["msg"])
-        for error in errors
-    ]
+    wants = [_wanted(error) + _quoting(error) for error in errors]
     return f"{field}: {first['input']!r} is not possible ({', or '.join(wants)})"
 
 
-def _small(message: str) -> str:
+def _quoting(error: Mapping[str, Any]) -> str:
+    """Return what to do where YAML made something else of what may be meant as a word."""
+    given = error["input"]
+    if isinstance(given, bool):
+        return "; YAML reads yes, no, on and off as true and false: quote a word"
+    return "; quote it" if error["type"] == "string_type" and isinstance(given, int | float) else ""
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    message: str = error["msg"]
+    if error["type"] in MAPPING_ERRORS:
+        return "input should be a mapping, {field: value}"
     return message[:1].lower() + message[1:]
 
 
@@ -96,8 +104,9 @@ def _require_known_fields(kind: type[Any], fields: Mapping[str, Any], where: str
     known = {name: info for name, info in kind.model_fields.items() if name != "group" and not name.endswith("_")}
     for name, value in fields.items():
         if name not in known:
+            read = "" if isinstance(name, str) else ", as YAML reads it,"
             raise RecipeError(
-                f"{where}: '{name}' is no field.{did_you_mean(name, known)} "
+                f"{where}: '{name}'{read} is no field.{did_you_mean(str(name), known)} "
                 f"Fields: {', '.join(_own_first(kind, known))}"
             )
         choices = get_args(known[name].annotation) or (known[name].annotation,)  # the parts of a union

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from amoeba_plugin.errors import ArtifactError, RecipeError, did_you_mean
@@ -25,9 +26,11 @@ def find_recipe(name: str) -> Path:
         RecipeError: If there is neither.
     """
     path = Path(name)
-    if path.is_file():
-        return path
-    return require_shipped(name)
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no file can have
+        raise RecipeError(f"no recipe '{name}': {error.strerror}") from error
+    return path if there else require_shipped(name)
 
 
 def require_shipped(name: str) -> Path:
@@ -63,11 +66,18 @@ def read_recipe(recipe: str | Path) -> tuple[str, str]:
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"{path}: a recipe is a YAML or JSON file ({', '.join(SUFFIXES)})")
     try:
-        return str(path), path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            json.loads(text)  # as llm-compressor does
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise RecipeError(
+            f"the recipe {path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"the recipe {path} is no JSON ({error}); name it .yaml if it is YAML") from error
+    return str(path), text
 
 
 def copy_recipe(name: str, path: Path) -> Path:

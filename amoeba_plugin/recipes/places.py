@@ -23,10 +23,8 @@ def require_new_directory(directory: Path, replaceable: str | None = None) -> No
     if is_vacant(directory) or (replaceable is not None and _is_result(directory / replaceable)):
         require_writable(directory, whole=replaceable is None)
         return
-    raise ArtifactError(
-        f"{directory} exists and holds something else, and nothing is overwritten; "
-        "name another --output-dir, or empty this one"
-    )
+    what, advice = ("holds something else", ", or empty this one") if directory.is_dir() else ("is no directory", "")
+    raise ArtifactError(f"{directory} exists and {what}, and nothing is overwritten; name another --output-dir{advice}")
 
 
 def require_apart(field: str, directory: Path, output_dir: Path) -> None:

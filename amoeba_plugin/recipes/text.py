@@ -13,7 +13,10 @@ from typing import Any
 import yaml
 
 from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.recipes.scalars import require_plain, value_of
 
+MERGE = "tag:yaml.org,2002:merge"  # <<: the fields of an anchor
+MOST_VALUES = 100_000
 STAGE_SUFFIX, GROUP_SUFFIX = "_stage", "_modifiers"
 SKELETON = "some_stage: {some_modifiers: {SomeModifier: {field: value}}}"
 
@@ -32,29 +35,55 @@ class Entry:
 def _parse(text: str, source: str) -> yaml.MappingNode:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _require_readable(node, source, {})
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is no YAML: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"{source} nests hundreds of brackets or indents; a recipe reads {SKELETON}") from None
     if node is None:
         raise RecipeError(f"{source} is empty; a recipe reads {SKELETON}")
-    _require_distinct_keys(node, source, set())
     return _mapping(node, f"{source} as a whole", "a stage")
 
 
-def _require_distinct_keys(node: yaml.Node, source: str, visited: set[int]) -> None:
-    if id(node) in visited:  # an anchor used twice, or one that holds itself
-        return
-    visited.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _require_distinct_keys(child, source, visited)
-    if not isinstance(node, yaml.MappingNode):
-        return
+def _require_readable(node: yaml.Node, source: str, sizes: dict[int, int]) -> int:
+    """Refuse keys that are no words or given twice, scalars that mean something else than they look, endless anchors.
+
+    Args:
+        node: A part of the recipe.
+        source: Where it is from, for messages.
+        sizes: Of the parts that have been looked at, by identity; this one is added.
+
+    Returns:
+        How many values the part has where anchors are written out.
+    """
+    if id(node) in sizes:  # an anchor used twice, or one that holds itself
+        return sizes[id(node)]
+    sizes[id(node)] = 1
+    if isinstance(node, yaml.ScalarNode):
+        require_plain(node, source)
+        return 1
+    if isinstance(node, yaml.MappingNode):
+        _require_distinct_keys(node, source)
+    children = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
+    size = sizes[id(node)] = 1 + sum(_require_readable(child, source, sizes) for child in children)
+    if size > MOST_VALUES:
+        raise RecipeError(
+            f"{source}, line {node.start_mark.line + 1} holds more than {MOST_VALUES} values where its anchors are "
+            "written out; no recipe needs so many"
+        )
+    return size
+
+
+def _require_distinct_keys(node: yaml.MappingNode, source: str) -> None:
     seen: dict[Any, yaml.ScalarNode] = {}
-    for key, value in node.value:
+    for key, _ in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(f"{source}, line {line}: a key must be a plain word")
-        for meaning in (key.value, *_constructed(key)):  # 10.5 and 10.50 are two texts and one key
+        require_plain(key, source)
+        meanings = [key.value] if key.tag == MERGE else [key.value, value_of(key, source)]
+        for meaning in meanings:  # 10.5 and 10.50 are two texts and one key
             before = seen.setdefault(meaning, key)
             if before is not key:
                 same = "" if before.value == key.value else f", as '{before.value}'"
@@ -63,18 +92,6 @@ def _require_distinct_keys(node: yaml.Node, source: str, visited: set[int]) -> N
                     f"{same}, and only the last one would count; remove one, or put the second modifier of a kind into "
                     "another group"
                 )
-        _require_distinct_keys(value, source, visited)
-
-
-def _constructed(key: yaml.ScalarNode) -> list[Any]:
-    """Return what a key is read as, or nothing where it cannot be read: that is refused with the value."""
-    loader = yaml.SafeLoader("")
-    try:
-        return [loader.construct_object(key)]
-    except (yaml.YAMLError, ValueError):
-        return []
-    finally:
-        loader.dispose()
 
 
 def _mapping(node: yaml.Node, what: str, of: str) -> yaml.MappingNode:
@@ -121,23 +138,12 @@ def _entries(text: str, source: str) -> Iterator[Entry]:
             modifiers = _children(_mapping(group_node, f"{source}: {stage.value}.{group.value}", "a modifier"))
             _require_content(modifiers, group, "modifier", source)
             for name, fields_node in modifiers:
-                fields = _value(_mapping(fields_node, f"{source}: {name.value}", "a field"))
+                fields = value_of(_mapping(fields_node, f"{source}: {name.value}", "a field"), source)
                 yield Entry(stage.value, group.value, name.value, fields, name.start_mark.line + 1)
 
 
 def _children(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     return list(node.value)
-
-
-def _value(node: yaml.MappingNode) -> dict[str, Any]:
-    loader = yaml.SafeLoader("")
-    try:
-        value: dict[str, Any] = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"line {node.start_mark.line + 1} holds what is not plain data: {error}") from error
-    finally:
-        loader.dispose()
-    return value
 
 
 def _require_suffix(key: yaml.ScalarNode, suffix: str, kind: str, source: str) -> None:

@@ -130,6 +130,10 @@ def test_a_truncated_file_is_refused(elastic: ElasticModel, tmp_path: Path, dama
         ("base/config.json/subnet", "5GB", "config.json/subnet cannot be written"),
         ("subnet", "big", "max_shard_size 'big' is no size of a file"),
         ("subnet", "0", "max_shard_size '0' is no size of a file"),
+        ("subnet", "0GB", "max_shard_size '0GB' is no size of a file"),
+        ("subnet", "-5GB", "max_shard_size '-5GB' is no size of a file"),
+        ("subnet", "infGB", "max_shard_size 'infGB' is no size of a file"),
+        ("elastic/elastic.json", "5GB", "elastic.json exists and is no directory; nothing is overwritten"),
     ],
 )
 @pytest.mark.usefixtures("elastic")
