@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amoeba_plugin.data.batch import IGNORED, SEQUENCE_COLUMNS, Batch, target_counts
+from amoeba_plugin.data.tokens import TOKEN_COLUMNS, require_numbers, require_tokens
 from amoeba_plugin.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -17,26 +18,31 @@ logger = logging.getLogger(__name__)
 LESS_DATA = "less calibration data (--num-calibration-samples, --max-seq-length)"
 
 
-def materialise(loader: Iterable[Mapping[str, Any]] | None, device: torch.device | str | None = None) -> list[Batch]:
+def materialise(
+    loader: Iterable[Mapping[str, Any]] | None,
+    device: torch.device | str | None = None,
+    vocab_size: int | None = None,
+) -> list[Batch]:
     """Draw all batches of a loader once, so that everything that follows sees the same data.
 
     Args:
         loader: Yields mappings with ``input_ids`` (batch, positions); columns that are not numbers are left out.
         device: Where to put the tensors; default: where they are.
+        vocab_size: Tokens of the model that the data is for; default: unknown, and not checked.
 
     Returns:
         Batches with ``input_ids``, ``attention_mask`` (default: ones), ``labels`` (default: ``input_ids``, -100 on
         padding), and whatever other numeric columns there are.
 
     Raises:
-        DataError: If there is no data, no ``input_ids``, columns that do not align with them, or nothing to predict
-            because every sequence is too short.
+        DataError: If there is no data, no ``input_ids``, or columns that do not align with them; if tokens are no whole
+            numbers, or not the model's; or if there is nothing to predict because every sequence is too short.
     """
     if loader is None:
         raise DataError(
             "there is no calibration data: selection measures the model on text; pass dataset=... (--dataset)"
         )
-    batches = [_complete(batch, number, device) for number, batch in enumerate(loader)]
+    batches = [_complete(batch, number, device, vocab_size) for number, batch in enumerate(loader)]
     if not batches:
         raise DataError("the calibration data is empty; pass a data set with rows, and num_calibration_samples above 0")
     if not any(int(target_counts(batch).sum()) for batch in batches):
@@ -61,9 +67,14 @@ def _tell_single_tokens(batches: Sequence[Batch]) -> None:
         )
 
 
-def _complete(given: Mapping[str, Any], number: int, device: torch.device | str | None) -> Batch:
+def _complete(
+    given: Mapping[str, Any], number: int, device: torch.device | str | None, vocab_size: int | None
+) -> Batch:
+    where = f"calibration batch {number}"
     batch = {
-        name: tensor.detach().to(device) for name, value in given.items() if (tensor := _as_tensor(value)) is not None
+        name: tensor.detach().to(device)
+        for name, value in given.items()
+        if (tensor := _as_tensor(value, name, where, vocab_size)) is not None
     }
     if "input_ids" not in batch:
         raise DataError(
@@ -89,10 +100,14 @@ def _complete(given: Mapping[str, Any], number: int, device: torch.device | str 
     return batch
 
 
-def _as_tensor(value: Any) -> Tensor | None:
+def _as_tensor(value: Any, name: str, where: str, vocab_size: int | None) -> Tensor | None:
+    if name in TOKEN_COLUMNS:
+        return require_tokens(value, name, where, vocab_size)
     try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
+        return require_numbers(value, name, where)
+    except DataError:
+        if name in SEQUENCE_COLUMNS:
+            raise
         return None
 
 

@@ -8,14 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from amoeba_plugin.data.batch import IGNORED
+from amoeba_plugin.data.tokens import TOKEN_COLUMNS, require_numbers, require_tokens
 from amoeba_plugin.errors import DataError
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
     """Stack rows of token ids, padding the shorter ones on the right.
+
+    Attributes:
+        pad_token_id: Nothing attends to it.
+        vocab_size: Tokens of the model; None: unknown, and not checked.
 
     >>> collate = PaddingCollator(pad_token_id=0)
     >>> batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
@@ -24,12 +30,17 @@ class PaddingCollator:
     """
 
     pad_token_id: int = 0
+    vocab_size: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> PaddingCollator:
-        """Return one that pads with a model's own padding token; with 0 where it has none: nothing attends to it."""
-        pad = getattr(config, "pad_token_id", None)
-        return cls(pad if isinstance(pad, int) and pad >= 0 else 0)
+        """Return one for a model, which pads with its own padding token."""
+        return cls.padding_with(getattr(config, "pad_token_id", None), config.vocab_size)
+
+    @classmethod
+    def padding_with(cls, pad_token_id: Any, vocab_size: int) -> PaddingCollator:
+        """Return one that pads with a token if the model has it; with 0 else: nothing attends to it."""
+        return cls(pad_token_id if isinstance(pad_token_id, int) and 0 <= pad_token_id < vocab_size else 0, vocab_size)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return tensors (rows, longest row) int64; an ``attention_mask`` is added where lengths differ.
@@ -38,8 +49,9 @@ class PaddingCollator:
         token of padding, at position 0, is then a document of its own, which no other token sees.
 
         Raises:
-            DataError: If a row has no tokens, other columns than the first one, a column of another length than its
-                tokens, or both packed documents and an ``attention_mask``.
+            DataError: If a row has no tokens, tokens that are no whole numbers or not the model's, other columns than
+                the first one, a column of another length than its tokens, or both packed documents and an
+                ``attention_mask``.
         """
         bare = next((row for row in rows if "input_ids" not in row), None)
         if bare is not None:
@@ -54,9 +66,17 @@ class PaddingCollator:
         for row in rows:
             _require_aligned(row, rows[0])
         fill = {"labels": IGNORED, "input_ids": self.pad_token_id}
+        longest = max(lengths)
+        columns = {name: [self._tensor(row[name], name, at) for at, row in enumerate(rows)] for name in rows[0]}
         return {
-            name: torch.stack([_pad(row[name], max(lengths), fill.get(name, 0)) for row in rows]) for name in rows[0]
+            name: torch.stack([_pad(each, longest, fill.get(name, 0)) for each in column])
+            for name, column in columns.items()
         }
+
+    def _tensor(self, values: Any, name: str, at: int) -> Tensor:
+        if name in TOKEN_COLUMNS:
+            return require_tokens(values, name, f"row {at} of a batch", self.vocab_size)
+        return require_numbers(values, name, f"row {at} of a batch")
 
 
 def require_targets(dataset: object) -> None:
@@ -65,16 +85,17 @@ def require_targets(dataset: object) -> None:
     What cannot be told from the rows passes: a stream, or rows whose labels the collator makes.
 
     Raises:
-        DataError: If the data set is empty, or no row has a label after its first token, which nothing predicts.
+        DataError: If the data set is empty, or no row has a label after its first token, which nothing predicts; or if
+            labels are no tokens.
     """
     if not isinstance(dataset, Sized) or not isinstance(dataset, Iterable):
         return
     if len(dataset) == 0:
         raise DataError("the training data set is empty; give at least one row of tokens")
-    for row in dataset:
+    for number, row in enumerate(dataset):
         if not isinstance(row, Mapping) or "labels" not in row:
             return
-        if bool((torch.as_tensor(row["labels"])[..., 1:] != IGNORED).any()):
+        if bool((require_tokens(row["labels"], "labels", f"training row {number}")[..., 1:] != IGNORED).any()):
             return
     raise DataError(
         f"none of the {len(dataset)} training rows has a target token: all labels are {IGNORED}; "
@@ -106,6 +127,5 @@ def _length(values: Any) -> int | None:
         return None
 
 
-def _pad(values: Any, length: int, fill: int) -> Tensor:
-    tensor = torch.as_tensor(values)
-    return torch.nn.functional.pad(tensor, (0, length - len(tensor)), value=fill)
+def _pad(values: Tensor, length: int, fill: int) -> Tensor:
+    return functional.pad(values, (0, length - len(values)), value=fill)

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from amoeba_plugin.data.batch import IGNORED, Batch
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.data.collator import PaddingCollator
-from amoeba_plugin.data.text import collated, read_rows
+from amoeba_plugin.data.rows import collated
+from amoeba_plugin.data.text import read_rows
 from amoeba_plugin.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def load_questions(
     *,
     split: str,
     num_questions: int,
+    vocab_size: int,
     seed: int,
     columns: QuestionColumns | None = None,
     letters: bool = True,
@@ -78,6 +80,7 @@ def load_questions(
         tokenizer: Of the model that is asked.
         split: Split of the questions.
         num_questions: How many; fewer where there are no more.
+        vocab_size: Tokens of the model.
         seed: Same seed, same questions.
         columns: Names of the columns.
         letters: List the choices with letters and ask for the letter (MMLU); else ask for the text of the choice.
@@ -114,8 +117,9 @@ def load_questions(
             labels = [IGNORED] * (len(ids) - target) + ids[len(ids) - target :]
             answer = int(choice == question.answer)
             rows.append({"input_ids": ids, "labels": labels, "question": number, "is_answer": answer})
-    collate = PaddingCollator(tokenizer.pad_token_id or 0)
-    return materialise(collated(rows[start : start + batch_size], collate) for start in range(0, len(rows), batch_size))
+    collate = PaddingCollator.padding_with(tokenizer.pad_token_id, vocab_size)
+    batches = (collated(rows[start : start + batch_size], collate) for start in range(0, len(rows), batch_size))
+    return materialise(batches, vocab_size=vocab_size)
 
 
 def _examples_for(question: Question, examples: Sequence[Question], shots: int, rng: random.Random) -> list[Question]:
@@ -154,6 +158,8 @@ def _questions(dataset: str, split: str, columns: QuestionColumns) -> list[Quest
 
 def _question(row: Mapping[str, Any], columns: QuestionColumns, where: str) -> Question:
     given = row[columns.choices]
+    if given is None or row[columns.question] is None:
+        raise DataError(f"{where} has no question, or no choices; leave such rows out of the data set")
     texts = given["text"] if isinstance(given, Mapping) else given
     labels = given.get("label") if isinstance(given, Mapping) else None
     choices = tuple(str(text) for text in texts)

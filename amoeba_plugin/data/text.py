@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from amoeba_plugin.data.batch import IGNORED, SEQUENCE_COLUMNS, Batch
+from amoeba_plugin.data.batch import IGNORED, Batch
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.data.collator import PaddingCollator
+from amoeba_plugin.data.rows import collated, tell_empty, tokenised_rows
 from amoeba_plugin.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ def load_batches(
     num_samples: int,
     max_seq_length: int,
     batch_size: int,
+    vocab_size: int,
     text_column: str | None = None,
     seed: int,
 ) -> list[Batch]:
@@ -41,7 +41,8 @@ def load_batches(
 
     Raw text is tokenised, joined, and cut into blocks of ``max_seq_length`` tokens, each starting with BOS where the
     tokenizer has one. Rows that have ``input_ids`` already are used as they are, those too long cut at the end;
-    multiple-choice rows (column ``question``) are never cut, and drawn by whole questions.
+    multiple-choice rows (column ``question``) are never cut, and drawn by whole questions. Empty texts and rows are
+    skipped, and the log says how many.
 
     Args:
         dataset: Directory written by ``save_to_disk``, a .json, .jsonl, .txt, .csv or .parquet file, or a hub id.
@@ -50,6 +51,7 @@ def load_batches(
         num_samples: Rows or blocks drawn at random; fewer where there are no more.
         max_seq_length: Tokens.
         batch_size: Rows per batch; shorter ones are padded on the right.
+        vocab_size: Tokens of the model, which rows have to be of.
         text_column: Where the text is; default: ``text``, or the only column of strings.
         seed: Same seed, same rows.
 
@@ -57,7 +59,8 @@ def load_batches(
         What :func:`materialise` returns.
 
     Raises:
-        DataError: If the data set cannot be read, is empty or too short, or lacks the column.
+        DataError: If the data set cannot be read, is empty or too short, or lacks the column; if a row drawn has
+            what is no token of the model.
     """
     rows, column = read_text(dataset, split, text_column)
     if min(num_samples, batch_size) < 1 or max_seq_length < 2:
@@ -67,15 +70,16 @@ def load_batches(
         )
     rng = random.Random(seed)
     if column is None:
-        chosen = _tokenised_rows(rows, num_samples, max_seq_length, rng)
+        chosen = tokenised_rows(
+            rows, num_samples, max_seq_length, rng, f"data set {dataset}, split {split}", vocab_size
+        )
     else:
         chosen = _text_blocks(rows, column, dataset, tokenizer, num_samples, max_seq_length, rng)
     if len(chosen) < num_samples:
         logger.warning("data set %s gives %d samples where %d were asked for", dataset, len(chosen), num_samples)
-    collate = PaddingCollator(tokenizer.pad_token_id or 0)
-    return materialise(
-        collated(chosen[start : start + batch_size], collate) for start in range(0, len(chosen), batch_size)
-    )
+    collate = PaddingCollator.padding_with(tokenizer.pad_token_id, vocab_size)
+    batches = (collated(chosen[start : start + batch_size], collate) for start in range(0, len(chosen), batch_size))
+    return materialise(batches, vocab_size=vocab_size)
 
 
 def read_text(dataset: str, split: str, text_column: str | None) -> tuple[Any, str | None]:
@@ -169,28 +173,6 @@ def _text_column(rows: Any, dataset: str, wanted: str | None) -> str:
     return found
 
 
-def _tokenised_rows(rows: Any, num_samples: int, length: int, rng: random.Random) -> list[dict[str, Any]]:
-    if "question" in rows.column_names:
-        groups: dict[int, list[int]] = {}
-        for index, question in enumerate(rows["question"]):
-            groups.setdefault(int(question), []).append(index)
-        shuffled = rng.sample(list(groups.values()), len(groups))
-        indices: list[int] = []
-        for group in shuffled:
-            if indices and len(indices) + len(group) > num_samples:
-                break
-            indices.extend(group)
-    else:
-        indices = rng.sample(range(len(rows)), min(num_samples, len(rows)))
-        length_of = {name: length for name in SEQUENCE_COLUMNS}
-        return [{name: _cut(value, length_of.get(name)) for name, value in rows[index].items()} for index in indices]
-    return [rows[index] for index in indices]
-
-
-def _cut(value: Any, length: int | None) -> Any:
-    return value if length is None else value[:length]
-
-
 def _text_blocks(
     rows: Any, column: str, dataset: str, tokenizer: Any, num_samples: int, length: int, rng: random.Random
 ) -> list[dict[str, Any]]:
@@ -198,18 +180,23 @@ def _text_blocks(
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     size = length - len(bos)
     tokens: list[int] = []
+    read = empty = 0
     # Texts follow one another from a random one on, so that lines of one document stay together.
     first = rng.randrange(len(rows))
     for start in range(0, len(rows), ROWS_AT_ONCE):
         indices = [(first + index) % len(rows) for index in range(start, min(start + ROWS_AT_ONCE, len(rows)))]
         texts = [text for text in rows[indices][column] if text]
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
+        found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        whole = [ids for ids in found if ids]
+        read, empty = read + len(indices), empty + len(indices) - len(whole)
+        for ids in whole:
             tokens += [*ids, *eos]
         if len(tokens) >= POOL * num_samples * size:
             break
     blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
     if not tokens:
         raise DataError(f"data set {dataset} has no text in column {column}; give one that has")
+    tell_empty(f"data set {dataset}", empty, read)
     if not blocks:
         raise DataError(
             f"data set {dataset} is too short: {len(tokens)} tokens, and one sample takes {size}; "
@@ -217,11 +204,3 @@ def _text_blocks(
         )
     chosen = rng.sample(blocks, min(num_samples, len(blocks)))
     return [{"input_ids": bos + block, "labels": [IGNORED] * len(bos) + block} for block in chosen]
-
-
-def collated(rows: Sequence[Mapping[str, Any]], collate: PaddingCollator) -> Batch:
-    """Return rows of tokens as one batch, with their numeric columns."""
-    sequences = [name for name in SEQUENCE_COLUMNS if name in rows[0]]
-    batch = collate([{name: row[name] for name in sequences} for row in rows])
-    scalars = [name for name, value in rows[0].items() if isinstance(value, int | float)]
-    return batch | {name: torch.tensor([row[name] for row in rows]) for name in scalars}

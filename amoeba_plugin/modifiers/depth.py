@@ -8,7 +8,7 @@ from typing import Any
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import require_disjoint
@@ -17,6 +17,7 @@ from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
+from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.selection.depth.layer_importance import keeping
 from amoeba_plugin.selection.depth.steps import Granularity
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
@@ -78,13 +79,14 @@ class QuestionOptions(BaseModel):
             )
         return self
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Batch]:
-        """Return the batches of one split."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, split: str, vocab_size: int) -> list[Batch]:
+        """Return the batches of one split, of the tokens of a model."""
         return load_questions(
             self.dataset,
             tokenizer,
             split=split,
             num_questions=self.num_questions,
+            vocab_size=vocab_size,
             seed=self.seed,
             columns=QuestionColumns(self.question_column, self.choices_column, self.answer_column, self.subject_column),
             letters=self.letters,
@@ -187,7 +189,7 @@ class DepthShrinkingModifier(Modifier):
         selection = selection_for(state)
         if self.kept_layers is None:
             with on_main_device(state.model), selection.timed("depth search"):
-                batches, reported = self._data(selection, str(state.model.config.name_or_path))
+                batches, reported = self._data(selection, state.model.config)
                 selector = depth_selector_named(self.selector)
                 selection.depth = selector.select(
                     DepthTask(
@@ -209,15 +211,15 @@ class DepthShrinkingModifier(Modifier):
             selection.depth = DepthStrategy.given(self.kept_layers, layers)
         return True
 
-    def _data(self, selection: Selection, model_name: str) -> tuple[list[Batch], list[Batch]]:
+    def _data(self, selection: Selection, config: PretrainedConfig) -> tuple[list[Batch], list[Batch]]:
         """Return the batches to select on and those to report on."""
         if self.questions is None:
             return selection.batches, []
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-        batches = self.questions.load(tokenizer, self.questions.split)
+        tokenizer = load_tokenizer(str(config.name_or_path))
+        batches = self.questions.load(tokenizer, self.questions.split, config.vocab_size)
         if self.questions.report_split is None:
             return batches, []
-        reported = self.questions.load(tokenizer, self.questions.report_split)
+        reported = self.questions.load(tokenizer, self.questions.report_split, config.vocab_size)
         require_disjoint(batches, reported)
         return batches, reported
 

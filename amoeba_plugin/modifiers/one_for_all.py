@@ -15,7 +15,7 @@ from llmcompressor.modifiers import Modifier
 from peft import LoraConfig, PeftModel
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.text import load_batches
@@ -28,6 +28,7 @@ from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptions, require_effect, require_schedule
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
+from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.runtime.scratch import scratch_directory
 from amoeba_plugin.smol import SmolConfig
@@ -253,19 +254,33 @@ class OneForAllDistillationModifier(Modifier):
             require_same_training(directory, model | settings)
         yield directory
 
+    def read_dataset(self, model: str, vocab_size: int) -> list[Batch]:
+        """Return the sequences of ``dataset``, one to a batch.
+
+        Args:
+            model: Path or hub id of the model, for its tokenizer.
+            vocab_size: Its tokens.
+
+        Raises:
+            DataError: If the data set cannot be read, or has none of the model's tokens.
+        """
+        assert self.dataset is not None
+        return load_batches(
+            self.dataset,
+            load_tokenizer(model),
+            split=self.dataset_split,
+            num_samples=self.num_samples,
+            max_seq_length=self.max_seq_length,
+            batch_size=1,
+            vocab_size=vocab_size,
+            text_column=self.text_column,
+            seed=self.seed,
+        )
+
     def _rows(self, elastic: ElasticModel, calibration: list[Batch]) -> list[dict[str, Tensor]]:
         batches = calibration
         if self.dataset is not None:
-            batches = load_batches(
-                self.dataset,
-                AutoTokenizer.from_pretrained(elastic.config.name_or_path),
-                split=self.dataset_split,
-                num_samples=self.num_samples,
-                max_seq_length=self.max_seq_length,
-                batch_size=1,
-                text_column=self.text_column,
-                seed=self.seed,
-            )
+            batches = self.read_dataset(str(elastic.config.name_or_path), elastic.config.vocab_size)
         return [
             {name: batch[name][row] for name in ROW_COLUMNS}
             for batch in batches

@@ -96,7 +96,7 @@ def selection_for(state: State) -> Selection:
         _require_extraction(state)
         keep_generation_defaults(model)
         adapter = architecture_for(model.config.model_type)
-        batches = materialise(state.data.calib)
+        batches = materialise(state.data.calib, vocab_size=model.config.vocab_size)
         fingerprint = model_fingerprint(model, adapter)
         _SELECTIONS[model] = Selection(weakref.ref(state), adapter, fingerprint, batches, _owned_by_session(model))
     return _SELECTIONS[model]

@@ -36,11 +36,21 @@ class RunOptions:
     dtype: str = "auto"
 
 
-def calibration_batches(plan: RecipePlan, model: str, dataset: str | None, options: RunOptions) -> list[Batch] | None:
+def calibration_batches(
+    plan: RecipePlan, model: str, vocab_size: int, dataset: str | None, options: RunOptions
+) -> list[Batch] | None:
     """Tokenise calibration data and check that the recipe's objective can be measured on it.
 
+    Args:
+        plan: Of the recipe.
+        model: Path or hub id.
+        vocab_size: Tokens of the model.
+        dataset: Path or hub id of the data, if any.
+        options: How it is drawn.
+
     Raises:
-        DataError: If the recipe needs data and there is none, or it lacks what the objective needs.
+        DataError: If the recipe needs data and there is none, it is not of the model's tokens, or it lacks what the
+            objective needs.
     """
     if dataset is None:
         if plan.needs_data:
@@ -48,7 +58,7 @@ def calibration_batches(plan: RecipePlan, model: str, dataset: str | None, optio
                 f"{plan.source} measures the model on text, and there is no calibration data; give --dataset"
             )
         return None
-    _require_own_data(plan)
+    _require_own_data(plan, model, vocab_size)
     batches = load_batches(
         dataset,
         load_tokenizer(model),
@@ -57,6 +67,7 @@ def calibration_batches(plan: RecipePlan, model: str, dataset: str | None, optio
         num_samples=options.num_samples,
         max_seq_length=options.max_seq_length,
         batch_size=options.batch_size,
+        vocab_size=vocab_size,
         seed=options.seed,
     )
     depth = plan.depth
@@ -65,10 +76,12 @@ def calibration_batches(plan: RecipePlan, model: str, dataset: str | None, optio
     return batches
 
 
-def _require_own_data(plan: RecipePlan) -> None:
+def _require_own_data(plan: RecipePlan, model: str, vocab_size: int) -> None:
     """Open what modifiers read after selection has taken its hours."""
     depth, training = plan.depth, plan.training
     if depth is not None and depth.questions is not None:
         require_file(depth.questions.dataset)  # read first thing
     if training is not None and training.dataset is not None and training.max_steps:
-        read_text(training.dataset, training.dataset_split, training.text_column)
+        _, text_column = read_text(training.dataset, training.dataset_split, training.text_column)
+        if text_column is None:  # text will be of the tokens that the model's own tokenizer has
+            training.read_dataset(model, vocab_size)

@@ -98,7 +98,8 @@ def run_recipe(
         plan.require_runnable(output_dir)  # another run may have ended meanwhile
         model_plan = plan.against(load_config(model))
         require_weights(model, model_plan.config)
-        batches = calibration_batches(plan, model, dataset, options)
+        vocab_size = model_plan.config.get_text_config().vocab_size
+        batches = calibration_batches(plan, model, vocab_size, dataset, options)
         for note in notes(plan, model_plan):
             logger.warning(note)
         with whole_or_nothing(output_dir) as partial:

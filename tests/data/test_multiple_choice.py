@@ -23,6 +23,8 @@ from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy
 COLOURS = ["red", "green", "blue", "none"]
 MMLU = [{"question": f"question {i} ?", "choices": COLOURS, "answer": i % 4, "subject": f"s{i % 3}"} for i in range(12)]
 
+MODEL = {"vocab_size": 5000}  # more than the tokenizer knows
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -56,7 +58,9 @@ def read(batches: list[dict[str, Any]]) -> list[tuple[str, str, int, int]]:
 @pytest.mark.parametrize("letters", [True, False])
 def test_every_choice_follows_its_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, letters: bool) -> None:
     path = write(tmp_path, MMLU)
-    batches = load_questions(path, tokenizer, split="test", num_questions=12, seed=0, letters=letters, batch_size=5)
+    batches = load_questions(
+        path, tokenizer, **MODEL, split="test", num_questions=12, seed=0, letters=letters, batch_size=5
+    )
     MultipleChoiceAccuracy().check(batches)
     found, by_text = read(batches), {row["question"]: row for row in MMLU}
     assert len(found) == 48
@@ -84,7 +88,7 @@ def test_answers_are_read_in_whatever_form(
 ) -> None:
     path = write(tmp_path, [{"stem": "q", "endings": choices, "key": answer}])
     columns = QuestionColumns("stem", "endings", "key")
-    batches = load_questions(path, tokenizer, split="test", num_questions=1, seed=0, columns=columns)
+    batches = load_questions(path, tokenizer, **MODEL, split="test", num_questions=1, seed=0, columns=columns)
     assert [flag for *_, flag in read(batches)] == [int(at == right) for at in range(2)]
 
 
@@ -104,18 +108,18 @@ def test_shots_are_answered_and_of_the_subject(tmp_path: Path, tokenizer: PreTra
     DatasetDict({"test": Dataset.from_list(MMLU), "dev": Dataset.from_list(dev)}).save_to_disk(tmp_path / "mmlu")
     path, by_text = str(tmp_path / "mmlu"), {row["question"]: row for row in (*MMLU, *dev)}
     options = {"split": "test", "num_questions": 3, "seed": 0, "shots": 2, "shots_split": "dev"}
-    for prompt, *_ in read(load_questions(path, tokenizer, **options)):
+    for prompt, *_ in read(load_questions(path, tokenizer, **MODEL, **options)):
         *shots, asked = (part.split("\n") for part in prompt.split("\n\n"))
         assert len(shots) == 2
         for shot in shots:
             assert shot[-1] == f"Answer: {'ABCD'[by_text[shot[0]]['answer']]}"
             assert by_text[shot[0]]["subject"] == by_text[asked[0]]["subject"]
-    short = load_questions(path, tokenizer, max_seq_length=120, **options)
+    short = load_questions(path, tokenizer, **MODEL, max_seq_length=120, **options)
     assert {prompt.count("shot") for prompt, *_ in read(short)} == {1}  # what is too long loses shots first
     with pytest.raises(DataError, match="more than the 20 of max_seq_length"):
-        load_questions(path, tokenizer, max_seq_length=20, **options)
+        load_questions(path, tokenizer, **MODEL, max_seq_length=20, **options)
     with pytest.raises(DataError, match="2 shots need a split of their own, that of the questions is 'test'"):
-        load_questions(path, tokenizer, **options | {"shots_split": "test"})
+        load_questions(path, tokenizer, **MODEL, **options | {"shots_split": "test"})
 
 
 @pytest.mark.parametrize(
@@ -131,12 +135,14 @@ def test_rows_that_are_no_questions_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        load_questions(write(tmp_path, [row]), tokenizer, split="test", num_questions=1, seed=0)
+        load_questions(write(tmp_path, [row]), tokenizer, **MODEL, split="test", num_questions=1, seed=0)
 
 
 def test_rows_that_were_selected_on_are_not_reported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     def load(name: str, rows: list[dict[str, Any]]) -> Any:
-        return load_questions(write(tmp_path, rows, name), tokenizer, split="test", num_questions=len(rows), seed=0)
+        return load_questions(
+            write(tmp_path, rows, name), tokenizer, **MODEL, split="test", num_questions=len(rows), seed=0
+        )
 
     selection = load("selection", MMLU[:6])
     require_disjoint(selection, load("rest", MMLU[6:]))

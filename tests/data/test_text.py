@@ -37,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 TEXTS = [" ".join(f"w{10 * row + word}" for word in range(10)) for row in range(20)]
 # the whole text as tokens, each row followed by EOS
 STREAM = [token for row in range(20) for token in (*range(10 * row + 3, 10 * row + 13), 2)]
-OPTIONS = {"split": "train", "num_samples": 5, "max_seq_length": 8, "batch_size": 2, "seed": 0}
+OPTIONS = {"split": "train", "num_samples": 5, "max_seq_length": 8, "batch_size": 2, "vocab_size": 210, "seed": 0}
 
 
 def write(path: Path, kind: str) -> str:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amoeba_plugin.data.tokens import TOKEN_COLUMNS, require_tokens
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, TrainingError
 from amoeba_plugin.models.adapter import text_model
@@ -114,7 +115,7 @@ class SubnetStep:
         """Return where a micro-batch, labels included, has losses.
 
         Raises:
-            DataError: If it has no tokens or no labels, or they do not align.
+            DataError: If it has no tokens or no labels, they do not align, or one is not of the model's.
         """
         labels = inputs.get("labels")
         if labels is None or "input_ids" not in inputs:
@@ -127,6 +128,8 @@ class SubnetStep:
                 f"a training batch has input_ids {tuple(inputs['input_ids'].shape)} and labels {tuple(labels.shape)}; "
                 "give one label per token, -100 where nothing is to be predicted"
             )
+        for name in TOKEN_COLUMNS:
+            require_tokens(inputs[name], name, "a training batch", self.elastic.config.vocab_size)
         mask, places = inputs.get("attention_mask"), inputs.get("position_ids")
         return target_positions(labels, mask, self.options.distill_all_tokens, places)
 
