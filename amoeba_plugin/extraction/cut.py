@@ -28,8 +28,9 @@ from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.linear import PackedElasticLinear
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.subnet_config import build
-from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction.audit import require_sizes
+from amoeba_plugin.models.finite import is_finite
 from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.models.slices import active_parameters, take
@@ -58,6 +59,7 @@ def extract(elastic: ElasticModel, shape: SubnetShape | str, portable: bool = Fa
     Raises:
         ShapeError: If the space does not hold the shape.
         ArchitectureError: If no class can hold it, or a tensor did not get the size that was asked for.
+        ArtifactError: If a weight of it is NaN or infinite.
     """
     shape = elastic.space.require(shape)
     sizes = elastic.plan.sizes(shape)
@@ -177,10 +179,11 @@ def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedM
 
 def _fill_layers(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
     pairs = list(zip(elastic.adapter.layers(subnet), elastic.adapter.layers(elastic.model), strict=True))
+    indices = elastic.kept_layers()
     for position, (target, source) in enumerate(tqdm(pairs, desc="extraction", unit="layer", leave=False)):
         with elastic.loaded(source):
             for path, module in _parameterised(target):
-                _fill(module, source.get_submodule(path), f"layer {position}, {path}")
+                _fill(module, source.get_submodule(path), f"layer {indices[position]}, {path}")
 
 
 def _fill_rest(subnet: PreTrainedModel, elastic: ElasticModel) -> None:
@@ -264,6 +267,11 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
         tensor = tensors.get(name)
         if tensor is None and name == "bias":  # the carrier has one switch for several biases: a zero changes nothing
             tensor = torch.zeros(expected.shape, dtype=weight.dtype, device=weight.device)
+        if tensor is not None and not is_finite(tensor):
+            raise ArtifactError(
+                f"{where}.{name} is NaN or infinite somewhere, in the base model or by its adapter; copy the base "
+                "model anew, repeat the training, or extract in a dtype that holds its numbers"
+            )
         if tensor is None or tensor.shape != expected.shape:
             raise ArchitectureError(
                 f"{where}.{name}: asked for {tuple(expected.shape)}, got "

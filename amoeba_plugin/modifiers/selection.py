@@ -27,6 +27,7 @@ from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthS
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
+from amoeba_plugin.models.finite import require_finite_weights
 from amoeba_plugin.models.packed_linear import is_packed
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers.own_stage import require_own_modules
@@ -81,6 +82,7 @@ def selection_for(state: State) -> Selection:
     Raises:
         ArchitectureError: If the model is quantized in a form that cannot be used here, or its architecture is not
             supported.
+        ArtifactError: If one of its weights is NaN or infinite.
         RecipeError: If ``oneshot`` would fail on the packed weights that the recipe leaves it.
         DataError: If there is no calibration data.
     """
@@ -94,6 +96,7 @@ def selection_for(state: State) -> Selection:
         require_usable(model)
         require_own_modules(model)
         _require_extraction(state)
+        require_finite_weights(model)
         keep_generation_defaults(model)
         adapter = architecture_for(model.config.model_type)
         batches = materialise(state.data.calib, vocab_size=model.config.vocab_size)

@@ -156,8 +156,8 @@ class _Watch:
             stats = ActivationStats.of(tokens)
             if not bool(torch.isfinite(stats.sum_squared_deviation).all()):
                 raise DataError(
-                    f"activations of {key} are NaN or infinite on calibration batch {self.number}; load the model in "
-                    "bfloat16 or float32 instead of float16, and look at that batch"
+                    f"activations of {key} are NaN or infinite on calibration batch {self.number}; check the "
+                    "weights, load them in bfloat16 or float32 instead of float16, and look at that batch"
                 )
             self.seen[key] = self.seen[key].merge(stats) if key in self.seen else stats
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch, model_inputs
 from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.finite import not_finite
 from amoeba_plugin.runtime.module_calls import evaluating, input_device
 
 
@@ -51,7 +52,11 @@ def layer_flow(model: PreTrainedModel, adapter: ArchitectureAdapter, batch: Batc
 
 
 def where_not_finite(model: PreTrainedModel, adapter: ArchitectureAdapter, batches: Sequence[Batch]) -> str:
-    """Say, for an error message, on which batch and behind which layer states first are NaN or infinite; else ""."""
+    """Say, for an error message, which weight is NaN or infinite, or on which batch and behind which layer states first
+    are; else ""."""
+    weight = not_finite(model)
+    if weight is not None:
+        return f" ({weight} is NaN or infinite somewhere)"
     with evaluating(model):
         for number, batch in enumerate(batches):
             present = batch["attention_mask"].bool()

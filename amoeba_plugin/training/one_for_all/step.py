@@ -21,6 +21,7 @@ from amoeba_plugin.data.tokens import TOKEN_COLUMNS, require_tokens
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, TrainingError
 from amoeba_plugin.models.adapter import text_model
+from amoeba_plugin.models.finite import not_finite
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol.router_weights import RouterWeights
 from amoeba_plugin.training.one_for_all.chunked_head import chunked_head, has_plain_head
@@ -288,9 +289,13 @@ class SubnetStep:
             value = f"balancing ratio of subnet {shapes[index]} is {scales[index].item()} at a loss of {losses[index]}"
         if bool(finite.all()):
             value = "loss of a subnet is not finite in another process"
+        advice = "Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
+        weight = not_finite(self._model)
+        if weight is not None:
+            advice = f"Its weight {weight} is NaN or infinite somewhere: copy the model anew"
         raise TrainingError(
             f"the {value} at step {batch.step}; no parameter was changed by this step, and the checkpoints written "
-            "before are good. Lower the learning rate, clip gradients (max_grad_norm), or do not train in fp16"
+            f"before are good. {advice}"
         )
 
 
