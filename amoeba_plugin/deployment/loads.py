@@ -12,11 +12,11 @@ from amoeba_plugin.deployment.targets import candidate, require_loadable, requir
 from amoeba_plugin.elastic.layer_sizes import LOST_SOMEWHERE, LayerSizes
 from amoeba_plugin.elastic.record import ELASTIC_NAME, read_record
 from amoeba_plugin.elastic.strategy import SubnetStrategy
-from amoeba_plugin.elastic.subnet_config import config_for
+from amoeba_plugin.elastic.subnet_config import config_for, why_not_cut_again
 from amoeba_plugin.elastic.subnet_plan import SubnetPlan
 from amoeba_plugin.errors import RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
-from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.runtime.model_files import load_config
 from amoeba_plugin.selection.width.allocation import kept_units
 from amoeba_plugin.shape import SubnetShape
@@ -70,7 +70,7 @@ def require_loads(
     _require_effect(strategy, portable, round_to)
     require_target(target)
     parsed, whole = SubnetShape.parse(shape), load_config(model)
-    adapter = architecture_for(whole.model_type)
+    adapter = architecture_of(whole)
     told = []
     if strategy is None:
         subnet = config_for(adapter, whole, uniform_sizes(adapter, whole, parsed, round_to))
@@ -82,6 +82,9 @@ def require_loads(
         plan.require_fit(str(strategy))
         sizes = plan.sizes(plan.space.require(parsed))
         subnet = plan.configured(sizes.padded if portable else sizes)
+    final = why_not_cut_again(subnet)
+    if final is not None:
+        told.append(f"it cannot be cut again, {final}")
     subject = candidate(subnet, adapter, target, scheme, devices)
     found = require_loadable(subject, target)
     warnings = [f"{each.where}: {each.rule.says} [{each.rule.source}]" for each in found]

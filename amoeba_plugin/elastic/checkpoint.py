@@ -13,12 +13,13 @@ The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -38,13 +39,15 @@ from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.runtime.dtypes import saved_dtype, store_in, stored_dtype
 from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing
 from amoeba_plugin.runtime.fsdp import whole_state_dict
-from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
+from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults, require_generation_defaults
 from amoeba_plugin.runtime.model_files import copy_tokenizer, why_not
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.runtime.streaming import StreamedWeights, streamed_model
 from amoeba_plugin.runtime.whole_weights import require_weights
 from amoeba_plugin.shape import ShapeSpace, parse_width
 from amoeba_plugin.smol import SmolConfig
+
+logger = logging.getLogger(__name__)
 
 
 def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
@@ -171,6 +174,7 @@ def load_elastic(
     reference = base if base is not None and not record.trained_base else record.base_of(directory)
     adapter = directory / ADAPTER_DIRECTORY
     weights: StreamedWeights | None = None
+    require_generation_defaults(reference)
     require_weights(reference)
     record.tell_other_base(reference)
     try:
@@ -198,6 +202,11 @@ def load_elastic(
         raise ArtifactError(f"the adapter in {adapter} is damaged or of another model ({error})") from error
     _require_whole_adapter(peft_model, adapter)
     config = peft_model.peft_config["default"]
+    if not isinstance(config, SmolConfig | LoraConfig):
+        raise ArtifactError(
+            f"the adapter in {adapter} is of PEFT's method {config.peft_type}, which does not follow a subnet's sizes; "
+            "an elastic checkpoint holds SMOL or LoRA: put back the one that was saved with it"
+        )
     if isinstance(config, SmolConfig) and not set(elastic.space) <= set(config.space):
         raise ArtifactError(
             f"the adapter in {adapter} was trained for {config.space}, but the strategy in {directory} has "
@@ -213,7 +222,7 @@ def load_elastic(
 
 
 def _require_whole_adapter(peft_model: PeftModel, adapter: Path) -> None:
-    """Refuse what PEFT completes by random numbers, or loads as it is."""
+    """Refuse what PEFT completes by random numbers, or loads as it is; log what it passes over."""
     stored = load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     missing = sorted(name for name, tensor in expected.items() if tensor.is_floating_point() and name not in stored)
@@ -225,6 +234,12 @@ def _require_whole_adapter(peft_model: PeftModel, adapter: Path) -> None:
     broken = next((name for name, tensor in stored.items() if not bool(tensor.isfinite().all())), None)
     if broken is not None:
         raise ArtifactError(f"the adapter in {adapter} is not finite, for example {broken}; repeat the training")
+    unknown = sorted(stored.keys() - expected.keys() - peft_model.state_dict().keys())
+    if unknown:
+        logger.warning(
+            "%d tensors of the adapter in %s have names that the model does not know, and are left out: %s, ...",
+            len(unknown), adapter, ", ".join(unknown[:2]),
+        )  # fmt: skip
 
 
 def _holds_base_weights(adapter: Path) -> bool:

@@ -27,7 +27,7 @@ from amoeba_plugin.errors import AmoebaError, ArchitectureError
 from amoeba_plugin.models.adapter import copy_config, group_key, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.kept import Kept
-from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.fsdp import gathered
 from amoeba_plugin.runtime.module_calls import is_offloaded
@@ -70,7 +70,7 @@ class ElasticModel:
         self.model = model
         self.strategy = strategy
         self._weights = weights
-        self.adapter = architecture_for(model.config.model_type)
+        self.adapter = architecture_of(model.config)
         strategy.require_model(
             model, self.adapter, nullcontext if weights is None else partial(weights.loaded, copy=False)
         )

@@ -12,6 +12,7 @@ from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
+from amoeba_plugin.models.registry import is_supported
 from amoeba_plugin.runtime import compat
 
 PER_LAYER_FILE = "modeling_per_layer.py"  # beside a checkpoint whose layers differ in size
@@ -86,6 +87,14 @@ def _require_per_layer_config() -> None:
 def is_per_layer(config: PretrainedConfig) -> bool:
     """Return whether a configuration gives layers sizes of their own, so that its class is remote code."""
     return bool(getattr(config, "is_heterogeneous", False))
+
+
+def why_not_cut_again(config: PretrainedConfig) -> str | None:
+    """Say why a subnet of a configuration cannot be made elastic and cut itself, or ``None`` where it can."""
+    reason = "its layers differ" if is_per_layer(config) else None
+    if not is_supported(config.model_type):
+        reason = f"{config.model_type}, the class that holds it, is no architecture that can be cut"
+    return None if reason is None else f"{reason}: cut other shapes from the elastic checkpoint"
 
 
 def per_layer_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -259,6 +259,9 @@ def _fill(target: nn.Module, source: nn.Module, where: str) -> None:
         tensors = {"weight": weight, "bias": bias}
     else:
         tensors = {name: parameter.clone() for name, parameter in active_parameters(source).items()}
+        if delta is not None:  # on embeddings
+            whole = source.get_parameter("weight")
+            tensors["weight"] = (whole.float() + delta.float()).to(whole.dtype)
     for name, expected in target._parameters.items():
         if expected is None:
             if tensors.get(name) is not None:
@@ -285,5 +288,17 @@ def _adapter_delta(layer: BaseTunerLayer) -> Tensor | None:
     if layer.merged or layer.disable_adapters:
         return None
     # Every LoRA-like layer of PEFT has it, though the base class does not name it.
-    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]  # type: ignore[attr-defined]
+    delta_of = getattr(layer, "get_delta_weight", None)
+    if delta_of is None:
+        raise ArchitectureError(
+            f"the adapter has a {type(layer).__name__}, whose change of a weight cannot be added to it; extract with "
+            "SMOL or LoRA, or merge the adapter into the base model before it is made elastic"
+        )
+    for name in layer.active_adapters:
+        if getattr(layer, "use_dora", {}).get(name) or getattr(layer, "lora_bias", {}).get(name):
+            raise ArchitectureError(
+                f"the adapter '{name}' is a LoRA with use_dora or lora_bias, which is more than a sum of weights; take "
+                "one without, or merge it into the base model before it is made elastic"
+            )
+    deltas = [delta_of(name) for name in layer.active_adapters]
     return torch.stack(deltas).sum(0) if deltas else None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from amoeba_plugin._version import __version__
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy
-from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
+from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE, why_not_cut_again
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import SubnetShape
 
@@ -55,6 +55,9 @@ def model_card(
     held_out = accuracy.get("by depth", {}).get(str(shape.depth))
     if held_out is not None:
         facts["held out"] = f"accuracy {held_out:.1%} on the split '{accuracy['split']}', full width, before training"
+    final = why_not_cut_again(subnet.config)
+    if final is not None:
+        facts["cut again"] = f"no, {final}"
     lost = elastic.lost(shape)
     if lost:
         gone = ", ".join(f"{layer}.{part}" for layer, part in lost.items())

@@ -29,7 +29,7 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.finite import require_finite_weights
 from amoeba_plugin.models.packed_linear import is_packed
-from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.modifiers.own_stage import require_own_modules
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.runtime.module_calls import input_device, is_offloaded
@@ -98,7 +98,7 @@ def selection_for(state: State) -> Selection:
         _require_extraction(state)
         require_finite_weights(model)
         keep_generation_defaults(model)
-        adapter = architecture_for(model.config.model_type)
+        adapter = architecture_of(model.config)
         batches = materialise(state.data.calib, vocab_size=model.config.vocab_size)
         fingerprint = model_fingerprint(model, adapter)
         _SELECTIONS[model] = Selection(weakref.ref(state), adapter, fingerprint, batches, _owned_by_session(model))

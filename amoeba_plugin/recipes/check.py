@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from amoeba_plugin.recipes.estimate import estimated, stage_costs
 from amoeba_plugin.recipes.notes import notes
 from amoeba_plugin.recipes.read import plan_recipe
+from amoeba_plugin.runtime.generation_defaults import require_generation_defaults
 from amoeba_plugin.runtime.model_files import load_config
 
 
@@ -46,6 +47,7 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
 
         config = load_config(model)
         model_plan = plan.against(config)
+        require_generation_defaults(model)
         if has_weights(model):  # else it is a configuration alone, or on the hub
             require_weights(model, config)
         costs = estimated(stage_costs(plan, config, samples, length), config)

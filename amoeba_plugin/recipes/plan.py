@@ -21,7 +21,7 @@ from amoeba_plugin.elastic.subnet_config import config_for, weightless
 from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.expert_linears import take_apart
-from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.modifiers import (
     DepthShrinkingModifier,
     OneForAllDistillationModifier,
@@ -189,7 +189,7 @@ class RecipePlan:
             ShapeError: If the shape to extract is outside the space.
         """
         require_full_precision(config)
-        adapter = architecture_for(config.model_type) if self.structural else known_architecture(config)
+        adapter = architecture_of(config) if self.structural else known_architecture(config)
         subnet = config if adapter is None or not self.structural else self._subnet_config(config, adapter)
         own_stage = False
         if self.structural:

@@ -22,6 +22,7 @@ from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run_record import other_inputs, run_record, write_run_record
 from amoeba_plugin.runtime.dtypes import computing_dtype, dtype_of, saved_dtype, store_in
 from amoeba_plugin.runtime.files import whole_or_nothing
+from amoeba_plugin.runtime.generation_defaults import require_generation_defaults
 from amoeba_plugin.runtime.model_files import load_config
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.whole_weights import require_weights
@@ -97,6 +98,7 @@ def run_recipe(
     with owning(*written):
         plan.require_runnable(output_dir)  # another run may have ended meanwhile
         model_plan = plan.against(load_config(model))
+        require_generation_defaults(model)
         require_weights(model, model_plan.config)
         vocab_size = model_plan.config.get_text_config().vocab_size
         batches = calibration_batches(plan, model, vocab_size, dataset, options)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from amoeba_plugin.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
 
 
 class GivenGenerationConfig(GenerationConfig):
@@ -17,6 +24,29 @@ class GivenGenerationConfig(GenerationConfig):
     def validate(self, strict: bool = False, **options: Any) -> None:  # type: ignore[override]  # options are the host's matter
         """Refuse what cannot be meant; of what has no effect, only log it."""
         super().validate(strict=False, **options)
+
+
+def require_generation_defaults(model: str) -> None:
+    """Look at a model's file of defaults: log that it is no JSON, of which transformers says nothing.
+
+    Args:
+        model: Path or hub id; on the hub nothing is looked at.
+
+    Raises:
+        ArtifactError: If the model cannot be loaded with it.
+    """
+    path = Path(model) / GENERATION_CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(model)
+    except OSError:
+        logger.warning(
+            "%s is no JSON and is passed over: generation goes by the defaults of transformers and config.json",
+            path,
+        )
+    except Exception as error:  # of what is no mapping, or has other kinds of values, it raises anything
+        raise ArtifactError(f"{path} is damaged ({error}); put the file back that came with the model") from error
 
 
 def keep_generation_defaults(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from amoeba_plugin.runtime.full_disk import full_disk_named
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+LONGEST_REASON = 200  # characters; the library lists all that a tokenizer can be made of
 ADVICE = "Give a directory that save_pretrained wrote, or a hub id"
 # What people point at instead: a file that tells it, what the directory is, what to give.
 MISTAKEN = {
@@ -33,6 +36,11 @@ def load_config(model: str) -> PretrainedConfig:
     for name, instead in MISTAKEN.items():
         if (path / name).is_file() and not (path / "config.json").is_file():
             raise ArchitectureError(f"the model '{model}' {instead}")
+    if (path / "adapter_config.json").is_file():
+        raise ArchitectureError(
+            f"the model '{model}' has a PEFT adapter beside it (adapter_config.json), which transformers would put on "
+            "it; merge it into the weights, or move its two files to a directory of their own"
+        )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -49,16 +57,15 @@ def why_not(model: str, error: Exception) -> str:
 
 
 def copy_tokenizer(reference: str, directory: Path) -> None:
-    """Write a model's tokenizer, if it has one, beside a checkpoint.
+    """Write a model's tokenizer beside a checkpoint; where it has none that can be loaded, log that none is written.
 
     Raises:
         ArtifactError: If the disk is full.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reference)
-    except (OSError, ValueError):  # a base without a tokenizer is legal; its subnet then has none either
+        tokenizer = load_tokenizer(reference)
+    except DataError as error:  # a base without a tokenizer is legal; its subnet then has none either
+        logger.warning("no tokenizer is written beside the checkpoint: %s", error)
         return
     with full_disk_named(directory, "the tokenizer was not written. Free space or name another directory"):
         tokenizer.save_pretrained(directory)
@@ -74,9 +81,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of damaged files the library raises anything
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise DataError(
-            f"the model '{model}' has no tokenizer that transformers can load ({' '.join(str(error).split())}); put "
-            "the tokenizer's files beside its weights"
+            f"the model '{model}' has no tokenizer that transformers can load ({type(error).__name__}: {reason}); put "
+            "the tokenizer's files beside its weights, whole"
         ) from error
     return tokenizer

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
 from amoeba_plugin.models.kept import Kept, read_kept, write_kept
@@ -19,6 +19,17 @@ FORMAT_VERSION = 1
 COMBINATIONS = ("factors", "outputs")
 BIASES = ("none", "all", "smol_only", "lora_only")
 NONLINEARITIES = ("none", "relu", "gelu", "silu", "tanh")
+
+
+LORA_FIELDS = frozenset(LoraConfig.__dataclass_fields__)
+# What to do without some of them; the others are left out.
+INSTEAD = {
+    "ensure_weight_tying": "leave embed_tokens and lm_head out of target_modules and modules_to_save, so that they "
+    "stay tied, or untie the model first (tie_word_embeddings: false)",
+    "target_parameters": "name linear layers in target_modules",
+    "trainable_token_indices": "train the embeddings as a whole by modules_to_save, in an untied model",
+    "use_dora": "a subnet does not have the whole weight that DoRA scales: leave it out",
+}
 
 
 @dataclass
@@ -110,6 +121,13 @@ class SmolConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter."})
     init_lora_weights: InitVar[bool | str | None] = None
     fan_in_fan_out: InitVar[bool | None] = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> SmolConfig:
+        """Refuse what LoRA has and SMOL lacks, with what to do, before the dataclass does without."""
+        lacking = sorted((fields.keys() & LORA_FIELDS) - cls.__dataclass_fields__.keys())
+        if lacking:
+            raise ConfigError(f"SMOL has no {lacking[0]}, which LoRA has; {INSTEAD.get(lacking[0], 'leave it out')}")
+        return super().__new__(cls)
 
     def __post_init__(self, init_lora_weights: bool | str | None, fan_in_fan_out: bool | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

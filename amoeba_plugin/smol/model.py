@@ -160,6 +160,17 @@ class SmolModel(BaseTuner):
             )
         write_lora(directory, self.lora_factors(shape, name), self._config(name), self.model)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what LoRA can.
+
+        Raises:
+            AdapterError: Always: routers cannot be added up.
+        """
+        raise AdapterError(
+            "SMOL adapters cannot be added up, for each has a router of its own; write each at one shape as a LoRA "
+            "(to_lora), load these on the base model and use add_weighted_adapter there"
+        )
+
     def _adapter(self, name: str | None) -> str:
         if name is None:
             name = next(iter(self.active_adapters), None)

@@ -117,3 +117,21 @@ def test_biases_that_peft_would_lose_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="does not save them; take PEFT 0.21, or bias='none'"):
         SmolConfig(bias="smol_only")
     assert SmolConfig(bias="none").bias == "none"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"ensure_weight_tying": True},
+            "SMOL has no ensure_weight_tying, which LoRA has; leave embed_tokens and lm_head",
+        ),
+        ({"use_dora": True}, "SMOL has no use_dora"),
+        ({"layer_replication": [(0, 2)]}, "SMOL has no layer_replication, which LoRA has; leave it out"),
+    ],
+)
+def test_what_lora_has_and_smol_lacks_is_refused_with_what_to_do(fields: dict, words: str):
+    with pytest.raises(ConfigError, match=words):
+        SmolConfig(**fields)
+    with pytest.raises(TypeError):
+        SmolConfig(no_such_field=1)

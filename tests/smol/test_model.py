@@ -278,3 +278,8 @@ def test_status_is_regular(smol_model: Callable[..., PeftModel]) -> None:
     assert status.num_adapter_layers == 28 + 1  # the router counts as one
     model.merge_adapter()
     assert model.get_model_status().merged_adapters == ["default"]
+
+
+def test_adapters_are_not_added_up(smol_model: Callable[..., PeftModel]) -> None:
+    with pytest.raises(AdapterError, match="write each at one shape as a LoRA"):
+        smol_model().add_weighted_adapter(["default"], [1.0], "sum")
