@@ -458,6 +458,10 @@ SHIPPED_MODELS = {
     "demo": ("llama", {"layers": 12, "hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 8}),
     "llama2-7b": ("llama", {"layers": 32, "hidden_size": 128, "head_dim": 128, "num_key_value_heads": 8}),
     "qwen3": ("qwen3", {"layers": 28, "head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 8}),
+    "small-llama": (
+        "llama",
+        {"layers": 30, "hidden_size": 72, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
 }
 
 
@@ -480,7 +484,10 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
     queries = config.num_attention_heads // config.num_key_value_heads
     kept, whole = (  # rows of a KV group's queries, key and value, columns of its output; a neuron's of three matrices
         groups * config.head_dim * (2 * queries + 2) + 3 * neurons
-        for groups, neurons in ((config.num_key_value_heads, config.intermediate_size), (8, 1024))
+        for groups, neurons in (
+            (config.num_key_value_heads, config.intermediate_size),
+            (sizes["num_key_value_heads"], 1024),
+        )
     )
     assert config.num_hidden_layers == int(depth)
     assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
