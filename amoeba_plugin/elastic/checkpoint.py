@@ -192,6 +192,10 @@ def load_elastic(
     elastic = ElasticModel(model.eval(), strategy, weights)
     if not adapter.is_dir():
         return elastic, None
+    return elastic, _load_adapter(elastic, model, adapter)
+
+
+def _load_adapter(elastic: ElasticModel, model: PreTrainedModel, adapter: Path) -> PeftModel:
     if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would take pickled ones, or ask a hub
         raise ArtifactError(f"{adapter} lacks {SAFETENSORS_WEIGHTS_NAME}; copy the elastic checkpoint anew")
     try:
@@ -209,16 +213,16 @@ def load_elastic(
         )
     if isinstance(config, SmolConfig) and not set(elastic.space) <= set(config.space):
         raise ArtifactError(
-            f"the adapter in {adapter} was trained for {config.space}, but the strategy in {directory} has "
+            f"the adapter in {adapter} was trained for {config.space}, but the strategy in {adapter.parent} has "
             f"{elastic.space}; put back the one that was saved with it"
         )
     if isinstance(config, SmolConfig) and config.kept_layers not in (None, elastic.strategy.depth.table):
         raise ArtifactError(
-            f"the adapter in {adapter} was trained with other layers kept than the strategy in {directory} keeps; put "
+            f"the adapter in {adapter} was trained with other layers kept than the strategy beside it keeps; put "
             "back the one that was saved with it"
         )
     _follow(elastic, peft_model)
-    return elastic, peft_model
+    return peft_model
 
 
 def _require_whole_adapter(peft_model: PeftModel, adapter: Path) -> None:

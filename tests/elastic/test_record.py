@@ -183,7 +183,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "true": (("width", "units", "1/2", "0.mlp"), True, "valid integer"),
     "missing": (("width", "units", "1/2"), {"0.mlp": 3}, "width 1/2 says nothing of"),
     "no width 1": (("width", "units"), {}, "there is no width 1"),
-    "a width of too many digits": (("width", "units", "1e-999999999"), {}, "share of channels"),
+    "a width of too many digits": (("width", "units", "1e-999999999"), {}, "is no number"),
     "no depths": (("depth", "kept"), {}, "at least 1 item"),
     "a depth of other layers": (("depth", "kept", "3"), [0, 1], "depth 3 keeps layers"),
     "layers there are not": (("depth", "kept", "2"), [0, 9], "depth 2 keeps layers"),

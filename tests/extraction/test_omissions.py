@@ -21,6 +21,7 @@ from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.runtime.model_files import load_config
 from amoeba_plugin.testing.architectures import attach_random_smol
+from support.checkpoints import record_anew
 from support.models import logits, logits_at, make_tiny_model, random_elastic, require_close, save_base
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -80,6 +81,7 @@ def test_tensors_of_an_adapter_that_no_module_has_are_told(saved: Path, caplog: 
     path = saved / "elastic/adapter/adapter_model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"base_model.model.model.layers.9.mlp.up_proj.smol_A": torch.ones(2)}, path)
+    record_anew(saved / "elastic")
     load_elastic(saved / "elastic")
     (line,) = told(caplog, "adapter")
     assert line.startswith("1 tensors of the adapter in ")
@@ -89,6 +91,7 @@ def test_tensors_of_an_adapter_that_no_module_has_are_told(saved: Path, caplog: 
 def test_an_adapter_of_a_method_that_follows_no_shape_is_refused(saved: Path, tiny_model: TinyModel):
     config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     get_peft_model(tiny_model("llama"), config).save_pretrained(saved / "elastic/adapter")
+    record_anew(saved / "elastic")
     with pytest.raises(ArtifactError, match="is of PEFT's method .*IA3, which does not follow"):
         load_elastic(saved / "elastic")
 

@@ -51,7 +51,7 @@ def run(
     path = output.parent / f"{output.name}.yaml"
     path.write_text(text)
     options = RunOptions(num_samples=8, max_seq_length=16, dtype=dtype)
-    return run_recipe(str(path), str(base), str(output.parent / f"data-{output.name}"), output, options)
+    return run_recipe(str(path), str(base), str(output.parent / f"data-{output.name}"), output, options).directory
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
