@@ -7,17 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.testing.architectures import attach_random_smol
+from support.bases import save_with_text
 from support.hostile import SHAPES, damaged, recipes
 from support.models import random_elastic, tiny_llama
 
@@ -27,21 +26,10 @@ FEW = settings(
 MANY = settings(FEW, max_examples=4000, derandomize=False)
 
 
-def save_model(directory: Path, layers: int) -> Path:
-    tiny_llama(num_hidden_layers=layers).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(61)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w1").save_pretrained(directory)
-    rows = torch.randint(3, 61, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    text = "".join(json.dumps({"text": " ".join(f"w{number}" for number in row)}) + "\n" for row in rows)
-    (directory / "text.jsonl").write_text(text)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two layers with a tokenizer and a text."""
-    return save_model(tmp_path_factory.mktemp("hostile") / "base", layers=2)
+    return save_with_text(tiny_llama(num_hidden_layers=2), tmp_path_factory.mktemp("hostile") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory: pytest.TempPathFactory, work: Path) -> Path:
     """An elastic checkpoint with an adapter, of a model of four layers."""
-    base = save_model(tmp_path_factory.mktemp("larger") / "base", layers=4)
+    base = save_with_text(tiny_llama(), tmp_path_factory.mktemp("larger") / "base")
     model = random_elastic(AutoModelForCausalLM.from_pretrained(base))
     save_elastic(model, attach_random_smol(model), work / "elastic", str(base))
     return work / "elastic"

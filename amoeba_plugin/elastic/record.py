@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from amoeba_plugin.elastic.strategy import JSON_NAME, TENSORS_NAME
+from amoeba_plugin.elastic.strategy_document import first_fault
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.runtime.whole_weights import weight_files
@@ -144,9 +145,7 @@ def read_record(directory: Path) -> ElasticRecord:
         if record.version == VERSION and record.files is None:
             raise ValueError("it names no files")
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path} is damaged ({where}: {first['msg']}); copy the checkpoint anew") from error
+        raise ArtifactError(f"{path} is damaged ({first_fault(error)}); copy the checkpoint anew") from error
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}); copy the checkpoint anew") from error
     record.require_whole(directory)

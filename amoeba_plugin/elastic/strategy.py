@@ -25,7 +25,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic.strategy_document import StrategyDocument, require_depths, require_tensors, require_units
+from amoeba_plugin.elastic.strategy_document import (
+    StrategyDocument,
+    first_fault,
+    require_depths,
+    require_tensors,
+    require_units,
+)
 from amoeba_plugin.errors import ArtifactError, RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.fingerprint import Loaded, model_fingerprint, same_model
@@ -212,9 +218,7 @@ class SubnetStrategy:
         try:
             document = StrategyDocument.model_validate_json(json.dumps(raw))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path} is damaged ({where}: {first['msg']}); repeat the selection") from error
+            raise ArtifactError(f"{path} is damaged ({first_fault(error)}); repeat the selection") from error
         tensors = _read_tensors(directory / TENSORS_NAME, document.tensors_sha256)
         try:
             return cls._from_document(document, tensors)

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
 
@@ -42,6 +42,12 @@ class StrategyDocument(_Document):
     depth: DepthDocument
     width: WidthDocument
     provenance: dict[str, Any]
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first thing that a document says wrong, with its place: "width.units: Input should be ..."."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def require_depths(kept: Mapping[float, tuple[int, ...]], lost: Mapping[float, Mapping[int, str]]) -> None:

@@ -18,8 +18,7 @@ from amoeba_plugin.errors import AdapterError, ArtifactError, ShapeError
 from amoeba_plugin.extraction import checkpoint as checkpoint_extraction
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.testing.architectures import attach_random_smol
-from support.checkpoints import record_anew
+from support.checkpoints import record_anew, save_random
 from support.models import logits_at, random_elastic, tiny_llama
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -28,11 +27,7 @@ TinyModel = Callable[..., PreTrainedModel]
 @pytest.fixture
 def elastic(tiny_model: TinyModel, tmp_path: Path) -> ElasticModel:
     """An elastic model with a random adapter, saved in ``tmp_path/elastic``, its base in ``tmp_path/base``."""
-    model = tiny_model("llama")
-    model.save_pretrained(tmp_path / "base")
-    elastic = random_elastic(model)
-    save_elastic(elastic, attach_random_smol(elastic), tmp_path / "elastic", str(tmp_path / "base"))
-    return elastic
+    return save_random(tiny_model("llama"), tmp_path)
 
 
 def test_a_loaded_checkpoint_computes_the_same_at_every_shape(elastic: ElasticModel, tmp_path: Path) -> None:

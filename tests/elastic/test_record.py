@@ -20,8 +20,8 @@ from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
-from amoeba_plugin.testing.architectures import attach_random_smol, random_strategy
-from support.checkpoints import record_anew
+from amoeba_plugin.testing.architectures import random_strategy
+from support.checkpoints import record_anew, save_random
 from support.models import random_elastic
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -32,10 +32,7 @@ OLDER = Path(__file__).parent / "before_rooms"
 @pytest.fixture
 def checkpoint(tiny_model: TinyModel, tmp_path: Path) -> Path:
     """An elastic checkpoint with a random adapter, its base beside it."""
-    model = tiny_model("llama")
-    model.save_pretrained(tmp_path / "base")
-    elastic = random_elastic(model)
-    save_elastic(elastic, attach_random_smol(elastic), tmp_path / "elastic", str(tmp_path / "base"))
+    save_random(tiny_model("llama"), tmp_path)
     return tmp_path / "elastic"
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
+from support.bases import save_with_text
 from support.killed_runs import start
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -39,15 +39,7 @@ LEFT = {"recipe.yaml", "scores", "checkpoints", "elastic", "out"}
 @pytest.fixture
 def base(tiny_model: TinyModel, tmp_path: Path) -> Path:
     """A model with a tokenizer and a text."""
-    base = tmp_path / "base"
-    tiny_model("llama").save_pretrained(base)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w1").save_pretrained(base)
-    rows = torch.randint(3, 97, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    text = "".join(json.dumps({"text": " ".join(f"w{number}" for number in row)}) + "\n" for row in rows)
-    (base / "text.jsonl").write_text(text)
-    return base
+    return save_with_text(tiny_model("llama"), tmp_path / "base")
 
 
 def workplace(directory: Path) -> Path:
@@ -85,8 +77,6 @@ def test_a_run_killed_between_two_files_ends_as_one_that_was_not(base: Path, tmp
 @pytest.mark.timeout(7200)
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(base: Path, tmp_path: Path) -> None:
     """Before every change of a file, and at 100 moments drawn at random."""
-    import time
-
     begun = time.perf_counter()
     changes = start(workplace(tmp_path / "whole"), base)
     seconds, expected, draw = time.perf_counter() - begun, results(tmp_path / "whole"), random.Random(0)
