@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amoeba_plugin.recipes.estimate import estimated, stage_costs
 from amoeba_plugin.recipes.notes import notes
 from amoeba_plugin.recipes.read import plan_recipe
-from amoeba_plugin.runtime.generation_defaults import require_generation_defaults
 from amoeba_plugin.runtime.model_files import load_config
 
 
@@ -43,6 +41,8 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
     plan, model_plan = plan_recipe(recipe), None
     costs: list[str] = []
     if model is not None:
+        from amoeba_plugin.recipes.estimate import estimated, stage_costs
+        from amoeba_plugin.runtime.generation_defaults import require_generation_defaults
         from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
 
         config = load_config(model)

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from safetensors import SafetensorError
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.full_disk import full_disk_named, is_full
+from amoeba_plugin.runtime.full_disk import is_full
 from amoeba_plugin.runtime.ownership import LOCK, PARTIAL, owning, workplace
 
 FILLING = ".amoeba.filling"  # in a directory that is being filled: whatever else is in it is not whole
@@ -96,11 +96,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all: a sibling is written, synced, and renamed over it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{BEING_WRITTEN}")
     try:
-        with full_disk_named(path.parent, f"{path.name} is as it was. Free space"), partial.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:  # a full disk does not say of which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

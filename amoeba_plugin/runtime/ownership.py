@@ -93,7 +93,7 @@ def _make_parents(parent: Path, directory: Path) -> list[Path]:
                 each.mkdir(exist_ok=True)
                 made.append(each)
     except OSError as error:
-        raise ArtifactError(f"{directory} cannot be written ({error}); name another directory") from error
+        raise _not_writable(directory, error) from error
     return made
 
 
@@ -107,7 +107,7 @@ def _acquired(path: Path, directory: Path) -> _Owned:
             f"{directory} is being written by {_holder(path)}; wait for it or stop it, or name another directory"
         ) from None
     except PermissionError as error:
-        raise ArtifactError(f"{directory} cannot be written ({error}); name another directory") from error
+        raise _not_writable(directory, error) from error
     except (NotImplementedError, OSError) as error:
         logger.warning("%s cannot be locked (%s): see to it that no other run writes there", directory, error)
         lock = None
@@ -117,6 +117,10 @@ def _acquired(path: Path, directory: Path) -> _Owned:
             path.write_text(json.dumps(holder), encoding="utf-8")
     _owned[path] = owned = _Owned(lock)
     return owned
+
+
+def _not_writable(directory: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{directory} cannot be written ({error.filename}: {error.strerror}); name another directory")
 
 
 def _release(path: Path) -> None:

@@ -216,8 +216,8 @@ def test_questions_of_one_split_select_and_those_of_another_are_reported(
     noted = elastic.strategy.provenance["accuracy"]
     assert noted["split"] == "test"
     batches = load_questions(
-        str(tmp_path / "questions"), AutoTokenizer.from_pretrained(base), split="test", num_questions=12, seed=42,
-        letters=False,
+        str(tmp_path / "questions"), AutoTokenizer.from_pretrained(base), vocab_size=97, split="test", num_questions=12,
+        seed=42, letters=False,
     )  # fmt: skip
     for depth_kept, accuracy in noted["by depth"].items():
         with elastic.active(f"{depth_kept}x1") as model:

@@ -19,6 +19,7 @@ from amoeba_plugin.elastic.linear import ElasticLinear
 from amoeba_plugin.errors import AdapterError, ArtifactError
 from amoeba_plugin.smol import SmolConfig, SmolLinear
 from amoeba_plugin.smol.config import COMBINATIONS
+from support.checkpoints import record_anew
 from support.models import random_elastic
 
 
@@ -107,6 +108,7 @@ def test_an_adapter_of_another_space_than_the_strategy(base_model: Callable[...,
     save_elastic(elastic, peft_model, tmp_path / "elastic", str(tmp_path / "base"))
     path = tmp_path / "elastic" / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"widths": ["1", "3/4", "1/3"]}))
+    record_anew(tmp_path / "elastic")
     with pytest.raises(ArtifactError, match=r"trained for .*\{1, 3/4, 1/3\}, but the strategy in .*\{1, 3/4, 1/2\}"):
         load_elastic(tmp_path / "elastic")
 

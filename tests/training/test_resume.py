@@ -37,7 +37,7 @@ from support.batches import make_rows
 from support.training import PAPER, add_smol, make_arguments, make_elastic, make_trainer, parameters_of
 
 TESTS = Path(__file__).parent.parent
-TRIALS = 20
+TRIALS = 8
 
 
 def test_a_killed_training_ends_bit_equal_to_one_that_was_not(tmp_path: Path) -> None:
