@@ -35,9 +35,9 @@ types: $(STAMP) ## types
 layers: $(STAMP) ## which module may import which
 	$(BIN)/lint-imports --no-cache
 
-# One thread per worker: two workers on two cores must not fight over them. A module's tests stay together, which share
-# what takes long to make.
-UNIT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not hub and not slow"
+# One thread per worker: two workers on two cores must not fight over them. Tests that share
+# what takes long to make stay on one worker: those of an xdist_group.
+UNIT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not hub and not slow"
 
 unit: $(STAMP) ## tests; PYTEST_ARGS="-k name" for some
 	$(UNIT) $(PYTEST_ARGS)

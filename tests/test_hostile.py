@@ -74,13 +74,13 @@ def check_recipe(text: str, base: Path, work: Path) -> bool:
     return accepted
 
 
-@FEW
+@settings(FEW, max_examples=80)
 @given(text=recipes())
 def test_recipes(text: str, base: Path, work: Path) -> None:
     check_recipe(text, base, work)
 
 
-@FEW
+@settings(FEW, max_examples=120)
 @given(shape=SHAPES)
 def test_shapes(shape: str, larger: str, elastic: Path) -> None:
     accepts("loads", "--model", larger, "--target", "transformers", "--strategy", elastic, "--", shape)

@@ -16,6 +16,7 @@ from amoeba_plugin.elastic.checkpoint import load_elastic
 from support.distributed_trials import MODES, SHAPE, STEPS
 
 TESTS = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker trains, and its results are looked at there
 
 
 @pytest.fixture(scope="module")
