@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.checkpoint import save_elastic
-from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.testing.architectures import attach_random_smol
 from support.bases import save_with_text
-from support.hostile import SHAPES, damaged, recipes
+from support.hostile import SHAPES, damaged, recipes, sound_recipes
 from support.models import random_elastic, tiny_llama
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # hosts warn of what they are given, and go on
 FEW = settings(
     max_examples=100, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
@@ -111,36 +111,31 @@ def damage_and_extract(data: st.DataObject, elastic: Path, work: Path) -> None:
         shutil.rmtree(copied)
 
 
-NUMBERS = {"max_steps": 3, "batch_size": 9, "gradient_accumulation_steps": 9, "num_random": 9}  # worth waiting for
 executed = dict.fromkeys((0, 2), 0)  # runs that a plan accepted, by exit code
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@settings(MANY, max_examples=600)
-@given(text=recipes())
+@settings(MANY, max_examples=1000)
+@given(text=sound_recipes())
 def test_what_is_accepted_runs(text: str, base: Path, work: Path) -> None:
     if sum(executed.values()) >= 200 or not check_recipe(text, base, work):
         return
-    plan = plan_recipe(work / "recipe.yaml")
-    if plan.training is not None and any(getattr(plan.training, name) > most for name, most in NUMBERS.items()):
-        return
-    options = ["--num-calibration-samples", "4", "--max-seq-length", "12", "--dataset", str(base / "text.jsonl")]
+    arguments = ["run", str(work / "recipe.yaml"), "--model", str(base), "-o", str(work / "out")]
+    data = ["--dataset", str(base / "text.jsonl"), "--num-calibration-samples", "4", "--max-seq-length", "12"]
     before = below(work)
-    result = CliRunner().invoke(
-        app, ["run", str(work / "recipe.yaml"), "--model", str(base), *options, "-o", str(work / "out")]
-    )
+    result = CliRunner().invoke(app, arguments + data)
     assert result.exit_code in (0, 2), (text, result.exception, result.output)
     executed[result.exit_code] += 1
-    for path in below(work) - before:
+    for path in sorted(below(work) - before, reverse=True):
         assert result.exit_code == 0 or path.name not in ("out", "elastic"), (text, result.output)
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.slow
 def test_most_of_what_was_accepted_ran() -> None:
     assert sum(executed.values()) >= 200
-    assert executed[0] >= 180, executed
+    assert executed[0] >= 190, executed
 
 
 @pytest.mark.slow

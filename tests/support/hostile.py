@@ -133,3 +133,55 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
         return json.dumps(document).encode(errors="surrogatepass")
     start, length = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
     return data[:start] + draw(st.binary(max_size=20)) + data[start + length :]
+
+
+def _fields(**chosen: list[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Any of some fields, each with one of its values."""
+    return st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in chosen.items()})
+
+
+ADAPTERS = st.one_of(
+    st.just("none"),
+    st.just({"type": "lora", "r": 2}),
+    _fields(combination=["outputs", "factors"], router_noise=[True, False], router_init=["random", "widths"],
+            lora_dropout=[0.1], router_load_balancing=[0.1]).map(lambda more: {"r": 2, "num_experts": 2} | more),
+)  # fmt: skip
+DEPTHS = _fields(
+    selector=["dynamic_program", "block_influence", "one_shot", "taylor", "magnitude", "angular_distance",
+              "last_layers"],
+    objective=["loss", "perplexity"], keep_last=[1], max_batches=[1, 2], granularity=["layer", "sublayer"],
+    exchanges=[1], beam=[2], kept_layers=[{"1": [0]}, {"1": [1]}, {"1.5": [0, "1.mlp"], "1": [0]}],
+)  # fmt: skip
+WIDTHS = _fields(
+    importance=["flap", "wanda", "magnitude", "taylor", "group_magnitude"],
+    allocation=["measured", "uniform", "global"],
+    round_to=[1, 2, {"attention": 1, "mlp": 8}], bias_compensation=[True], anchor_layers=[1, [0]],
+)  # fmt: skip
+TRAININGS = _fields(
+    max_steps=[0], num_random=[0, 1], sampled_shapes=["all", "independent", ["1x1/2"]], loss=["kl", "reverse_kl"],
+    loss_balancing=[False], kd_weight=[0, 0.5], distill_all_tokens=[True], gradient_checkpointing=[True],
+    train_largest=[False], temperature=[2.0], distill_steps=[1], batch_size=[3],
+)  # fmt: skip
+
+
+@st.composite
+def sound_recipes(draw: st.DrawFn) -> str:
+    """A recipe of fields that each are right; whether they go together is for the plan to say."""
+    document = copy.deepcopy(GOOD)
+    select = document["select_stage"]["a_modifiers"]
+    select["DepthShrinkingModifier"] |= draw(DEPTHS)
+    select["WidthShrinkingModifier"] |= draw(WIDTHS)
+    training = document["finetune_stage"]["b_modifiers"]["OneForAllDistillationModifier"]
+    training |= {"adapter": draw(ADAPTERS)} | draw(TRAININGS)
+    shape = draw(st.sampled_from(["1x1/2", "1x3/4", "1x1", "2x1/2", "2x1", "1.5x1/2"]))
+    document["extract_stage"]["c_modifiers"]["SubnetExtractionModifier"] = {"shape": shape} | draw(
+        _fields(portable=[True])
+    )
+    scheme = draw(st.sampled_from(["W8A8", "FP8_DYNAMIC", None]))
+    if scheme is None:
+        del document["quantize_stage"]
+    else:
+        document["quantize_stage"]["d_modifiers"]["QuantizationModifier"]["scheme"] = scheme
+    if draw(st.integers(0, 9)) == 0:
+        del document["finetune_stage"]
+    return yaml.safe_dump(document, sort_keys=False)
