@@ -54,7 +54,7 @@ class ElasticRecord(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    format: Literal["amoeba_plugin.ElasticCheckpoint"] = "amoeba_plugin.ElasticCheckpoint"
+    format: str = FORMAT
     version: int = VERSION
     base_model: str
     base_model_from_here: str | None = None
@@ -142,12 +142,10 @@ def read_record(directory: Path) -> ElasticRecord:
     document = _document(path)
     try:
         record = ElasticRecord.model_validate_json(json.dumps(document))
-        if record.version == VERSION and record.files is None:
-            raise ValueError("it names no files")
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged ({first_fault(error)}); copy the checkpoint anew") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged ({error}); copy the checkpoint anew") from error
+    if record.version == VERSION and record.files is None:
+        raise ArtifactError(f"{path} is damaged (it names no files); copy the checkpoint anew")
     record.require_whole(directory)
     return record
 

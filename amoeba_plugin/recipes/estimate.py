@@ -24,9 +24,9 @@ from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.measured_split import MOST_SPLITS
 
 FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
-# Layer-forwards that the lockstep search runs, of all that its subnets have: 0.33 at 32 layers to 20, 0.4 at 12 to 8.
+# Layer-forwards that the lockstep search runs, of all that its subnets have: 0.33 at 32 layers to 20, 0.38 at 12 to 8.
 SHARED = 0.4
-USED = 0.4  # of the speed of a large matrix product, by a model of this kind
+USED = 0.4  # of the speed of a large matrix product: 0.23 to 0.41 by the demo's model on one busy CPU thread
 # Passes of the other selectors; of those that plugins bring nothing is known.
 SELECTOR_PASSES = {"block_influence": 1, "angular_distance": 1, "taylor": 3, "taylor_plus": 3, "magnitude": 0,
                    "magnitude_plus": 0, "last_layers": 0}  # fmt: skip

@@ -119,11 +119,14 @@ def _put(partial: Path, target: Path, replace: bool) -> None:
         return
     if not replace and not is_vacant(target):
         raise ArtifactError(f"{target} has been filled by something else meanwhile; nothing is overwritten")
+    half = (target / FILLING).exists()  # what a killed process left stays half where this fails, too
     (target / FILLING).touch()
     try:
         _exchange(partial, target)
+        half = False
     finally:
-        (target / FILLING).unlink()
+        if not half:
+            (target / FILLING).unlink()
 
 
 def _exchange(partial: Path, target: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -98,9 +97,8 @@ def _make_parents(parent: Path, directory: Path) -> list[Path]:
 
 
 def _acquired(path: Path, directory: Path) -> _Owned:
-    lock: FileLock | None = FileLock(path, timeout=SECONDS)
+    lock = FileLock(path, timeout=SECONDS)
     try:
-        assert lock is not None
         lock.acquire()
     except Timeout:
         raise ArtifactError(
@@ -110,12 +108,13 @@ def _acquired(path: Path, directory: Path) -> _Owned:
         raise _not_writable(directory, error) from error
     except (NotImplementedError, OSError) as error:
         logger.warning("%s cannot be locked (%s): see to it that no other run writes there", directory, error)
-        lock = None
+        owned = _Owned(None)
     else:
-        holder = {"process": os.getpid(), "since": datetime.now().isoformat(" ", "seconds"), "command": sys.argv}
+        owned = _Owned(lock)
+        holder = {"process": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}
         with suppress(OSError):  # a full disk: what owns it then has no name, and that is all
             path.write_text(json.dumps(holder), encoding="utf-8")
-    _owned[path] = owned = _Owned(lock)
+    _owned[path] = owned
     return owned
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing
+from amoeba_plugin.runtime.files import FILLING, is_vacant, require_writable, whole_or_nothing
 
 PARTIAL_INSIDE = ".amoeba.partial"
 
@@ -82,3 +82,17 @@ def test_what_is_replaced_goes_when_the_new_is_whole(linked: bool, tmp_path: Pat
     with pytest.raises(ArtifactError, match="filled by something else"):
         fill(name, "newest")
     assert content_of(name) == NEW
+
+
+def test_what_a_killed_process_left_half_stays_vacant_when_filling_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("half")
+    (tmp_path / FILLING).touch()
+    with monkeypatch.context() as broken:
+        broken.setattr("shutil.move", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fill(tmp_path)
+    assert is_vacant(tmp_path)
+    fill(tmp_path)
+    assert content_of(tmp_path) == NEW
