@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -15,13 +15,21 @@ from tqdm.std import tqdm
 
 def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
     """Return a process, not started, that calls a function."""
-    return multiprocessing.get_context("fork").Process(target=_with_a_lock_of_its_own, args=(target, *args))
+    return multiprocessing.get_context("fork").Process(target=_with_locks_of_its_own, args=(target, *args))
 
 
-def _with_a_lock_of_its_own(target: Callable[..., None], *args: Any) -> None:
-    # tqdm's monitor thread may have held its lock at the fork; no thread of the child would ever give it back
-    tqdm.set_lock(threading.RLock())
+def _with_locks_of_its_own(target: Callable[..., None], *args: Any) -> None:
+    # tqdm's monitor thread may have held a lock at the fork; no thread of the child would ever give it back
+    for bar in _bars(tqdm):
+        bar.set_lock(threading.RLock())
     target(*args)
+
+
+def _bars(kind: type[Any]) -> Iterator[type[Any]]:
+    """Yield a class of bars and those made from it: one that was first to be used has a lock of its own."""
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _bars(each)
 
 
 def finish(process: BaseProcess) -> None:
