@@ -27,7 +27,7 @@ from amoeba_plugin.recipes.files import shipped_recipes
 from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.runtime.files import whole_or_nothing
-from amoeba_plugin.testing.architectures import random_strategy
+from amoeba_plugin.testing.random_models import random_strategy
 from support.ordinary_user import read_only
 
 RECIPE = {

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.checkpoint import save_elastic
-from amoeba_plugin.testing.architectures import attach_random_smol
+from amoeba_plugin.testing.random_models import attach_random_smol
 from support.bases import save_with_text
 from support.hostile import SHAPES, damaged, recipes, sound_recipes
 from support.models import random_elastic, tiny_llama

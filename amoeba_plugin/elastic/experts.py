@@ -8,25 +8,31 @@ part is copied once per forward, while that of ``down_proj`` is a view.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from amoeba_plugin.elastic.repairs import Place, place_of
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.models.adapter import ChannelGroup
 from amoeba_plugin.models.slices import SlicedModule, joined, restore_parameters, slice_parameters
+from amoeba_plugin.shape import SubnetShape
+
+TRIED, TRIAL = "repaired_on_trial", (None, Fraction(0))  # a width that no shape has
 
 
 @dataclass(frozen=True)
 class ElasticExperts:
     """The experts of one layer; made by :meth:`convert`."""
 
-    module: nn.Module
+    module: Any  # a SlicedModule of the host's class
     layer: nn.Module
     groups: Mapping[str, ChannelGroup]  # by key, one per expert
+    repaired: dict[Place, str] = field(default_factory=dict)  # names of the module's buffers
 
     @classmethod
     def convert(cls, layer: nn.Module, groups: Mapping[str, ChannelGroup]) -> ElasticExperts:
@@ -58,11 +64,46 @@ class ElasticExperts:
             weight, channels = group.consumer.weight(self.layer), group.consumer.channels(order[key])
             weight.copy_(weight[:, channels.to(weight.device)])
 
-    def set_units(self, units: Mapping[str, int]) -> None:
+    def hold_repaired(self, weights: Mapping[str, Mapping[Place, Tensor]], dtype: torch.dtype) -> None:
+        """Keep the weights that the experts' consumers have at some shapes, by key, beside the shared ones."""
+        like = next(self.module.parameters())
+        for number, place in enumerate(next(iter(weights.values()), {})):
+            together = torch.stack([weights[key][place] for key in self.groups])
+            self.module.register_buffer(f"repaired_{number}", together.to(like.device, dtype), persistent=False)
+            self.repaired[place] = f"repaired_{number}"
+
+    def try_repaired(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Keep weights, by key, until the next ones are tried; return their name, or ``None`` where there are none."""
+        if not self.groups.keys() <= weights.keys():
+            return None
+        like = self.module.get_parameter(self.consumer)
+        together = torch.stack([weights[key] for key in self.groups]).to(like.device, like.dtype)
+        self.module.register_buffer(TRIED, together, persistent=False)
+        self.repaired[TRIAL] = TRIED
+        return TRIED
+
+    @property
+    def active_repaired(self) -> str | None:
+        """The name of the buffer that the consumers compute with now."""
+        name: str | None = self.module.replaced.get(self.consumer)
+        return name
+
+    def repaired_at(self, shape: SubnetShape) -> str | None:
+        """Return the name of the buffer that the consumers compute with at a shape; ``None``: they have none there."""
+        place = place_of(shape, self.repaired)
+        return None if place is None else self.repaired[place]
+
+    @property
+    def consumer(self) -> str:
+        """The name of the parameter that reads the neurons."""
+        return next(iter(self.groups.values())).consumer.parameter
+
+    def set_units(self, units: Mapping[str, int], repaired: str | None = None) -> None:
         """Activate the first units of every expert.
 
         Args:
             units: By key; missing ones are whole.
+            repaired: The buffer that takes the place of the consumers' active columns.
 
         Raises:
             ShapeError: If experts would differ, which no class can hold.
@@ -79,9 +120,13 @@ class ElasticExperts:
             group.producers[0].parameter: (1, joined(axis.prefix(kept) for axis in group.producers)),
             group.consumer.parameter: (2, (group.consumer.prefix(kept),)),
         }
+        self.module.replaced = {} if repaired is None else {self.consumer: repaired}
 
     def restore(self) -> None:
         """Turn them into ordinary experts again, in place."""
+        for name in self.repaired.values():
+            delattr(self.module, name)
+        self.repaired.clear()
         restore_parameters(self.module)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from amoeba_plugin.elastic.linear import ElasticLinear, PackedElasticLinear, convert_packed
+from amoeba_plugin.elastic.repairs import Place, place_of
 from amoeba_plugin.elastic.strategy import WidthStrategy
-from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.models.adapter import ChannelGroup
-from amoeba_plugin.models.packed_linear import dense_weight, is_packed
+from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_device
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.models.slices import SlicedModule, joined, restore_parameters, slice_parameters
+from amoeba_plugin.shape import SubnetShape
+
+TRIED = "repaired_on_trial"
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class ElasticGroup:
     producers: tuple[PartialLinear, ...]
     consumer: PartialLinear
     norms: tuple[nn.Module, ...]
+    repaired: dict[Place, str] = field(default_factory=dict)  # names of the consumer's buffers
 
     @classmethod
     def convert(cls, key: str, group: ChannelGroup, layer: nn.Module) -> ElasticGroup:
@@ -53,8 +59,36 @@ class ElasticGroup:
         """Whether a linear of it keeps its weight packed."""
         return any(isinstance(each, PackedElasticLinear) for each in (*self.producers, self.consumer))
 
-    def set_units(self, units: int, compensation_row: int | None) -> None:
-        """Activate the first ``units`` units."""
+    def hold_repaired(self, weights: Mapping[Place, Tensor], dtype: torch.dtype) -> None:
+        """Keep the weights that the consumer has at some shapes, in a dtype, beside the shared one.
+
+        Raises:
+            ArtifactError: If they are of another size than the consumer has.
+        """
+        for number, (place, weight) in enumerate(weights.items()):
+            if weight.shape[0] != self.consumer.out_features or weight.shape[1] > self.consumer.in_features:
+                raise ArtifactError(
+                    f"the repaired weight of {self.key} is {tuple(weight.shape)}, its linear "
+                    f"({self.consumer.out_features}, {self.consumer.in_features}): the strategy is of another model"
+                )
+            self.consumer.hold_repaired(f"repaired_{number}", weight.to(linear_device(self.consumer), dtype))
+            self.repaired[place] = f"repaired_{number}"
+
+    def try_repaired(self, weight: Tensor | None) -> str | None:
+        """Keep a weight until the next one is tried; return its name, or ``None`` where there is none."""
+        if weight is None:
+            return None
+        like = self.consumer.whole_weight()
+        self.consumer.hold_repaired(TRIED, weight.to(like.device, like.dtype))
+        return TRIED
+
+    def repaired_at(self, shape: SubnetShape) -> str | None:
+        """Return the name of the buffer that the consumer computes with at a shape; ``None``: it has none there."""
+        place = place_of(shape, self.repaired)
+        return None if place is None else self.repaired[place]
+
+    def set_units(self, units: int, compensation_row: int | None, repaired: str | None = None) -> None:
+        """Activate the first ``units`` units, and of the consumer a repaired weight of so many."""
         blocks: dict[PartialLinear, list[slice]] = {}
         for axis, linear in zip(self.group.producers, self.producers, strict=True):
             blocks.setdefault(linear, []).append(axis.prefix(units))
@@ -64,7 +98,7 @@ class ElasticGroup:
             assert isinstance(norm, SlicedModule)
             norm.active = {name: (0, (axis.prefix(units),)) for name in norm._parameters}
         self.consumer.active_in = units * self.group.consumer.channels_per_unit
-        self.consumer.compensation_row = compensation_row
+        self.consumer.compensation_row, self.consumer.repaired = compensation_row, repaired
 
     def reorder(self, width: WidthStrategy) -> None:
         """Bring the channels into the order of their importance and precompute the biases that stand in for missing
@@ -111,6 +145,12 @@ class ElasticGroup:
             # a copy, because the last bit of a product depends on where in memory its factors begin
             rows.append(weight[:, kept:].contiguous() @ mean[kept:])
         return torch.stack(rows).to(whole.dtype)
+
+
+def consumer_weight(layer: nn.Module, group: ChannelGroup) -> Tensor:
+    """Return the whole weight of a group's consumer, (out, in), detached, channels in the order that others see."""
+    module = layer.get_submodule(group.consumer.path)
+    return module.whole_weight() if isinstance(module, PartialLinear) else group.consumer.weight_of(module).detach()
 
 
 def _elastic_linear(layer: nn.Module, path: str) -> PartialLinear:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amoeba_plugin.errors import AdapterError
-from amoeba_plugin.models.packed_linear import linear_device, linear_sizes
+from amoeba_plugin.models.packed_linear import dense_weight, linear_device, linear_sizes
 from amoeba_plugin.models.partial_linear import NOT_MERGED, PartialLinear
 from amoeba_plugin.models.slices import take
 
@@ -39,6 +39,10 @@ class ElasticLinear(PartialLinear, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., active_in) to (..., active_out)."""
+        if self.repaired is not None:
+            bias = None if self.bias is None else take(self.bias, self.active_rows)
+            weight = self.repaired_weight(lambda: self.weight)  # FSDP casts parameters, and no buffers
+            return functional.linear(input, weight.to(self.weight.dtype), bias)
         outputs = [
             functional.linear(
                 input, self.weight[rows, : self.active_in], None if self.bias is None else self.bias[rows]
@@ -46,6 +50,10 @@ class ElasticLinear(PartialLinear, nn.Linear):
             for rows in self.active_rows
         ]
         return self._compensated(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
+
+    def whole_weight(self) -> Tensor:
+        """Return the weight itself, detached."""
+        return self.weight.detach()
 
     def restore(self) -> None:
         """Turn it into an ordinary linear of its whole size again, in place; its channels stay as they are."""
@@ -73,7 +81,9 @@ class PackedElasticLinear(PartialLinear):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., active_in) to (..., active_out)."""
+        """Map (..., active_in) to (..., active_out); a repaired weight is dense, and the packed one not looked at."""
+        if self.repaired is not None:
+            return self._repaired_forward(input)
         # gather and scatter, because index_select and index_copy take several times as long on a CPU
         columns = self.column_order[: self.active_in].expand(input.shape)
         whole = input.new_zeros(*input.shape[:-1], linear_sizes(self)[0]).scatter(-1, columns, input)
@@ -81,10 +91,21 @@ class PackedElasticLinear(PartialLinear):
         rows = take(self.row_order, self.active_rows)
         return self._compensated(output.gather(-1, rows.expand(*output.shape[:-1], -1)))
 
+    def _repaired_forward(self, input: Tensor) -> Tensor:
+        bias: Tensor | None = getattr(self, "bias", None)
+        if bias is not None:
+            bias = take(bias[self.row_order], self.active_rows).to(input.dtype)
+        weight = self.repaired_weight(self.whole_weight)
+        return functional.linear(input, weight.to(input.dtype), bias)
+
     def host_forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features), in the host's order of channels."""
         output: Tensor = super().forward(input)
         return output
+
+    def whole_weight(self) -> Tensor:
+        """Return the weight unpacked and in order."""
+        return dense_weight(self)[self.row_order][:, self.column_order]
 
     def restore(self) -> None:
         """Turn it into the host's linear again, in place; its channels are where they always were."""

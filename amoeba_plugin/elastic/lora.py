@@ -10,7 +10,7 @@ from amoeba_plugin.elastic.linear import ElasticLinear
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.models.compressed_linear import CompressedLinear
-from amoeba_plugin.models.partial_linear import PartialLinear
+from amoeba_plugin.models.partial_linear import NOT_MERGED, PartialLinear
 from amoeba_plugin.shape import SubnetShape
 
 
@@ -56,11 +56,23 @@ def follow_lora(elastic: ElasticModel, peft_model: PeftModel) -> None:
         for name in layer.lora_A
     ]
 
+    repaired = [layer for layer in layers if _partial(layer.get_base_layer()).holds_repaired]
+
     def follow(shape: SubnetShape) -> None:
         for base, factor_a, factor_b in factors:
             factor_a.active_in, factor_b.active_rows = base.active_in, base.active_rows
 
+    def require_unmerged(*_: object) -> None:
+        for layer in repaired:
+            if layer.merged and _partial(layer.get_base_layer()).repaired is not None:
+                raise AdapterError(
+                    f"the LoRA is merged into shared weights, and shape {elastic.shape} has repaired ones beside them; "
+                    f"call unmerge_adapter(); they are kept apart, {NOT_MERGED}"
+                )
+
     elastic.on_shape_change(follow)
+    if repaired:
+        elastic.model.register_forward_pre_hook(require_unmerged)
 
 
 def _partial(base: nn.Module) -> PartialLinear:

@@ -16,11 +16,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.experts import ElasticExperts
 from amoeba_plugin.elastic.group import ElasticGroup
+from amoeba_plugin.elastic.held_repairs import as_trained, hold, hold_as_changes
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.elastic.subnet_plan import SubnetPlan
 from amoeba_plugin.errors import AmoebaError, ArchitectureError
@@ -32,6 +33,7 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.fsdp import gathered
 from amoeba_plugin.runtime.module_calls import is_offloaded
 from amoeba_plugin.runtime.recomputation import NotOfCopies, recompute_as_run
+from amoeba_plugin.runtime.streaming import load_on_use
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol.router import ShapeRouter
 
@@ -87,7 +89,8 @@ class ElasticModel:
             for experts in self.experts:
                 experts.reorder(strategy.width.order)
         else:
-            self._load_on_use()
+            load_on_use(model, self.layers, self.loaded)
+        hold(strategy.repairs, self.groups, self.experts, model.dtype)
         self._shape = self.space.largest
         decoder = self.adapter.decoder(model)
         self._hook = decoder.register_forward_pre_hook(partial(recompute_as_run, NotOfCopies(self.held)))
@@ -128,23 +131,6 @@ class ElasticModel:
             yield
             for group in groups:
                 group.consumer.compensation = None
-
-    def _load_on_use(self) -> None:
-        """Load every layer, and every module outside the layers, when it is called, and drop it afterwards."""
-        inside = {module for layer in self.layers for module in layer.modules()}
-        outside = [module for module in self.model.modules() if module._parameters and module not in inside]
-        for part in (*self.layers, *outside):
-            blocks: list[AbstractContextManager[None]] = []
-
-            def enter(part: nn.Module, *_: object, blocks: list[AbstractContextManager[None]] = blocks) -> None:
-                blocks.append(self.loaded(part))
-                blocks[-1].__enter__()
-
-            def leave(*_: object, blocks: list[AbstractContextManager[None]] = blocks) -> None:
-                blocks.pop().__exit__(None, None, None)
-
-            part.register_forward_pre_hook(enter)
-            part.register_forward_hook(leave, always_call=True)
 
     def kept_layers(self, shape: SubnetShape | None = None) -> tuple[int, ...]:
         """Return the indices of the layers of which a shape (default: the active one) keeps anything."""
@@ -187,10 +173,10 @@ class ElasticModel:
         row = None if shape.width == 1 else self.space.widths.index(shape.width)
         for group in self.groups:
             units = self.plan.units(shape.width, group.key, group.group)
-            group.set_units(units, row)
+            group.set_units(units, row, group.repaired_at(shape))
             self.adapter.set_units(group.layer, group.group, units)
         for experts in self.experts:
-            experts.set_units(self.strategy.width.units[shape.width])
+            experts.set_units(self.strategy.width.units[shape.width], experts.repaired_at(shape))
         self._sublayers.set(self.lost(shape))  # before the layers are numbered: stand-ins count their layer's tokens
         kept = self.kept_layers(shape)
         self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
@@ -205,16 +191,32 @@ class ElasticModel:
         finally:
             self._sublayers.set(self.lost())
 
-    def set_units(self, units: Mapping[str, int]) -> None:
+    def set_units(self, units: Mapping[str, int], repaired: Mapping[str, Tensor] | None = None) -> None:
         """Give every layer the same number of units per group name until the next :meth:`set_shape`.
 
-        Biases that stand in for missing channels stay those of the active shape.
+        Biases that stand in for missing channels, and repaired weights, stay those of the active shape.
+
+        Args:
+            units: By group name.
+            repaired: By group key, weights to compute with, (out, channels of so many units), in place of those.
         """
+        for index in range(len(self.layers)):
+            keyed = {group_key(index, group): units[group.name] for group in self.adapter.channel_groups(self.config)}
+            self.set_layer_units(index, keyed, repaired)
+
+    def set_layer_units(
+        self, layer: int, units: Mapping[str, int], repaired: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Do for one layer what :meth:`set_units` does; ``units`` are by group key."""
         for group in self.groups:
-            group.set_units(units[group.group.name], group.consumer.compensation_row)
-            self.adapter.set_units(group.layer, group.group, units[group.group.name])
+            if group.layer is self.layers[layer]:
+                held = group.consumer.repaired if repaired is None else group.try_repaired(repaired.get(group.key))
+                group.set_units(units[group.key], group.consumer.compensation_row, held)
+                self.adapter.set_units(group.layer, group.group, units[group.key])
         for experts in self.experts:
-            experts.set_units({key: units[group.name] for key, group in experts.groups.items()})
+            if experts.layer is self.layers[layer]:
+                held = experts.active_repaired if repaired is None else experts.try_repaired(repaired)
+                experts.set_units(units, held)
 
     @contextmanager
     def active(self, shape: SubnetShape | str) -> Iterator[PreTrainedModel]:
@@ -265,7 +267,13 @@ class ElasticModel:
         }
         with self.active(self.space.largest) as model:
             fingerprint = model_fingerprint(model, self.adapter, gathered)
-        return replace(self.strategy, width=replace(width, order=order, mean_input=means), fingerprint=fingerprint)
+            repairs = as_trained(self.strategy.repairs, self.groups, self.experts, gathered)
+        width = replace(width, order=order, mean_input=means)
+        return replace(self.strategy, width=width, fingerprint=fingerprint, repairs=repairs)
+
+    def share_repairs(self) -> None:
+        """Let shapes whose linears are repaired train the shared weights, where those require gradients."""
+        hold_as_changes(self.groups, self.experts)
 
     def release(self, original_order: bool = False) -> None:
         """Give the whole model back with its host's linears; its channels stay reordered, which changes no output.

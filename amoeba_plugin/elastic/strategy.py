@@ -1,9 +1,9 @@
 """SubnetStrategy: which layers every depth keeps and in which order every group's units are kept; on disk and in
 memory.
 
-``strategy.json`` holds all a person may want to read, ``strategy.safetensors`` the orders and mean inputs. Both are
-written atomically, the JSON last: a killed run leaves the old pair or no JSON, and the JSON names the digest of its
-tensors.
+``strategy.json`` holds all a person may want to read, ``strategy.safetensors`` orders, mean inputs and repaired
+weights. Both are written atomically, the JSON last: a killed run leaves the old pair or no JSON, and the JSON names the
+digest of its tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from amoeba_plugin.elastic.repairs import Repairs
 from amoeba_plugin.elastic.strategy_document import (
     StrategyDocument,
     first_fault,
@@ -39,8 +40,9 @@ from amoeba_plugin.models.kept import Kept, read_kept, write_kept
 from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, parse_width, require_distinct_depths
 
-FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 2
-WHOLE_LAYERS_VERSION = 1  # written where every layer kept is whole, so that older versions of this package read it
+FORMAT, VERSION = "amoeba_plugin.SubnetStrategy", 3
+SUBLAYERS_VERSION = 2  # written where nothing is repaired, so that older versions of this package read it
+WHOLE_LAYERS_VERSION = 1  # and every layer kept is whole
 JSON_NAME, TENSORS_NAME = "strategy.json", "strategy.safetensors"
 
 
@@ -146,12 +148,14 @@ class WidthStrategy:
 
 @dataclass(frozen=True)
 class SubnetStrategy:
-    """Depth and width strategy of one model, which ``fingerprint`` identifies; ``provenance`` is for people."""
+    """Depth and width strategy of one model, which ``fingerprint`` identifies, and what was repaired of it;
+    ``provenance`` is for people."""
 
     depth: DepthStrategy
     width: WidthStrategy
     fingerprint: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    repairs: Repairs = field(default_factory=Repairs)
 
     @property
     def space(self) -> ShapeSpace:
@@ -182,10 +186,11 @@ class SubnetStrategy:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"order.{key}": value.contiguous() for key, value in self.width.order.items()}
         tensors |= {f"mean_input.{key}": value.contiguous() for key, value in self.width.mean_input.items()}
+        tensors |= {f"repair.{name}": value for name, value in self.repairs.tensors().items()}
         data = save_tensors(tensors)
         document = {
             "format": FORMAT,
-            "version": VERSION if self.depth.lost else WHOLE_LAYERS_VERSION,
+            "version": self._version,
             "fingerprint": self.fingerprint,
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
             "depth": {
@@ -201,10 +206,17 @@ class SubnetStrategy:
                 "bias_compensation": self.width.bias_compensation,
                 "units": {str(width): dict(units) for width, units in self.width.units.items()},
             },
+            **({"repair": self.repairs.method} if self.repairs else {}),
             "provenance": dict(self.provenance),
         }
         write_atomically(directory / TENSORS_NAME, data)
         write_atomically(directory / JSON_NAME, json.dumps(document, indent=1, allow_nan=False).encode())
+
+    @property
+    def _version(self) -> int:
+        if self.repairs:
+            return VERSION
+        return SUBLAYERS_VERSION if self.depth.lost else WHOLE_LAYERS_VERSION
 
     @classmethod
     def load(cls, directory: Path) -> SubnetStrategy:
@@ -241,11 +253,14 @@ class SubnetStrategy:
         require_depths(layers, lost)
         require_units(units)
         require_tensors(order, mean_input, units[Fraction(1)], width.bias_compensation)
+        repairs = Repairs.stored(named("repair."), document.repair)
+        repairs.require_space(ShapeSpace(tuple(layers), tuple(units)), units[Fraction(1)])
         return cls(
             DepthStrategy(layers, depth.objective, metric, depth.search, lost, depth.selector),
             WidthStrategy(units, order, mean_input, width.importance, width.allocation, width.bias_compensation),
             document.fingerprint,
             document.provenance,
+            repairs,
         )
 
 
@@ -265,7 +280,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a {FORMAT} file; point at the directory that the selection wrote")
     version = document.get("version")
-    if type(version) is not int or version not in (WHOLE_LAYERS_VERSION, VERSION):
+    if type(version) is not int or version not in (WHOLE_LAYERS_VERSION, SUBLAYERS_VERSION, VERSION):
         raise ArtifactError(
             f"{path} has format version {version}, this amoeba_plugin reads up to {VERSION}; "
             "install the version that wrote it, or repeat the selection"

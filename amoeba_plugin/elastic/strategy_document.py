@@ -41,6 +41,7 @@ class StrategyDocument(_Document):
     tensors_sha256: str
     depth: DepthDocument
     width: WidthDocument
+    repair: str = ""  # what repaired weights, by its name
     provenance: dict[str, Any]
 
 

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -134,6 +135,7 @@ def cut_linear(linear: Any, delta: Tensor | None = None) -> tuple[Tensor, Tensor
         (active_out, active_in) and (active_out,) or ``None``; copies.
     """
     plain = _dense(linear)
+    shared = plain.weight
     if not isinstance(linear, PartialLinear):
         weight = plain.weight.detach().clone()
         bias = None if plain.bias is None else plain.bias.detach().clone()
@@ -142,6 +144,10 @@ def cut_linear(linear: Any, delta: Tensor | None = None) -> tuple[Tensor, Tensor
     torch_pruning.prune_linear_out_channels(plain, [row for row in range(linear.out_features) if row not in kept])
     torch_pruning.prune_linear_in_channels(plain, list(range(linear.active_in, linear.in_features)))
     weight, bias = plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
+    if linear.repaired is not None:
+        repaired = linear.repaired_weight(lambda: shared).detach()
+        # padded to another layer's size it is narrower than what is active
+        weight = functional.pad(repaired, (0, linear.active_in - repaired.shape[1])).clone()
     if delta is not None:
         weight = (weight.float() + take(delta, linear.active_rows)[:, : linear.active_in].float()).to(weight.dtype)
     if linear.compensation is not None and linear.compensation_row is not None:
@@ -157,10 +163,10 @@ def _dense(linear: Any) -> nn.Linear:
     if not is_packed(linear):
         plain.weight, plain.bias = linear.weight, bias  # type: ignore[assignment]
         return plain
-    weight = dense_weight(linear)
     if isinstance(linear, PackedElasticLinear):
-        weight = weight[linear.row_order][:, linear.column_order]
-        bias = None if bias is None else bias[linear.row_order]
+        weight, bias = linear.whole_weight(), None if bias is None else bias[linear.row_order]
+    else:
+        weight = dense_weight(linear)
     plain.weight = nn.Parameter(weight)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(weight.dtype))

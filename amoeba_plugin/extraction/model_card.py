@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.repairs import place_of
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE, why_not_cut_again
 from amoeba_plugin.runtime.files import write_atomically
@@ -58,6 +59,8 @@ def model_card(
     final = why_not_cut_again(subnet.config)
     if final is not None:
         facts["cut again"] = f"no, {final}"
+    if place_of(shape, strategy.repairs.weights) is not None:
+        facts["repaired"] = f"by {strategy.repairs.method}, in closed form, before any training"
     lost = elastic.lost(shape)
     if lost:
         gone = ", ".join(f"{layer}.{part}" for layer, part in lost.items())

@@ -168,6 +168,14 @@ class ArchitectureAdapter(ABC):
             ArchitectureError: If no stock class can hold it.
         """
 
+    def residual_share(self, config: PretrainedConfig) -> float | None:
+        """Return what the output of the MLP's last linear is multiplied by before it is added to the residual stream.
+
+        ``None``, unless it is overridden: it is not added as the linear leaves it (a norm is in between, or experts
+        share the work), and removed layers cannot be made up for in it.
+        """
+        return None
+
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the decoder layers that are active."""
         layers = self.decoder(model).layers

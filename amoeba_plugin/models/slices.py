@@ -46,10 +46,24 @@ class SlicedModule:
 
     Attributes:
         active: Per parameter the axis and the blocks that ``forward`` sees; others are seen whole.
+        replaced: Per parameter the buffer that is seen in place of what is active of it.
+        replacements_are_changes: Whether such a buffer is what is added to the active part instead.
     """
 
     active: dict[str, tuple[int, Rows]]
+    replaced: dict[str, str]
+    replacements_are_changes: bool
     _seen: dict[str, Tensor]
+
+    def active_part(self, name: str) -> Tensor:
+        """Return what ``forward`` sees of a parameter that is in ``active``; a view where possible."""
+        module: Any = self
+        dim, rows = self.active[name]
+        if name not in self.replaced:
+            return take(module._parameters[name], rows, dim)
+        whole = module._parameters[name]
+        held: Tensor = module._buffers[self.replaced[name]].to(whole.dtype)  # FSDP casts parameters, and no buffers
+        return take(whole, rows, dim) + held if self.replacements_are_changes else held
 
 
 def slice_parameters(module: nn.Module) -> None:
@@ -58,14 +72,15 @@ def slice_parameters(module: nn.Module) -> None:
     Slices are taken once per forward, and outside of it every parameter is whole.
     """
     names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
-    vars(module)["active"], vars(module)["_seen"] = {}, {}
+    vars(module).update(active={}, replaced={}, replacements_are_changes=False, _seen={})
     module.__class__ = _sliced_class(type(module), names)  # type: ignore[arg-type]  # its metaclass is hashable
 
 
 def restore_parameters(module: nn.Module) -> None:
     """Undo :func:`slice_parameters`."""
     assert isinstance(module, SlicedModule)
-    del vars(module)["active"], vars(module)["_seen"]
+    for name in ("active", "replaced", "replacements_are_changes", "_seen"):
+        del vars(module)[name]
     module.__class__ = type(module).__mro__[2]
 
 
@@ -73,13 +88,23 @@ def active_parameters(module: nn.Module) -> Mapping[str, Tensor]:
     """Return a module's own parameters at their active sizes, detached; views where possible."""
     whole = {name: each.detach() for name, each in module._parameters.items() if each is not None}
     active = module.active if isinstance(module, SlicedModule) else {}
-    return whole | {name: take(whole[name], rows, dim) for name, (dim, rows) in active.items()}
+    return whole | {name: _widened(module, name).detach() for name in active}
+
+
+def _widened(module: Any, name: str) -> Tensor:
+    """Return the active part; what replaces a narrower one is followed by zeros."""
+    part: Tensor = module.active_part(name)
+    dim, rows = module.active[name]
+    missing = count(rows) - part.shape[dim]
+    return (
+        torch.cat([part, part.new_zeros(*part.shape[:dim], missing, *part.shape[dim + 1 :])], dim) if missing else part
+    )
 
 
 @cache
 def _sliced_class(whole: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._seen.update({name: take(self._parameters[name], rows, dim) for name, (dim, rows) in self.active.items()})
+        self._seen.update({name: self.active_part(name) for name in self.active})
         try:
             return whole.forward(self, *args, **kwargs)
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
@@ -16,7 +16,7 @@ from amoeba_plugin.data.multiple_choice import QuestionColumns, load_questions
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.modifiers.order import require_session_order
-from amoeba_plugin.modifiers.selection import Selection, on_main_device, selection_for
+from amoeba_plugin.modifiers.selection import NO_REPAIR, Selection, on_main_device, selection_for
 from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.selection.depth.layer_importance import keeping
 from amoeba_plugin.selection.depth.steps import Granularity
@@ -109,23 +109,27 @@ class DepthShrinkingModifier(Modifier):
     Attributes:
         min_depth: Layers the smallest subnet keeps. No default.
         keep_last: Last layers that are never removed. Default 1, as in the paper.
-        selector: ``dynamic_program`` (the paper's), or a published one that it is compared with: ``block_influence``
-            (ShortGPT), ``one_shot``, ``taylor``, ``taylor_plus``, ``magnitude``, ``magnitude_plus`` (Shortened LLaMA),
+        selector: A search, ``dynamic_program`` (the paper's), ``greedy`` (SLEB), or ``auto`` (the best of both and of
+            published selectors, for twice the time), or a published ranking: ``block_influence`` (ShortGPT),
+            ``one_shot``, ``taylor``, ``taylor_plus``, ``magnitude``, ``magnitude_plus`` (Shortened LLaMA),
             ``angular_distance``, ``last_layers`` (Gromov et al.), or a plugin's. Default ``dynamic_program``.
         objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's.
             Default ``loss``.
-        beam: With ``dynamic_program``: sets of layers that each state of the program keeps; 1 is the paper, more find
-            better layers in up to ``beam`` times the time. Default 1.
-        exchanges: With ``dynamic_program``: rounds after the program, in each of which every depth tries to exchange
+        beam: With ``dynamic_program`` and ``auto``: sets of layers that each state of the program keeps; 1 is the
+            paper, more find better layers in up to ``beam`` times the time. Default 1.
+        exchanges: With a search: rounds after it, in each of which every depth tries to exchange
             one removed layer for one kept; 0 is the paper. Default 0.
-        granularity: With ``dynamic_program``: ``layer``, or ``sublayer``: attention and MLP of a layer go apart, each
+        granularity: With a search: ``layer``, or ``sublayer``: attention and MLP of a layer go apart, each
             half a layer of depth (``shape: 10.5x7/8``). Default ``layer``, as in the paper.
-        cache_gib: With ``dynamic_program``: GiB of hidden states held in memory, and on an accelerator as much again on
+        cache_gib: With a search: GiB of hidden states held in memory, and on an accelerator as much again on
             the CPU; the rest is held in files. Default 4.
-        resume_dir: With ``dynamic_program``: a directory that keeps every score, so that a killed search goes on where
+        resume_dir: With a search: a directory that keeps every score, so that a killed search goes on where
             it was. Default ``None``.
         questions: With ``accuracy``: questions to select on, in place of the calibration data; see
             :class:`QuestionOptions`. Default: the calibration data holds them.
+        repair: ``least_squares``: what removed layers added is folded into the MLP of the layer in front of them, which
+            so has a weight of its own at that depth; or ``none``. Architectures with norms behind the MLP, mixtures of
+            experts, packed weights, and depths that lose sublayers, stay as they are cut. Default ``least_squares``.
         max_batches: Calibration batches used, ``None`` for all. Default ``None``.
         kept_layers: Per depth, the layers to keep; ``2.mlp`` keeps layer 2 without its attention. Given: nothing is
             searched. Else filled in by the search, so that the recipe written beside a checkpoint repeats its
@@ -142,6 +146,7 @@ class DepthShrinkingModifier(Modifier):
     cache_gib: float = Field(default=4.0, gt=0)
     resume_dir: str | None = None
     questions: QuestionOptions | None = None
+    repair: Literal["least_squares", "none"] = "least_squares"
     max_batches: int | None = Field(default=None, ge=1)
     kept_layers: dict[str, list[int | str]] | None = None
 
@@ -179,7 +184,7 @@ class DepthShrinkingModifier(Modifier):
             if name not in taken and getattr(self, name) != type(self).model_fields[name].default:
                 raise RecipeError(
                     f"{name} means nothing to selector {self.selector}: it is the dynamic program's; leave it out, or "
-                    "take selector: dynamic_program"
+                    "take selector: dynamic_program or auto"
                 )
         return self
 
@@ -187,6 +192,7 @@ class DepthShrinkingModifier(Modifier):
         """Search on the calibration data, or take the layers given."""
         require_session_order(self)
         selection = selection_for(state)
+        selection.depth_repair = self.repair != NO_REPAIR
         if self.kept_layers is None:
             with on_main_device(state.model), selection.timed("depth search"):
                 batches, reported = self._data(selection, state.model.config)

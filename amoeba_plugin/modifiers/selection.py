@@ -5,6 +5,7 @@ Kept beside the model, not on it: a model that the host saves or copies carries 
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.repairs import Repairs
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable
@@ -35,7 +37,13 @@ from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.runtime.module_calls import input_device, is_offloaded
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.ranks import rank
+from amoeba_plugin.selection.layer_runs import LayerRuns
+from amoeba_plugin.selection.registry import repair_named
+from amoeba_plugin.selection.repair.depth import fold_depths
+from amoeba_plugin.selection.repair.width import repair_shapes
 
+logger = logging.getLogger(__name__)
+NO_REPAIR = "none"
 DIRECTORY_FIELDS = ("resume_dir", "checkpoint_dir", "elastic_dir")  # of modifiers: what they write
 
 
@@ -50,6 +58,8 @@ class Selection:
     owned: ExitStack = field(repr=False)  # directories that the recipe writes, until it is over
     depth: DepthStrategy | None = None
     width: WidthStrategy | None = None
+    depth_repair: bool = False
+    width_repair: str = NO_REPAIR
     elastic: ElasticModel | None = None
     peft_model: PeftModel | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +75,25 @@ class Selection:
         """Return the elastic model, made when it is first asked for: selection is over then."""
         if self.elastic is None:
             depth = self.depth or DepthStrategy.whole(len(self.adapter.layers(model)))
-            strategy = SubnetStrategy(depth, self.width or WidthStrategy.whole(), self.fingerprint, self.provenance)
+            width = self.width or WidthStrategy.whole()
+            repairs = self._repairs(model, depth, width)
+            strategy = SubnetStrategy(depth, width, self.fingerprint, self.provenance, repairs)
             self.elastic = ElasticModel(model, strategy)
         return self.elastic
+
+    def _repairs(self, model: PreTrainedModel, depth: DepthStrategy, width: WidthStrategy) -> Repairs:
+        """Repair what was selected: depth and width are both known by now."""
+        depths = self.depth_repair and len(depth.kept) > 1
+        widths = self.width_repair != NO_REPAIR and len(width.units) > 1
+        if not (depths or widths):
+            return Repairs()
+        with on_main_device(model), self.timed("repair"):
+            runs = LayerRuns.of(model, self.adapter, self.batches)
+            folds = fold_depths(runs, depth) if depths else {}
+            found = repair_shapes(runs, width, repair_named(self.width_repair) if widths else None, folds)
+        if found:
+            logger.info("repaired by %s: %.1f MB of weights beside the shared ones", found.method, found.bytes / 1e6)
+        return found
 
 
 _SELECTIONS: weakref.WeakKeyDictionary[PreTrainedModel, Selection] = weakref.WeakKeyDictionary()

@@ -16,19 +16,24 @@ from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.modifiers.order import require_session_order
-from amoeba_plugin.modifiers.selection import on_main_device, selection_for
+from amoeba_plugin.modifiers.selection import NO_REPAIR, on_main_device, selection_for
 from amoeba_plugin.runtime.module_calls import is_offloaded
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.depth.layer_importance import most_sensitive_layers
 from amoeba_plugin.selection.gradients import loss_gradients
-from amoeba_plugin.selection.importance import GroupImportance, Importance
-from amoeba_plugin.selection.registry import importance_named, objective_named
+from amoeba_plugin.selection.importance import GroupImportance, Importance, MomentImportance
+from amoeba_plugin.selection.layer_runs import LayerRuns
+from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
+from amoeba_plugin.selection.repair.collect import collect_moments
+from amoeba_plugin.selection.repair.moments import ChannelMoments
+from amoeba_plugin.selection.repair.width import WidthRepair
 from amoeba_plugin.selection.width.measured_split import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from amoeba_plugin.shape import parse_width
 
 logger = logging.getLogger(__name__)
+GIB, MOMENTS_GIB = 2**30, 4.0  # of moments in memory; the rest is files
 
 
 class WidthShrinkingModifier(Modifier):
@@ -40,9 +45,10 @@ class WidthShrinkingModifier(Modifier):
 
     Attributes:
         widths: Shares of channels kept, exact fractions in (0, 1]; 1 must be among them. No default.
-        importance: ``flap`` (weighted input fluctuation), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``,
-            ``group_magnitude``, ``taylor`` or ``taylor_vector`` (these two take a backward pass over the calibration
-            data, and 4 bytes of main memory per weight), or a plugin's. Default ``flap``.
+        importance: ``flap`` (weighted input fluctuation), ``obs`` (the error that is left when a unit goes and the
+            others are repaired), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``, ``group_magnitude``, ``taylor``
+            or ``taylor_vector`` (these two take a backward pass over the calibration data, and 4 bytes of main memory
+            per weight), or a plugin's. Default ``flap``.
         allocation: ``measured``, the same sizes in every layer, split between attention and MLP as loses least on the
             calibration data; ``uniform``, the same share of attention and MLP in every layer; or ``global``, the
             paper's one threshold over all layers. Stock classes can load the first two, a per-layer class holds the
@@ -52,6 +58,9 @@ class WidthShrinkingModifier(Modifier):
             loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
         round_to: Channels that kept sizes are multiples of, for all groups or per group (``attention``, ``mlp``).
             Default 1. W4A16 quantization with groups of 128 wants 128.
+        repair: ``least_squares``: what missing channels said is predicted from those kept, by weights of its own for
+            every width of the linears that read them; ``none``; or a plugin's. Default ``least_squares``, with
+            ``bias_compensation`` ``none``.
         bias_compensation: Add what missing channels contributed on average to the output bias. Default false.
     """
 
@@ -60,6 +69,7 @@ class WidthShrinkingModifier(Modifier):
     allocation: Literal["measured", "uniform", "global"] = "measured"
     anchor_layers: int | list[int] = 0
     round_to: int | dict[str, int] = Field(default=1)
+    repair: str = "least_squares"
     bias_compensation: bool = False
 
     @field_validator("widths", mode="before")
@@ -80,12 +90,31 @@ class WidthShrinkingModifier(Modifier):
         importance_named(name)
         return name
 
+    @field_validator("repair", mode="before")
+    @classmethod
+    def _repair_exists(cls, name: Any) -> str:
+        if name not in (None, False, NO_REPAIR):
+            repair_named(str(name))
+            return str(name)
+        return NO_REPAIR
+
     @field_validator("anchor_layers")
     @classmethod
     def _anchors_are_counted(cls, anchors: int | list[int]) -> int | list[int]:
         if isinstance(anchors, int) and anchors < 0:
             raise RecipeError(f"anchor_layers {anchors} is impossible; give how many layers, or their indices")
         return anchors
+
+    @model_validator(mode="after")
+    def _repaired_or_compensated(self) -> WidthShrinkingModifier:
+        if self.bias_compensation and "repair" not in self.model_fields_set:
+            self.repair = NO_REPAIR
+        if self.bias_compensation and self.repair != NO_REPAIR:
+            raise RecipeError(
+                f"repair: {self.repair} makes up for missing channels by weights, bias_compensation by biases, and "
+                "together they would do it twice; set bias_compensation: false, or repair: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _measured_layers_are_equal(self) -> WidthShrinkingModifier:
@@ -117,6 +146,7 @@ class WidthShrinkingModifier(Modifier):
                     model, selection.adapter, objective_named("loss"), selection.batches, self.anchor_layers
                 )
             selection.width = self._ranked(model, selection.adapter, selection.batches)
+            selection.width_repair = self.repair
         if self.allocation != "measured":  # which tells what it measured
             _tell(selection.width)
         return True
@@ -127,21 +157,54 @@ class WidthShrinkingModifier(Modifier):
                 "allocation: measured tries sizes on the model, and accelerate offloads its weights; set allocation: "
                 "uniform or global, or load the model where memory holds it whole"
             )
-        importance = importance_named(self.importance)
-        widths = [parse_width(width) for width in self.widths]
-        statistics, gradients = {}, {}
-        if self.bias_compensation or (isinstance(importance, Importance) and importance.needs_statistics):
+        with ChannelMoments.of(MOMENTS_GIB * GIB) as moments:
+            runs = self._runs(model, adapter, batches)
+            if runs is not None:
+                collect_moments(runs, moments)
+            repairs = runs is not None and self.repair != NO_REPAIR
+            repair = WidthRepair(repair_named(self.repair), moments) if repairs else None
+            task = self._task(model, adapter, batches, moments)
+            if self.allocation == "measured":
+                return measured_widths(task, objective_named("loss"), batches, repair=repair)
+            return rank_widths(task)
+
+    def _runs(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> LayerRuns | None:
+        """Return what runs the calibration data for second moments; ``None``: nothing needs them, or can have them."""
+        scored = isinstance(importance_named(self.importance), MomentImportance)
+        if not scored and (self.repair == NO_REPAIR or len(self.widths) < 2):
+            return None
+        try:
+            if is_offloaded(model):
+                raise ArchitectureError("accelerate offloads weights of the model, which cannot be made elastic then")
+            return LayerRuns.of(model, adapter, batches)
+        except ArchitectureError as error:
+            if scored:
+                raise ArchitectureError(f"importance: {self.importance} is impossible: {error}; take flap") from error
+            if "repair" in self.model_fields_set:
+                raise ArchitectureError(f"repair: {self.repair} is impossible: {error}; set repair: none") from error
+            logger.warning("widths are not repaired: %s", error)
+            self.repair = NO_REPAIR
+            return None
+
+    def _task(
+        self,
+        model: PreTrainedModel,
+        adapter: ArchitectureAdapter,
+        batches: list[Batch],
+        moments: ChannelMoments,
+    ) -> WidthTask:
+        importance, gradients, statistics = importance_named(self.importance), {}, moments.stats
+        scored = isinstance(importance, Importance) and importance.needs_statistics
+        if not statistics and (scored or self.bias_compensation):
             statistics = collect_statistics(model, adapter, batches)
         if isinstance(importance, GroupImportance) and importance.needs_gradients:
             gradients = loss_gradients(model, coupled_parameters(model, adapter), batches)
+        widths = [parse_width(width) for width in self.widths]
         anchors = [] if isinstance(self.anchor_layers, int) else self.anchor_layers
-        task = WidthTask(
+        return WidthTask(
             model, adapter, importance, widths, statistics, gradients, self.allocation, self.round_to, anchors,
-            self.bias_compensation,
+            self.bias_compensation, moments,
         )  # fmt: skip
-        if self.allocation == "measured":
-            return measured_widths(task, objective_named("loss"), batches)
-        return rank_widths(task)
 
 
 def _tell(width: WidthStrategy) -> None:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier, WidthShrinkingModifier
+from amoeba_plugin.modifiers.selection import NO_REPAIR
 from amoeba_plugin.recipes.plan import RecipePlan
 from amoeba_plugin.runtime.machine_speed import flops_per_second
 from amoeba_plugin.runtime.progress import in_words
@@ -24,6 +25,8 @@ from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.measured_split import MOST_SPLITS
 
 FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
+SEARCHES = {"dynamic_program": 1, "greedy": 1, "auto": 2}  # by selector, how often as many subnets as the program's
+REPAIR_PASSES = 3  # that repairing a width costs: whole layers, their second moments, the narrow ones
 # Layer-forwards that the lockstep search runs, of all that its subnets have: 0.33 at 32 layers to 20, 0.38 at 12 to 8.
 SHARED = 0.4
 USED = 0.4  # of the speed of a large matrix product: 0.23 to 0.41 by the demo's model on one busy CPU thread
@@ -65,6 +68,7 @@ def stage_costs(plan: RecipePlan, config: PretrainedConfig, samples: int, length
         costs += _depth(plan.depth, config.num_hidden_layers, samples, length)
     if plan.width is not None:
         costs += _width(plan.width, samples, length)
+    costs += _repairs(plan, config.num_hidden_layers, samples, length)
     if plan.training is not None and plan.training.max_steps:
         costs.append(_training(plan.training, length))
     return costs
@@ -87,10 +91,10 @@ def estimated(costs: list[StageCost], config: PretrainedConfig) -> list[str]:
 def _depth(modifier: DepthShrinkingModifier, layers: int, samples: int, length: int) -> Iterator[StageCost]:
     used = samples if modifier.max_batches is None else min(samples, modifier.max_batches)
     shorter = f"{LESS_DATA} or max_batches"
-    if modifier.selector == "dynamic_program":
+    if modifier.selector in SEARCHES:
         steps = steps_per_layer(modifier.granularity)
         candidates, most = steps * (layers - modifier.keep_last), steps * (layers - modifier.min_depth)
-        subnets = 1 + evaluations(candidates, most, modifier.beam)
+        subnets = 1 + SEARCHES[modifier.selector] * evaluations(candidates, most, modifier.beam)
         subnets += exchange_evaluations(candidates, most, modifier.exchanges)
         what = f"{subnets:,} subnets on {used:,} sequences of {length} tokens"
         yield StageCost("depth search", what, SHARED * subnets * used, length, shorter)
@@ -111,6 +115,17 @@ def _width(modifier: WidthShrinkingModifier, samples: int, length: int) -> Itera
     if passes:
         what = f"at most {passes} passes over {samples:,} sequences of {length} tokens"
         yield StageCost("width ranking", what, passes * samples, length, f"{LESS_DATA}, or allocation: uniform")
+
+
+def _repairs(plan: RecipePlan, layers: int, samples: int, length: int) -> Iterator[StageCost]:
+    if plan.depth is not None and plan.depth.repair != NO_REPAIR:
+        depths = layers - plan.depth.min_depth
+        what = f"{depths} depths, at most 2 passes each over {samples:,} sequences of {length} tokens"
+        yield StageCost("depth repair", what, 2 * depths * samples, length, f"{LESS_DATA}, or repair: none")
+    if plan.width is not None and plan.width.repair != NO_REPAIR and len(plan.width.widths) > 1:
+        passes = REPAIR_PASSES * (len(plan.width.widths) - 1)
+        what = f"{passes} passes over {samples:,} sequences of {length} tokens"
+        yield StageCost("repair", what, passes * samples, length, f"{LESS_DATA}, fewer widths, or repair: none")
 
 
 def _training(modifier: OneForAllDistillationModifier, length: int) -> StageCost:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from accelerate import init_empty_weights
@@ -126,3 +126,29 @@ def _put_placeholders(model: PreTrainedModel) -> None:
             nan = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
             placeholder = placeholders.setdefault(id(parameter), nn.Parameter(nan, requires_grad=False))
             module._parameters[name] = placeholder
+
+
+def load_on_use(
+    model: nn.Module, layers: Sequence[nn.Module], loaded: Callable[[nn.Module], AbstractContextManager[None]]
+) -> None:
+    """Load every layer, and every module outside the layers, when it is called, and drop it afterwards.
+
+    Args:
+        model: Has the layers; its weights are elsewhere.
+        layers: Each is loaded as a whole.
+        loaded: Has the weights of a part of the model in memory for a block of code.
+    """
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in model.modules() if module._parameters and module not in inside]
+    for part in (*layers, *outside):
+        blocks: list[AbstractContextManager[None]] = []
+
+        def enter(part: nn.Module, *_: object, blocks: list[AbstractContextManager[None]] = blocks) -> None:
+            blocks.append(loaded(part))
+            blocks[-1].__enter__()
+
+        def leave(*_: object, blocks: list[AbstractContextManager[None]] = blocks) -> None:
+            blocks.pop().__exit__(None, None, None)
+
+        part.register_forward_pre_hook(enter)
+        part.register_forward_hook(leave, always_call=True)

@@ -131,7 +131,7 @@ def collect_statistics(
         for handle in handles:
             handle.remove()
     seen = {key: stats.over_ranks() for key, stats in watch.seen.items()}
-    _tell_idle(seen)
+    tell_idle(seen)
     return seen
 
 
@@ -154,14 +154,23 @@ class _Watch:
             else:
                 tokens = expert_inputs(group, module, args, rows)
             stats = ActivationStats.of(tokens)
-            if not bool(torch.isfinite(stats.sum_squared_deviation).all()):
-                raise DataError(
-                    f"activations of {key} are NaN or infinite on calibration batch {self.number}; check the "
-                    "weights, load them in bfloat16 or float32 instead of float16, and look at that batch"
-                )
+            require_finite(stats, key, self.number)
             self.seen[key] = self.seen[key].merge(stats) if key in self.seen else stats
 
         return hook
+
+
+def require_finite(stats: ActivationStats, key: str, batch: int) -> None:
+    """Refuse statistics of a group that are not finite.
+
+    Raises:
+        DataError: With the group and the batch.
+    """
+    if not bool(torch.isfinite(stats.sum_squared_deviation).all()):
+        raise DataError(
+            f"activations of {key} are NaN or infinite on calibration batch {batch}; check the "
+            "weights, load them in bfloat16 or float32 instead of float16, and look at that batch"
+        )
 
 
 def _together(hooks: Sequence[Hook]) -> Hook:
@@ -177,7 +186,8 @@ def _together(hooks: Sequence[Hook]) -> Hook:
     return hook
 
 
-def _tell_idle(seen: Mapping[str, ActivationStats]) -> None:
+def tell_idle(seen: Mapping[str, ActivationStats]) -> None:
+    """Warn of experts that no token reached."""
     idle = [key for key, stats in seen.items() if not stats.tokens]
     if idle:
         logger.warning(

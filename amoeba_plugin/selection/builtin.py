@@ -1,4 +1,4 @@
-"""The objectives, importances and depth selectors that come with the package: a line each."""
+"""The objectives, importances, repairs and depth selectors that come with the package: a line each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from amoeba_plugin.plugins.hooks import hookimpl
-from amoeba_plugin.selection.depth.search import search_depths
+from amoeba_plugin.selection.depth.search import search_all_ways, search_depths, search_greedily
 from amoeba_plugin.selection.depth.selectors import (
     last_layers,
     least_angular_distance,
@@ -19,8 +19,10 @@ from amoeba_plugin.selection.depth.selectors import (
 )
 from amoeba_plugin.selection.depth.task import DepthSelector, SearchOptions
 from amoeba_plugin.selection.importance import (
+    AnyImportance,
     GroupImportance,
     Importance,
+    MomentImportance,
     column_norm,
     group_magnitude,
     group_taylor,
@@ -30,13 +32,16 @@ from amoeba_plugin.selection.importance import (
     weighted_input_norm,
 )
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss
+from amoeba_plugin.selection.repair.elimination import elimination_errors
+from amoeba_plugin.selection.repair.width import Repair, by_least_squares
 
 SEARCH_OPTIONS = tuple(field.name for field in fields(SearchOptions))
 
 OBJECTIVES: tuple[Objective, ...] = (PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy())
 
 # fmt: off
-IMPORTANCES: tuple[Importance | GroupImportance, ...] = (
+IMPORTANCES: tuple[AnyImportance, ...] = (
+    MomentImportance("obs", elimination_errors, "error left when a unit goes and the rest is repaired (OBS, SlimGPT)"),
     Importance("flap", weighted_input_fluctuation, True, description="input variance x weight norm^2 (WIFV)"),
     Importance("flap_ifv", input_fluctuation, True, description="input variance (IFV)"),
     Importance("flap_wifn", weighted_input_norm, True, description="mean |weight| x input norm (WIFN)"),
@@ -48,8 +53,15 @@ IMPORTANCES: tuple[Importance | GroupImportance, ...] = (
                     "|sum of gradient x weight| per row and column (LLM-Pruner)"),
 )
 
+REPAIRS: tuple[Repair, ...] = (
+    Repair("least_squares", by_least_squares, "removed channels predicted from those kept, as weights (OBS, SlimGPT)"),
+)
+
 DEPTH_SELECTORS: tuple[DepthSelector, ...] = (
     DepthSelector("dynamic_program", search_depths, SEARCH_OPTIONS, "the paper's search"),
+    DepthSelector("greedy", search_greedily, tuple(name for name in SEARCH_OPTIONS if name != "beam"),
+                  "the layer goes without which the rest is best, again and again (SLEB)"),
+    DepthSelector("auto", search_all_ways, SEARCH_OPTIONS, "the best of program, greedy and published selectors"),
     DepthSelector("block_influence", least_block_influence, (), "1 - cosine of input and output (ShortGPT)"),
     DepthSelector("one_shot", one_shot, (), "the objective without each layer alone (Shortened LLaMA)"),
     DepthSelector("taylor", least_taylor, (), "sum of |gradient x weight| (Shortened LLaMA)"),
@@ -69,9 +81,15 @@ def amoeba_objectives() -> Mapping[str, Objective]:
 
 
 @hookimpl
-def amoeba_importances() -> Mapping[str, Importance | GroupImportance]:
+def amoeba_importances() -> Mapping[str, AnyImportance]:
     """Return the importances by name."""
     return {importance.name: importance for importance in IMPORTANCES}
+
+
+@hookimpl
+def amoeba_repairs() -> Mapping[str, Repair]:
+    """Return the repairs by name."""
+    return {repair.name: repair for repair in REPAIRS}
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""The hooks by which objectives, importances and depth selectors are handed over; built-in ones use the same door."""
+"""The hooks by which objectives, importances, repairs and depth selectors come in; built-in ones use the same door."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
     from amoeba_plugin.selection.depth.task import DepthSelector
-    from amoeba_plugin.selection.importance import GroupImportance, Importance
+    from amoeba_plugin.selection.importance import AnyImportance
     from amoeba_plugin.selection.objectives import Objective
+    from amoeba_plugin.selection.repair.width import Repair
 
 
 @hookspec
-def amoeba_importances() -> Mapping[str, Importance | GroupImportance]:  # type: ignore[empty-body]
+def amoeba_importances() -> Mapping[str, AnyImportance]:  # type: ignore[empty-body]
     """Return importances by the name that ``WidthShrinkingModifier.importance`` takes."""
 
 
 @hookspec
 def amoeba_objectives() -> Mapping[str, Objective]:  # type: ignore[empty-body]
     """Return objectives by the name that ``DepthShrinkingModifier.objective`` takes."""
+
+
+@hookspec
+def amoeba_repairs() -> Mapping[str, Repair]:  # type: ignore[empty-body]
+    """Return repairs by the name that ``WidthShrinkingModifier.repair`` takes."""
 
 
 @hookspec

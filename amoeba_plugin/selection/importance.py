@@ -72,6 +72,25 @@ class GroupImportance:
     description: str = ""
 
 
+@dataclass(frozen=True)
+class MomentImportance:
+    """A way to score the units of a group by its consumer's weight and the second moments of its input.
+
+    Attributes:
+        name: The name it is registered under.
+        score: Maps the weight (out, in), the moments (in, in) fp64, and how many neighbouring channels a unit has, to
+            (units,); larger matters more.
+        description: One line for people.
+    """
+
+    name: str
+    score: Callable[[Tensor, Tensor, int], Tensor]
+    description: str = ""
+
+
+AnyImportance = Importance | GroupImportance | MomentImportance
+
+
 def weighted_input_fluctuation(stats: ActivationStats, weight: Tensor) -> Tensor:
     """Score channels by the variance that each contributes to the output (WIFV).
 

@@ -1,22 +1,29 @@
-"""Objectives, importances and depth selectors by the names that recipes give them."""
+"""Objectives, importances, repairs and depth selectors by the names that recipes give them."""
 
 from __future__ import annotations
 
 from amoeba_plugin.plugins.manager import named
 from amoeba_plugin.selection.depth.task import DepthSelector
-from amoeba_plugin.selection.importance import GroupImportance, Importance
+from amoeba_plugin.selection.importance import AnyImportance
 from amoeba_plugin.selection.objectives import Objective
+from amoeba_plugin.selection.repair.width import Repair
 
 
-def importance_named(name: str) -> Importance | GroupImportance:
+def importance_named(name: str) -> AnyImportance:
     """Return the importance of that name, or raise :class:`PluginError` with the names that exist."""
-    found: Importance | GroupImportance = named("importance", "amoeba_importances", name)
+    found: AnyImportance = named("importance", "amoeba_importances", name)
     return found
 
 
 def objective_named(name: str) -> Objective:
     """Return the objective of that name, or raise :class:`PluginError` with the names that exist."""
     found: Objective = named("objective", "amoeba_objectives", name)
+    return found
+
+
+def repair_named(name: str) -> Repair:
+    """Return the repair of that name, or raise :class:`PluginError` with the names that exist."""
+    found: Repair = named("repair", "amoeba_repairs", name)
     return found
 
 

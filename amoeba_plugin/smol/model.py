@@ -228,6 +228,8 @@ class SmolModel(BaseTuner):
                 continue
             if getattr(module.get_base_layer(), "keeps_packed", False):
                 raise AdapterError(f"'{name}' keeps its weight packed, {NOT_MERGED}")
+            if getattr(module.get_base_layer(), "repaired", None) is not None:
+                raise AdapterError(f"'{name}' has a repaired weight at this shape beside the shared one, {NOT_MERGED}")
             backend = module.quantization_backend
             if backend is not None and not getattr(backend, "supports_merge", True):
                 raise AdapterError(

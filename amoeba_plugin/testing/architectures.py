@@ -14,78 +14,36 @@ and zero hide wrong indices.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
-from amoeba_plugin.models.adapter import ArchitectureAdapter, group_key
-from amoeba_plugin.models.fingerprint import model_fingerprint
+from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config, group_key
 from amoeba_plugin.models.kept import PARTS
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.compat import cache_name
-from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.testing.random_models import (
+    WIDTHS,
+    attach_random_smol,
+    random_model,
+    random_repairs,
+    random_strategy,
+)
 from amoeba_plugin.testing.reload import reload_plainly
 
-WIDTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
-# Neither nested nor a prefix, and the first layer goes: an index that is not renumbered shows.
-KEPT: dict[float, tuple[int, ...]] = {4: (0, 1, 2, 3), 3: (0, 2, 3), 2: (1, 3)}
 TOLERANCE = 1e-4  # of logits, fp32
-
-
-def random_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
-    """Return a causal LM with nothing left at zero or one, fp32, in evaluation mode; same seed, same weights."""
-    fields = dict(config)
-    built = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norm weights are made ones, biases zeros
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            else:  # std 0.02 would leave every layer next to the identity
-                parameter.normal_(0, 0.08)
-        model.eval()
-    return model
-
-
-def random_strategy(model: PreTrainedModel, seed: int = 0, bias_compensation: bool = False) -> SubnetStrategy:
-    """Return a strategy of random orders for a model of four layers: depths 4, 3, 2 and widths 1, 3/4, 1/2."""
-    generator = torch.Generator().manual_seed(seed)
-    adapter = architecture_for(model.config.model_type)
-    order, mean, units = {}, {}, {width: dict[str, int]() for width in WIDTHS}
-    for layer in range(len(adapter.layers(model))):
-        for group in adapter.channel_groups(model.config):
-            key = group_key(layer, group)
-            order[key] = torch.randperm(group.units, generator=generator)
-            mean[key] = torch.randn(group.channels, generator=generator)
-            for width in WIDTHS:
-                units[width][key] = int(group.units * width)
-    widths = WidthStrategy(units, order, mean, "random", "uniform", bias_compensation)
-    return SubnetStrategy(DepthStrategy(KEPT), widths, model_fingerprint(model, adapter))
-
-
-def attach_random_smol(elastic: ElasticModel) -> PeftModel:
-    """Put a SMOL adapter whose every parameter is random on all linears; in evaluation mode."""
-    config = SmolConfig(r=4, num_experts=3, top_k=2, target_modules="all-linear")
-    model = attach_smol(elastic, config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 class ArchitectureConformance:
@@ -248,6 +206,70 @@ class ArchitectureConformance:
                 return
             raise
         _close(self.logits(subnet), expected, "extracted with compensation")
+
+    def test_the_mlp_is_added_to_the_residual_stream_as_stated(self) -> None:
+        """What a change of its last linear changes behind the layer, against that linear's own output."""
+        model = self.model()
+        adapter = architecture_for(model.config.model_type)
+        share = adapter.residual_share(model.config)
+        if share is None:
+            return
+        (group,) = (group for group in self._groups() if group.name == "mlp")
+        layer = adapter.layers(model)[1]
+        linear, weight = layer.get_submodule(group.consumer.path), group.consumer.weight(layer)
+        found: dict[str, list[Tensor]] = {"neurons": [], "states": []}
+        handles = [
+            linear.register_forward_pre_hook(lambda _, args: found["neurons"].append(args[0])),
+            layer.register_forward_hook(
+                lambda _, args, output: found["states"].append(output if isinstance(output, Tensor) else output[0])
+            ),
+        ]
+        change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)) * 0.1
+        self.logits(model)
+        with torch.no_grad():
+            weight.add_(change)
+        self.logits(model)
+        for handle in handles:
+            handle.remove()
+        before, after = found["states"]
+        expected = share * (found["neurons"][0] @ change.mT)
+        _close((after - before).view_as(expected), expected, "added to the residual stream")
+
+    def test_repaired_weights_take_the_place_of_columns(self) -> None:
+        """At every shape: a model with those weights on the channels kept, and zeros on the others; and extracted."""
+        model, groups = self.model(), self._groups()
+        strategy = replace(random_strategy(model), repairs=random_repairs(model, random_strategy(model)))
+        elastic = ElasticModel(model, strategy)
+        largest = self.logits(model)
+        for adapted in (False, True):
+            if adapted:
+                attach_random_smol(elastic)
+            for shape in elastic.space:
+                with elastic.active(shape) as active:
+                    found = self.logits(active)
+                if not adapted and not any(group.norms for group in groups):
+                    masked = self._repaired_by_hand(strategy, shape)
+                    _close(found, self.logits(masked), str(shape))
+                _close(self.logits(extract(elastic, shape)), found, f"extracted {shape}")
+            if not adapted:
+                assert torch.equal(self.logits(model), largest), "a shape is left behind"
+
+    def _repaired_by_hand(self, strategy: SubnetStrategy, shape: SubnetShape) -> PreTrainedModel:
+        """Return the model with masks, its channels in their original order, whose consumers have repaired weights."""
+        model, places = self.model(), strategy.repairs.weights
+        adapter, held = architecture_for(model.config.model_type), dict[str, Tensor]()
+        for place in ((None, shape.width), (shape.depth, shape.width)):
+            held |= places.get(place, {})
+        layers, config = list(adapter.layers(model)), copy_config(model.config)
+        with torch.no_grad():
+            for index, group in itertools.product(range(4), adapter.channel_groups(model.config)):
+                key = group_key(index, group)
+                if key in held:
+                    kept = group.consumer.channels(strategy.width.order[key])[: held[key].shape[1]]
+                    group.consumer.weight(layers[index]).zero_()[:, kept] = held[key]
+        kept_layers = strategy.depth.kept[shape.depth]
+        adapter.set_layers(model, [layers[index] for index in kept_layers], kept_layers, config)
+        return model
 
     def _groups(self) -> tuple[Any, ...]:
         model_type = self.config["model_type"]

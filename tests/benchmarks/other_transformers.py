@@ -86,7 +86,7 @@ def write(root: Path) -> None:
     from amoeba_plugin.elastic.model import ElasticModel
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy
     from amoeba_plugin.extraction.cut import extract
-    from amoeba_plugin.testing.architectures import random_model, random_strategy
+    from amoeba_plugin.testing.random_models import random_model, random_strategy
     from support.architectures import CONFIGS
 
     root.mkdir(parents=True, exist_ok=True)

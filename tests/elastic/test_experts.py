@@ -21,7 +21,7 @@ from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_group, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
-from amoeba_plugin.testing.architectures import KEPT, random_model, random_strategy
+from amoeba_plugin.testing.random_models import KEPT, random_model, random_strategy
 from support.architectures import CONFIGS
 
 TYPES = ["mixtral", "qwen3_moe"]

@@ -16,7 +16,7 @@ from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.testing.architectures import attach_random_smol
+from amoeba_plugin.testing.random_models import attach_random_smol
 from support.models import logits, random_elastic, random_tokens
 from support.strategies import KEPT, random_strategy
 

@@ -21,7 +21,7 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.registry import importance_named, objective_named
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
-from amoeba_plugin.testing.architectures import WIDTHS, random_model
+from amoeba_plugin.testing.random_models import WIDTHS, random_model
 from support.architectures import CONFIGS
 from support.depth_search import searched
 from support.models import logits, require_close

@@ -20,7 +20,7 @@ from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
-from amoeba_plugin.testing.architectures import random_strategy
+from amoeba_plugin.testing.random_models import random_strategy
 from support.checkpoints import record_anew, save_random
 from support.models import random_elastic
 

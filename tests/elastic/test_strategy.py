@@ -83,7 +83,7 @@ def test_a_truncated_json_is_refused(saved: tuple[SubnetStrategy, Path]) -> None
     ("change", "message"),
     [
         ({"format": "other"}, "is not a amoeba_plugin.SubnetStrategy file"),
-        ({"version": 99}, "format version 99, this amoeba_plugin reads up to 2"),
+        ({"version": 99}, "format version 99, this amoeba_plugin reads up to 3"),
         ({"depth": {"kept": {"a": []}, "objective": "", "metric": {}}}, "is damaged"),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.kept import read_kept
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from support.models import logits
 from support.sublayers import CASES, ENDS, POSITIONS, TABLE, elastic_of, tokens_of, zeroed
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.extraction.cut import become, extract
-from amoeba_plugin.testing.architectures import attach_random_smol, require_stated_sizes
+from amoeba_plugin.testing.architectures import require_stated_sizes
+from amoeba_plugin.testing.random_models import attach_random_smol
 from amoeba_plugin.testing.reload import reload_plainly
 from support.models import logits, random_elastic, random_tokens
 

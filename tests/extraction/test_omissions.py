@@ -20,7 +20,7 @@ from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.runtime.model_files import load_config
-from amoeba_plugin.testing.architectures import attach_random_smol
+from amoeba_plugin.testing.random_models import attach_random_smol
 from support.checkpoints import record_anew
 from support.models import logits, logits_at, make_tiny_model, random_elastic, require_close, save_base
 

@@ -16,7 +16,7 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.audit import require_sizes
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.kept import read_kept
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from amoeba_plugin.testing.reload import reload_plainly
 from support.models import logits
 from support.sublayers import CASES, ENDS, TABLE, elastic_of, tokens_of

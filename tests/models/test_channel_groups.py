@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup
 from amoeba_plugin.models.registry import architecture_for
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from support.architectures import CONFIGS
 
 # Groups whose members torch-pruning's graph finds where every query head has its own keys and values.

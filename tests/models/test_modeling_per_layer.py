@@ -20,7 +20,7 @@ from amoeba_plugin.elastic.subnet_config import per_layer_class
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.modeling_per_layer import PerLayerSizes
-from amoeba_plugin.testing.architectures import attach_random_smol
+from amoeba_plugin.testing.random_models import attach_random_smol
 from support.models import logits, random_tokens
 from support.strategies import random_strategy, uneven_strategy
 

@@ -25,7 +25,7 @@ from amoeba_plugin.modifiers.smoothing import complete_tables, require_outputs_k
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from support.architectures import CONFIGS
 from support.models import logits, save_base
 

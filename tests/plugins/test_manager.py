@@ -23,7 +23,8 @@ from amoeba_plugin.selection.activation_stats import ActivationStats
 from amoeba_plugin.selection.depth.task import DepthSelector
 from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
-from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
+from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named, repair_named
+from amoeba_plugin.selection.repair.width import Repair
 
 
 class Stranger(LlamaFamily):
@@ -69,6 +70,17 @@ def test_hook_amoeba_importances(install: Callable[..., None]) -> None:
     install("their_package", amoeba_importances=hook)
     assert importance_named("smallest") is theirs
     assert importance_named("flap").name == "flap"
+
+
+def test_hook_amoeba_repairs(install: Callable[..., None]) -> None:
+    theirs = Repair("cut", lambda weight, moments, kept: {count: weight[:, :count].double() for count in kept})
+
+    def hook() -> Mapping[str, Repair]:
+        return {"cut": theirs}
+
+    install("their_package", amoeba_repairs=hook)
+    assert repair_named("cut") is theirs
+    assert repair_named("least_squares").name == "least_squares"
 
 
 def test_hook_amoeba_objectives(install: Callable[..., None]) -> None:

@@ -30,10 +30,13 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.selection.activation_stats import collect_statistics
-from amoeba_plugin.selection.registry import importance_named
+from amoeba_plugin.selection.layer_runs import LayerRuns
+from amoeba_plugin.selection.registry import importance_named, repair_named
+from amoeba_plugin.selection.repair.depth import fold_depths
+from amoeba_plugin.selection.repair.width import repair_shapes
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from support import support_matrix
 from support.architectures import CONFIGS, EXPERTS, INSIDE_ONESHOT, OFFSET_NORMS, OWN_STAGE, QUANTIZED
 from support.models import logits, save_base
@@ -133,7 +136,11 @@ def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Data
     rows = [{name: torch.tensor(data[name]) for name in data.column_names}]
     statistics = collect_statistics(whole, adapter, rows, progress=False)
     widths = rank_widths(WidthTask(whole, adapter, importance_named("flap"), [Fraction(1), Fraction(3, 4)], statistics))
-    elastic = ElasticModel(whole, SubnetStrategy(DepthStrategy(kept), widths, model_fingerprint(whole, adapter)))
+    runs = LayerRuns.of(whole, adapter, rows)
+    folds = fold_depths(runs, DepthStrategy(kept), progress=False)
+    repairs = repair_shapes(runs, widths, repair_named("least_squares"), folds, progress=False)
+    strategy = SubnetStrategy(DepthStrategy(kept), widths, model_fingerprint(whole, adapter), repairs=repairs)
+    elastic = ElasticModel(whole, strategy)
     with elastic.active("3x3/4") as model:
         torch.testing.assert_close(logits(reloaded, TOKENS), logits(model, TOKENS), atol=1e-4, rtol=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "data", "out", "recipe.yaml"]

@@ -16,21 +16,25 @@ from support.recipes import GOOD, config_of
 
 def test_stages_are_counted_as_they_are_run() -> None:
     """Of 4 layers down to 2, the last kept: 3 + 2 subnets and the whole one; 2 steps of 4 x 2 rows, 4 subnets each."""
-    depth, width, training = stage_costs(plan_recipe(GOOD), config_of(), samples=7, length=16)
+    depth, width, folds, repair, training = stage_costs(plan_recipe(GOOD), config_of(), samples=7, length=16)
     assert depth.what == "6 subnets on 7 sequences of 16 tokens"
     assert width.what == "at most 17 passes over 7 sequences of 16 tokens"
+    assert folds.what == "2 depths, at most 2 passes each over 7 sequences of 16 tokens"
+    assert repair.what == "3 passes over 7 sequences of 16 tokens"
     assert training.what == "2 steps, 16 sequences of 16 tokens through 4 subnets each"
     assert training.passes == 3 * 4 * 16
 
 
-ALL = ["depth search", "width ranking", "one-for-all training"]
+ALL = ["depth search", "width ranking", "depth repair", "repair", "one-for-all training"]
 
 
 @pytest.mark.parametrize(
     ("change", "stages"),
     [
         (("{min_depth: 2}", "{min_depth: 2, selector: last_layers}"), ALL[1:]),
-        (("max_steps: 2", "max_steps: 0"), ALL[:2]),
+        (("max_steps: 2", "max_steps: 0"), ALL[:4]),
+        (("{min_depth: 2}", "{min_depth: 2, repair: none}"), [ALL[0], ALL[1], *ALL[3:]]),
+        (('"3/4"]}', '"3/4"], repair: none}'), [*ALL[:3], ALL[4]]),
         (("{min_depth: 2}", "{min_depth: 2, max_batches: 3}"), ALL),
         (('"3/4"]}', '"3/4"], allocation: uniform, importance: magnitude}'), ALL),
     ],

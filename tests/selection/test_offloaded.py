@@ -57,8 +57,13 @@ def test_sizes_are_not_tried_on_it(tiny_model: TinyModel, random_batches: Random
     modifier = WidthShrinkingModifier(widths=["1", "1/2"])
     with pytest.raises(ArchitectureError, match="set allocation: uniform or global"):
         modifier._ranked(model, architecture_for("llama"), random_batches())
-    assert (
-        WidthShrinkingModifier(widths=["1", "1/2"], allocation="uniform")
-        ._ranked(model, architecture_for("llama"), random_batches())
-        .units
-    )
+    uniform = {"widths": ["1", "1/2"], "allocation": "uniform"}
+    modifier = WidthShrinkingModifier(**uniform)
+    assert modifier._ranked(model, architecture_for("llama"), random_batches()).units
+    assert modifier.repair == "none"
+    with pytest.raises(
+        ArchitectureError, match="repair: least_squares is impossible: accelerate offloads.*repair: none"
+    ):
+        WidthShrinkingModifier(**uniform, repair="least_squares")._ranked(
+            model, architecture_for("llama"), random_batches()
+        )

@@ -1,4 +1,4 @@
-"""What every registered importance, objective and depth selector must do, a plugin's too: one matrix over the registry.
+"""What every registered importance, objective, repair and depth selector must do, a plugin's too: one matrix.
 
 To register one is all that it takes to have it tested here.
 """
@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +26,23 @@ from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.plugins.manager import collected
 from amoeba_plugin.runtime.module_calls import evaluating
+from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.selection.activation_stats import ActivationStats, collect_statistics
 from amoeba_plugin.selection.depth.task import DepthSelector, DepthTask, SearchOptions
 from amoeba_plugin.selection.gradients import loss_gradients
-from amoeba_plugin.selection.importance import CoupledWeights, GroupImportance, Importance
+from amoeba_plugin.selection.importance import (
+    AnyImportance,
+    CoupledWeights,
+    GroupImportance,
+    Importance,
+    MomentImportance,
+)
+from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.objectives import Objective, better
 from amoeba_plugin.selection.registry import objective_named
+from amoeba_plugin.selection.repair.collect import collect_moments
+from amoeba_plugin.selection.repair.moments import ChannelMoments, Moments
+from amoeba_plugin.selection.repair.width import Repair
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from support.batches import make_questions, make_random_batches
@@ -39,14 +51,16 @@ from support.models import logits, make_tiny_model
 Batch = dict[str, Tensor]
 TinyModel = Callable[..., PreTrainedModel]
 
-IMPORTANCES: dict[str, Importance | GroupImportance] = collected("importance", "amoeba_importances")
+IMPORTANCES: dict[str, AnyImportance] = collected("importance", "amoeba_importances")
 OBJECTIVES: dict[str, Objective] = collected("objective", "amoeba_objectives")
 SELECTORS: dict[str, DepthSelector] = collected("depth selector", "amoeba_depth_selectors")
+REPAIRS: dict[str, Repair] = collected("repair", "amoeba_repairs")
 LLAMA = architecture_for("llama")
 WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]
 LAYERS, MIN_DEPTH, KEEP_LAST = 9, 7, 3  # what the selectors that protect the first four and the last two can do
 
 every_importance = pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES)
+every_repair = pytest.mark.parametrize("repair", REPAIRS.values(), ids=REPAIRS)
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 every_selector = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
 
@@ -65,13 +79,45 @@ def all_at_once(batches: list[Batch]) -> list[Batch]:
     return [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
 
 
+# --- repairs
+
+
+@every_repair
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_repair_is_nearer_to_the_whole_than_the_cut(repair: Repair, tokens: int) -> None:
+    """On the rows it saw, fewer than channels or many; and it changes no input."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(tokens, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    weight, moments = torch.randn(4, 12, generator=generator), Moments.empty(12)
+    moments.add(rows[::2], held_out=False)
+    moments.add(rows[1::2], held_out=True)
+    before = weight.clone(), moments.all
+    found = repair.columns(weight, moments, [3, 8])
+    assert {kept: tuple(each.shape) for kept, each in found.items()} == {3: (4, 3), 8: (4, 8)}
+    for kept, each in found.items():
+        whole = rows.double() @ weight.double().T
+        cut = (whole - rows[:, :kept].double() @ weight[:, :kept].double().T).square().sum()
+        assert (whole - rows[:, :kept].double() @ each.T).square().sum() < cut, kept
+    assert torch.equal(weight, before[0])
+    assert torch.equal(moments.all, before[1])
+
+
+@every_repair
+def test_a_repair_without_data_is_the_cut(repair: Repair) -> None:
+    weight = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))
+    for kept, each in repair.columns(weight, Moments.empty(12), [3, 8]).items():
+        assert torch.equal(each, weight[:, :kept].double())
+
+
 # --- importances
 
 
 def calibrated(
-    model: PreTrainedModel, importance: Importance | GroupImportance, batches: list[Batch]
+    model: PreTrainedModel, importance: AnyImportance, batches: list[Batch]
 ) -> tuple[dict[str, ActivationStats], dict[str, Tensor]]:
     """Return the statistics and gradients that an importance says it looks at, and no others."""
+    if isinstance(importance, MomentImportance):
+        return {}, {}
     if isinstance(importance, GroupImportance):
         if not importance.needs_gradients:
             return {}, {}
@@ -79,10 +125,17 @@ def calibrated(
     return collect_statistics(model, LLAMA, batches, progress=False) if importance.needs_statistics else {}, {}
 
 
-def scores_of(
-    model: PreTrainedModel, importance: Importance | GroupImportance, batches: list[Batch]
-) -> dict[str, Tensor]:
+def moments_of(model: PreTrainedModel, importance: AnyImportance, batches: list[Batch]) -> ChannelMoments:
+    """Return the second moments, empty where an importance does not look at them."""
+    moments = ChannelMoments(StateStore(float("inf"), Path()))
+    if isinstance(importance, MomentImportance):
+        collect_moments(LayerRuns.of(model, LLAMA, batches), moments, progress=False)
+    return moments
+
+
+def scores_of(model: PreTrainedModel, importance: AnyImportance, batches: list[Batch]) -> dict[str, Tensor]:
     """Return by group what an importance gives to its channels, or to its units."""
+    moments = moments_of(model, importance, batches)
     statistics, gradients = calibrated(model, importance, batches)
     scores = {}
     for index, layer in enumerate(LLAMA.layers(model)):
@@ -93,27 +146,28 @@ def scores_of(
                 weights = {axis: axis.weight(layer).detach() for axis in axes}
                 given = {axis: gradients[f"{index}.{axis.path}"] for axis in axes} if gradients else {}
                 scores[key] = importance.score(CoupledWeights(group, weights, given))
+            elif isinstance(importance, MomentImportance):
+                scores[key] = importance.score(weight, moments[key].all, group.consumer.channels_per_unit)
             else:
                 scores[key] = importance.score(statistics.get(key) or ActivationStats.empty(group.channels), weight)
     return scores
 
 
-def ranked(
-    model: PreTrainedModel, importance: Importance | GroupImportance, batches: list[Batch], **options: Any
-) -> WidthStrategy:
+def ranked(model: PreTrainedModel, importance: AnyImportance, batches: list[Batch], **options: Any) -> WidthStrategy:
     """Rank widths with what an importance says it needs."""
     statistics, gradients = calibrated(model, importance, batches)
-    return rank_widths(WidthTask(model, LLAMA, importance, WIDTHS, statistics, gradients, **options))
+    moments = moments_of(model, importance, batches)
+    return rank_widths(WidthTask(model, LLAMA, importance, WIDTHS, statistics, gradients, moments=moments, **options))
 
 
 @every_importance
 def test_an_importance_gives_every_channel_or_unit_a_finite_score(
-    tiny_model: TinyModel, importance: Importance | GroupImportance
+    tiny_model: TinyModel, importance: AnyImportance
 ) -> None:
     model = tiny_model("llama", layers=2)
     scores = scores_of(model, importance, make_random_batches(lengths=(12, 7)))
     for group in LLAMA.channel_groups(model.config):
-        wanted = group.units if isinstance(importance, GroupImportance) else group.channels
+        wanted = group.channels if isinstance(importance, Importance) else group.units
         for index in range(2):
             found = scores[group_key(index, group)]
             assert found.shape == (wanted,)
@@ -123,9 +177,7 @@ def test_an_importance_gives_every_channel_or_unit_a_finite_score(
 
 
 @every_importance
-def test_an_importance_does_not_depend_on_how_data_is_batched(
-    tiny_model: TinyModel, importance: Importance | GroupImportance
-) -> None:
+def test_an_importance_does_not_depend_on_how_data_is_batched(tiny_model: TinyModel, importance: AnyImportance) -> None:
     model, batches = tiny_model("llama", layers=2), make_random_batches(lengths=(12, 7))
     wanted = scores_of(model, importance, batches)
     for cut in (row_by_row(batches), all_at_once(batches)):
@@ -134,9 +186,7 @@ def test_an_importance_does_not_depend_on_how_data_is_batched(
 
 
 @every_importance
-def test_units_whose_weights_are_all_zero_come_last(
-    tiny_model: TinyModel, importance: Importance | GroupImportance
-) -> None:
+def test_units_whose_weights_are_all_zero_come_last(tiny_model: TinyModel, importance: AnyImportance) -> None:
     model, useless = tiny_model("llama", layers=2), {"attention": 1, "mlp": 77}
     with torch.no_grad():
         for layer in LLAMA.layers(model):
@@ -153,7 +203,7 @@ def test_units_whose_weights_are_all_zero_come_last(
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @every_importance
 def test_an_importance_makes_a_strategy_of_nested_widths_that_run(
-    tiny_model: TinyModel, importance: Importance | GroupImportance, allocation: str
+    tiny_model: TinyModel, importance: AnyImportance, allocation: str
 ) -> None:
     model, batches = tiny_model("llama", layers=2), make_random_batches(lengths=(12, 7))
     before = copy.deepcopy(model.state_dict())
@@ -176,7 +226,7 @@ def test_an_importance_makes_a_strategy_of_nested_widths_that_run(
 
 
 @pytest.mark.parametrize(("name", "importance"), IMPORTANCES.items(), ids=IMPORTANCES)
-def test_an_importance_says_what_it_is(name: str, importance: Importance | GroupImportance) -> None:
+def test_an_importance_says_what_it_is(name: str, importance: AnyImportance) -> None:
     assert importance.name == name
     assert importance.description
 

@@ -20,7 +20,7 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import AdapterError
 from amoeba_plugin.models.compressed_linear import CompressedLinear, is_compressed
 from amoeba_plugin.smol import SmolConfig, SmolLinear
-from amoeba_plugin.testing.architectures import random_strategy
+from amoeba_plugin.testing.random_models import random_strategy
 
 CONFIG = dict(r=3, depths=[2, 4], widths=["1", "1/2"], target_modules=["q_proj", "up_proj"], init_weights=False)
 

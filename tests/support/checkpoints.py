@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.record import ElasticRecord, read_record, write_record
-from amoeba_plugin.testing.architectures import attach_random_smol
+from amoeba_plugin.testing.random_models import attach_random_smol
 from support.models import random_elastic
 
 

@@ -162,7 +162,7 @@ def make_arguments(directory: Path, mode: str, **fields: Any) -> TrainingArgumen
 
 def make_trainer(directory: Path, case: Case, mode: str, **fields: Any) -> OneForAllTrainer:
     """Return a trainer of a fresh model."""
-    elastic = elastic_of(tiny_llama(), SUBLAYERS) if case.sublayers else random_elastic(tiny_llama())
+    elastic = elastic_of(tiny_llama(), SUBLAYERS) if case.sublayers else random_elastic(tiny_llama(), repaired=True)
     arguments = make_arguments(directory, mode, **case.arguments | fields)
     return OneForAllTrainer(
         make_model(elastic, case), elastic, OneForAllOptions(**case.options), args=arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.testing.architectures import random_strategy
+from amoeba_plugin.testing.random_models import random_repairs, random_strategy
 
 VOCABULARY = 97
 
@@ -69,9 +70,14 @@ def tiny_llama(seed: int = 0, **config: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def random_elastic(model: PreTrainedModel, seed: int = 0, bias_compensation: bool = False) -> ElasticModel:
-    """Make a four-layer model elastic with a random strategy."""
-    return ElasticModel(model, random_strategy(model, seed, bias_compensation))
+def random_elastic(
+    model: PreTrainedModel, seed: int = 0, bias_compensation: bool = False, repaired: bool = False
+) -> ElasticModel:
+    """Make a four-layer model elastic with a random strategy, on request with random repaired weights."""
+    strategy = random_strategy(model, seed, bias_compensation)
+    if repaired:
+        strategy = replace(strategy, repairs=random_repairs(model, strategy))
+    return ElasticModel(model, strategy)
 
 
 def offloaded(model: PreTrainedModel, where: str, folder: Path) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from transformers import PreTrainedModel
 
 from amoeba_plugin.elastic.strategy import SubnetStrategy
-from amoeba_plugin.testing.architectures import KEPT, WIDTHS, random_strategy
+from amoeba_plugin.testing.random_models import KEPT, WIDTHS, random_strategy
 
 # Halves of units among them, and less than a unit of a small group.
 FINE_WIDTHS = [Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)]

@@ -14,7 +14,8 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.plugins.manager import collected
-from amoeba_plugin.testing.architectures import WIDTHS, ArchitectureConformance, random_model, random_strategy
+from amoeba_plugin.testing.architectures import ArchitectureConformance
+from amoeba_plugin.testing.random_models import WIDTHS, random_model, random_strategy
 from support.architectures import CONFIGS, MULTIPLIERS, VARIANTS
 from support.models import logits
 

@@ -29,6 +29,10 @@ class GPTNeoX(ArchitectureAdapter):
         up, down = ChannelAxis("mlp.dense_h_to_4h", 1), ChannelAxis("mlp.dense_4h_to_h", 1)
         return (ChannelGroup("mlp", config.intermediate_size, (up,), down),)
 
+    def residual_share(self, config: PretrainedConfig) -> float | None:
+        """Return 1."""
+        return 1.0
+
     def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
         """Return attention and MLP, each with the norm before it; in parallel or not."""
         return {
@@ -68,6 +72,10 @@ class OPT(ArchitectureAdapter):
     def channel_groups(self, config: PretrainedConfig) -> tuple[ChannelGroup, ...]:
         """Return the MLP group (units: neurons)."""
         return (ChannelGroup("mlp", config.ffn_dim, (ChannelAxis("fc1", 1),), ChannelAxis("fc2", 1)),)
+
+    def residual_share(self, config: PretrainedConfig) -> float | None:
+        """Return 1; ``None`` for OPT-350m, which has norms on the residual stream."""
+        return 1.0 if config.do_layer_norm_before else None
 
     def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
         """Return attention and MLP; norms of OPT-350m are on the residual stream, and stay."""

@@ -64,6 +64,11 @@ class GatedDecoder(ArchitectureAdapter):
             ),
         }
 
+    def residual_share(self, config: PretrainedConfig) -> float | None:
+        """Return 1, or Granite's multiplier; ``None`` where norms behind the MLP are its own."""
+        plain = self.mlp_norms == GatedDecoder.mlp_norms
+        return float(getattr(config, "residual_multiplier", 1.0)) if plain else None
+
     def subnet_config(
         self,
         config: PretrainedConfig,

@@ -35,6 +35,10 @@ class MixtureOfExperts(GatedDecoder):
         neurons = getattr(config, self._size_field(config))
         return attention, *(_expert_group(expert, neurons) for expert in range(config.num_experts))
 
+    def residual_share(self, config: PretrainedConfig) -> float | None:
+        """Return ``None``: each token has experts of its own."""
+        return None
+
     def sublayers(self, config: PretrainedConfig) -> Mapping[str, Sublayer]:
         """Return attention, and the experts with their router as the MLP."""
         dense = super().sublayers(config)

@@ -1,4 +1,4 @@
-"""Which sets of layers to score, and which to keep: the paper's dynamic program, and exchanges after it. No model."""
+"""Which sets of layers to score and to keep: the paper's dynamic program, greedy removal, exchanges. No model."""
 
 from __future__ import annotations
 
@@ -68,6 +68,40 @@ class Search:
                 self._insert(best.setdefault(len(removed), []), removed, score, beam)
         self._require_telling(seen)
         return {count: kept[0] for count, kept in best.items()}
+
+    def remove_one_by_one(self, candidates: int, most: int) -> Table:
+        """Remove, again and again, the layer without which the rest is best (SLEB, arXiv:2402.09025): nested sets.
+
+        Args:
+            candidates: N, layers that may go: indices 0 to N - 1.
+            most: M, the most layers to remove.
+
+        Returns:
+            For m from 1 to M the removed layers and their score.
+
+        Raises:
+            DataError: If no score is finite, or all are the same.
+        """
+        table: Table = {}
+        seen: list[Score] = []
+        removed = Removed()
+        for count in range(1, most + 1):
+            step = [removed | {layer} for layer in range(candidates) if layer not in removed]
+            kept: list[tuple[Removed, Score]] = []
+            for each, score in zip(step, self.evaluate(step), strict=True):
+                seen.append(score)
+                self._insert(kept, each, score, 1)
+            table[count] = kept[0]
+            removed = kept[0][0]
+        self._require_telling(seen)
+        return table
+
+    def best_of(self, table: Table, others: Sequence[Removed]) -> Table:
+        """Return for every number of layers removed the best of a table's set and other sets of as many."""
+        for removed, score in zip(others, self.evaluate(others) if others else [], strict=True):
+            if self._prefers(removed, score, *table[len(removed)]):
+                table = table | {len(removed): (removed, score)}
+        return table
 
     def exchange(self, table: Table, candidates: int, rounds: int) -> Table:
         """Improve every removal set by exchanging single layers; ends where no exchange is strictly better.

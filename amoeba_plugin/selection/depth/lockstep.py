@@ -5,7 +5,7 @@ Where attention and MLP may go apart, each is a step of its own: the layer in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,6 +144,31 @@ class Lockstep:
     def measure(self, objective: Objective, sets: Sequence[Removed], progress: Callable[[], object]) -> list[Score]:
         """Return the scores of sets, over all ranks, by an objective made of observations; see ``Runner.measure``."""
         return scores_over_ranks(objective, self.observe(objective, sets, progress))
+
+    def run_layer(self, layer: int, begin: Callable[[int], object] = lambda batch: None) -> None:
+        """Run all batches of the whole model through one layer, from the states before it, which stay.
+
+        Args:
+            layer: The states before it are known: it is the first, or the one before has been run or skipped.
+            begin: Called with the number of every batch before.
+        """
+        with onloaded(self.layers[layer].modules()):
+            for batch in range(len(self.batches)):
+                begin(batch)
+                self._visit(Visit(layer, (WHOLE,), ()), batch)
+
+    def skip(self, layer: int, to: int) -> None:
+        """Let the states before one layer be those before a later one."""
+        for batch in range(len(self.batches)):
+            if layer == 0:
+                self._record(batch, 1)
+            self.cached.rename((layer, batch), (to, batch))
+
+    def forget(self, layers: Iterable[int]) -> None:
+        """Drop the states before layers."""
+        for layer in layers:
+            for batch in range(len(self.batches)):
+                self.cached.discard((layer, batch))
 
     def report(self) -> dict[str, Any]:
         """Return what was run, in how many ``layer_calls``, and most bytes held of ``states on PLACE``."""

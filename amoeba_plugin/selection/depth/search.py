@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.fingerprint import PACKED, model_fingerprint
-from amoeba_plugin.models.kept import kept_without, removed_names
+from amoeba_plugin.models.kept import Kept, kept_without, removed_names
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import reset_peak_memory
@@ -25,6 +26,7 @@ from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.selection.depth.dynamic_program import NEAR, Search, Table, evaluations, exchange_evaluations
 from amoeba_plugin.selection.depth.runner import GIB, runner_for
 from amoeba_plugin.selection.depth.score_table import MeasuredTable
+from amoeba_plugin.selection.depth.selectors import least_angular_distance, least_block_influence
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed, steps_per_layer
 from amoeba_plugin.selection.depth.task import DepthTask
 from amoeba_plugin.selection.hidden_states import where_not_finite
@@ -33,6 +35,9 @@ from amoeba_plugin.selection.over_ranks import share_of
 from amoeba_plugin.shape import half_steps
 
 logger = logging.getLogger(__name__)
+
+
+Start = Callable[[Search, int, int], Table]  # of what may go, and how much of it at most
 
 
 def search_depths(task: DepthTask) -> DepthStrategy:
@@ -57,12 +62,48 @@ def search_depths(task: DepthTask) -> DepthStrategy:
             process writes there.
     """
     options = task.options
+    return _searched(task, "dynamic_program", lambda search, *sizes: search.shrink(*sizes, options.beam), options.beam)
+
+
+def search_greedily(task: DepthTask) -> DepthStrategy:
+    """Remove, again and again, the layer without which the rest is best; nested. Like :func:`search_depths` else."""
+    return _searched(task, "greedy", lambda search, *sizes: search.remove_one_by_one(*sizes), 1)
+
+
+def search_all_ways(task: DepthTask) -> DepthStrategy:
+    """Take, for every depth, the best that the program, greedy removal, and published selectors find.
+
+    All are measured on the same batches, a set that several of them ask for once: never worse there than any of them,
+    for the layer-forwards of program and greedy removal, two passes, and as many subnets as there are depths for each
+    of Block Influence and the angular distance. Like :func:`search_depths` else.
+    """
+    published: list[Removed] = []
+    for select in (least_block_influence, least_angular_distance):
+        with suppress(DataError):  # it cannot tell the layers apart
+            found = select(task)
+            published += [_steps(task, found.removed(depth)) for depth in found.kept if depth != task.num_layers]
+
+    def start(search: Search, candidates: int, most: int) -> Table:
+        program = search.shrink(candidates, most, task.options.beam)
+        greedy = search.remove_one_by_one(candidates, most)
+        return search.best_of(program, [removed for removed, _ in greedy.values()] + list(dict.fromkeys(published)))
+
+    return _searched(task, "auto", start, task.options.beam + 1)
+
+
+def _steps(task: DepthTask, removed: Sequence[Kept]) -> Removed:
+    per_layer = steps_per_layer(task.options.granularity)
+    return Removed(step for layer in removed for step in range(per_layer * int(layer), per_layer * (int(layer) + 1)))
+
+
+def _searched(task: DepthTask, name: str, start: Start, beam: int) -> DepthStrategy:
+    options = task.options
     per_layer = steps_per_layer(options.granularity)
     candidates, most = per_layer * task.removable(), per_layer * (task.num_layers - task.min_depth)
     task.objective.check(task.batches)
     reset_peak_memory()
     mine, data = share_of(task.objective, task.batches)
-    scored = 1 + evaluations(candidates, most, options.beam) + exchange_evaluations(candidates, most, options.exchanges)
+    scored = 1 + evaluations(candidates, most, beam) + exchange_evaluations(candidates, most, options.exchanges)
     silent = not task.progress or rank() != 0
     kept = [] if options.resume_dir is None or rank() != 0 else [Path(options.resume_dir)]
     with (
@@ -82,11 +123,11 @@ def search_depths(task: DepthTask) -> DepthStrategy:
         whole = measured([WHOLE])[0]
         _require_finite(whole, task)
         search = Search(measured, task.objective)
-        table = search.exchange(search.shrink(candidates, most, options.beam), candidates, options.exchanges)
-        bar.total = bar.n  # exchanges come back to sets that are known
+        table = search.exchange(start(search, candidates, most), candidates, options.exchanges)
+        bar.total = bar.n  # sets that are known are not measured again
         report = {"measured": measured.measured, **runner.report(), "near_ties": _near_ties(search, per_layer > 1)}
     _log(report)
-    return _strategy(task, {0: (WHOLE, whole)} | table, report)
+    return _strategy(task, name, {0: (WHOLE, whole)} | table, report)
 
 
 def _table(task: DepthTask, measure: Callable[[Sequence[Removed]], Sequence[Score]], data: str) -> MeasuredTable:
@@ -116,7 +157,7 @@ def _require_finite(whole: Score, task: DepthTask) -> None:
         )
 
 
-def _strategy(task: DepthTask, table: Table, report: Mapping[str, Any]) -> DepthStrategy:
+def _strategy(task: DepthTask, name: str, table: Table, report: Mapping[str, Any]) -> DepthStrategy:
     num_layers, per_layer = task.num_layers, steps_per_layer(task.options.granularity)
     kept, metric, lost = {}, {}, {}
     for count, (removed, score) in table.items():
@@ -125,7 +166,7 @@ def _strategy(task: DepthTask, table: Table, report: Mapping[str, Any]) -> Depth
         metric[depth] = score.value
         if gone:
             lost[depth] = gone
-    return DepthStrategy(kept, task.objective.name, metric, report, lost, "dynamic_program")
+    return DepthStrategy(kept, task.objective.name, metric, report, lost, name)
 
 
 def _model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:

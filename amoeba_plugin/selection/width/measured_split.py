@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import LESS_DATA
+from amoeba_plugin.elastic.group import consumer_weight
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
+from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup, group_key
-from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.runtime.progress import StageBar
+from amoeba_plugin.selection.in_order import in_order
 from amoeba_plugin.selection.objectives import Objective, Score, sort_key
 from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
+from amoeba_plugin.selection.repair.width import WidthRepair
 from amoeba_plugin.selection.width.allocation import rounding_steps, tell_equal
 from amoeba_plugin.selection.width.ranking import rank_widths, require_widths, unit_cost
 from amoeba_plugin.selection.width.task import WidthTask
@@ -51,7 +53,11 @@ class Part:
 
 
 def measured_widths(
-    task: WidthTask, objective: Objective, batches: Sequence[Batch], progress: bool = True
+    task: WidthTask,
+    objective: Objective,
+    batches: Sequence[Batch],
+    progress: bool = True,
+    repair: WidthRepair | None = None,
 ) -> WidthStrategy:
     """Give every width the sizes, the same in all layers, that are best of those with its share of the parameters.
 
@@ -63,6 +69,7 @@ def measured_widths(
         objective: Measured on the model at every split; the best one is kept.
         batches: Calibration data; ranks that were given the same share them out.
         progress: Show a progress bar over the widths.
+        repair: Every split is measured with what this makes of it; ``None``: as it is cut.
 
     Returns:
         The strategy, widths largest first.
@@ -84,13 +91,13 @@ def measured_widths(
     bar: Any = StageBar(
         total=MOST_SPLITS * len(shares), desc="sizes of widths", unit="split", disable=not progress, shorter=LESS_DATA
     )
-    with _in_order(model, adapter, ranked) as elastic, bar:
+    with in_order(model, adapter, ranked) as elastic, bar:
         for share in shares:
             tried = splits(parts, share, most, has_class)
             bar.total -= MOST_SPLITS - (len(tried) if len(tried) > 1 else 0)
             scores: list[Score] = []
             for sizes in tried if len(tried) > 1 else []:
-                elastic.set_units(sizes)
+                elastic.set_units(sizes, None if repair is None else _repaired(elastic, sizes, repair))
                 scores.append(score_over_ranks(objective, model, mine))
                 bar.update()
             most = chosen[share] = _best(objective, tried, scores) if scores else tried[0]
@@ -168,15 +175,16 @@ def _class_finder(
     return has_class
 
 
-@contextmanager
-def _in_order(model: PreTrainedModel, adapter: ArchitectureAdapter, ranked: WidthStrategy) -> Iterator[ElasticModel]:
-    depth = DepthStrategy.whole(len(adapter.layers(model)))
-    whole = replace(ranked, units=WidthStrategy.whole().units, bias_compensation=False)
-    elastic = ElasticModel(model, SubnetStrategy(depth, whole, model_fingerprint(model, adapter)))
-    try:
-        yield elastic
-    finally:
-        elastic.release(original_order=True)
+def _repaired(elastic: ElasticModel, sizes: Sizes, repair: WidthRepair) -> dict[str, Tensor]:
+    """Return the consumers' weights, by group key, that a split is repaired with."""
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(elastic.layers):
+        for group in elastic.adapter.channel_groups(elastic.config):
+            key, units = group_key(index, group), sizes[group.name]
+            weight, order = consumer_weight(layer, group), elastic.strategy.width.order[key]
+            for each in repair.columns(key, group, weight, order, [units]).values():
+                found[key] = each
+    return found
 
 
 def _best(objective: Objective, tried: Sequence[Sizes], scores: Sequence[Score]) -> Sizes:

@@ -21,7 +21,14 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelAxis, Chann
 from amoeba_plugin.models.packed_linear import is_packed
 from amoeba_plugin.runtime.module_calls import onloaded
 from amoeba_plugin.selection.activation_stats import ActivationStats
-from amoeba_plugin.selection.importance import CoupledWeights, GroupImportance, Importance
+from amoeba_plugin.selection.importance import (
+    AnyImportance,
+    CoupledWeights,
+    GroupImportance,
+    Importance,
+    MomentImportance,
+)
+from amoeba_plugin.selection.repair.moments import Moments
 from amoeba_plugin.selection.width.allocation import RankedGroup, allocated, rounding_steps
 from amoeba_plugin.selection.width.task import WidthTask
 
@@ -73,6 +80,10 @@ def rank_group(task: WidthTask, index: int, group: ChannelGroup) -> RankedGroup:
     if isinstance(importance, GroupImportance):
         coupled = _coupled(layer, index, group, task.gradients, importance)
         scores = standardised(_finite(importance.score(coupled), key, importance))
+    elif isinstance(importance, MomentImportance):
+        moments, weight = _moments(task, key), group.consumer.weight(layer).detach()
+        errors = importance.score(weight, moments.all, group.consumer.channels_per_unit)
+        scores = standardised(_finite(errors, key, importance))
     else:
         stats = task.statistics.get(key) or ActivationStats.empty(group.channels)
         channels = _finite(importance.score(stats, group.consumer.weight(layer).detach()), key, importance)
@@ -137,7 +148,16 @@ def _coupled(
     return CoupledWeights(group, weights, {axis: axis.part(gradients[_name(index, axis)]) for axis in axes})
 
 
-def _finite(scores: Tensor, key: str, importance: Importance | GroupImportance) -> Tensor:
+def _moments(task: WidthTask, key: str) -> Moments:
+    if task.moments is None or key not in task.moments:
+        raise DataError(
+            f"importance {task.importance.name} needs the second moments of {key}; take them by "
+            "collect_moments(LayerRuns.of(model, adapter, batches), moments)"
+        )
+    return task.moments[key]
+
+
+def _finite(scores: Tensor, key: str, importance: AnyImportance) -> Tensor:
     """Return scores in fp64 on the CPU; refuse those that are NaN or infinite."""
     scores = scores.double().cpu()
     if not bool(torch.isfinite(scores).all()):

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.selection.activation_stats import ActivationStats
-from amoeba_plugin.selection.importance import GroupImportance, Importance
+from amoeba_plugin.selection.importance import AnyImportance
+from amoeba_plugin.selection.repair.moments import ChannelMoments
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class WidthTask:
             (width * layers - anchors) / (layers - anchors), so that the width is still that of the whole model. With
             ``global`` they are left out of the threshold, and their parameters count as kept.
         bias_compensation: Also store every channel's mean input.
+        moments: From ``collect_moments``, for importances that need them.
     """
 
     model: PreTrainedModel
     adapter: ArchitectureAdapter
-    importance: Importance | GroupImportance
+    importance: AnyImportance
     widths: Sequence[Fraction]
     statistics: Mapping[str, ActivationStats] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
@@ -48,3 +50,4 @@ class WidthTask:
     round_to: Mapping[str, int] | int = 1
     anchors: Collection[int] = ()
     bias_compensation: bool = False
+    moments: ChannelMoments | None = None

@@ -97,6 +97,7 @@ class SubnetStep:
         may_chunk: bool = True,
     ) -> None:
         self.elastic, self.options, self.seed, self.host = elastic, options, seed, host
+        elastic.share_repairs()
         space = elastic.space
         self.sampler = SandwichSampler(space, options.num_random, seed, _sampled(space, options.sampled_shapes))
         self.means = SubnetMeans()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.data import MODEL as DEMO_MODEL
 
 BLOCK = 256
+PARTS = ("valid", "test")  # of WikiText-2
 Allocation = Literal["uniform", "measured", "global"]
 ASSETS = Path(os.environ.get("AMOEBA_TEST_ASSETS", "."))
 
@@ -43,6 +45,7 @@ class Subject:
         steps: Steps of one-for-all training.
         rank: Of an adapter.
         learning_rates: Of AdamW; every way to train gets its own best one.
+        other_texts: More text that nothing was chosen or trained on, by name.
     """
 
     path: Path
@@ -58,6 +61,12 @@ class Subject:
     steps: int
     rank: int
     learning_rates: tuple[float, ...]
+    other_texts: Mapping[str, list[Batch]] = field(default_factory=dict)
+
+    @property
+    def reports(self) -> Mapping[str, list[Batch]]:
+        """Texts that nothing was chosen or trained on, by name."""
+        return {self.own_text: self.held_out, **self.other_texts}
 
     @property
     def own_text(self) -> str:
@@ -113,12 +122,39 @@ def stories() -> Subject:
     )
 
 
-SUBJECTS: Mapping[str, Callable[[], Subject]] = {"demo": demo, "stories260K": stories}
+def smollm2() -> Subject:
+    """Return SmolLM2-135M from the directory AMOEBA_TEST_MODEL, on halves of WikiText-2 and of dolly's instructions."""
+    path = Path(os.environ["AMOEBA_TEST_MODEL"])
+    tokenizer, text = AutoTokenizer.from_pretrained(path), ASSETS / "text"
+    pairs = [json.loads(line) for line in (text / "dolly_hhrlhf_small.jsonl").read_text("utf-8").splitlines()]
+    dolly = tokenizer("\n\n".join(pair["prompt"] + pair["response"] for pair in pairs))["input_ids"]
+    valid, test = (tokenizer((text / f"wikitext2.{part}.txt").read_text("utf-8"))["input_ids"] for part in PARTS)
+    mixed = Dataset.from_list([*_rows(_cut(valid, 32)), *_rows(_cut(dolly, 32))]).shuffle(seed=42)
+    long = 2 * BLOCK
+    return Subject(
+        path=path,
+        calibrations={"WikiText-2": batches(mixed)},
+        training=_rows(_cut(valid[32 * BLOCK :], 512)),
+        validation=batches(_rows(_cut(valid[-24 * BLOCK :], 24))),
+        held_out=batches(_rows(_cut(test, 64, long)), 4),
+        depths=(30, 24, 20),
+        budgets=(),
+        widths=(Fraction(1), Fraction(13, 20), Fraction(1, 2)),
+        allocation="measured",
+        round_to=1,
+        steps=40,
+        rank=16,
+        learning_rates=(2e-3, 5e-3, 1e-2),
+        other_texts={"dolly": batches(_rows(_cut(dolly[-64 * long :], 64, long)), 4)},
+    )
 
 
-def batches(blocks: Dataset) -> list[Batch]:
-    """Return blocks as batches of 8."""
-    return materialise(DataLoader(blocks.with_format("torch"), batch_size=8))
+SUBJECTS: Mapping[str, Callable[[], Subject]] = {"demo": demo, "stories260K": stories, "SmolLM2": smollm2}
+
+
+def batches(blocks: Dataset, size: int = 8) -> list[Batch]:
+    """Return blocks as batches."""
+    return materialise(DataLoader(blocks.with_format("torch"), batch_size=size))
 
 
 def _other_texts(tokenizer: PreTrainedTokenizerBase, blocks: int) -> dict[str, list[Batch]]:
@@ -131,13 +167,13 @@ def _other_texts(tokenizer: PreTrainedTokenizerBase, blocks: int) -> dict[str, l
     }
 
 
-def _cut(tokens: Sequence[int], blocks: int) -> list[list[int]]:
-    return [list(tokens[start : start + BLOCK]) for start in range(0, blocks * BLOCK, BLOCK)]
+def _cut(tokens: Sequence[int], blocks: int, length: int = BLOCK) -> list[list[int]]:
+    return [list(tokens[start : start + length]) for start in range(0, blocks * length, length)]
 
 
 def _rows(blocks: Sequence[Sequence[int]]) -> Dataset:
     ids = [list(block) for block in blocks]
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * BLOCK for _ in ids], "labels": ids})
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(each) for each in ids], "labels": ids})
 
 
 @torch.no_grad()

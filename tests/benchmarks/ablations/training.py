@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,11 +16,12 @@ from transformers import TrainingArguments
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.repairs import Repairs
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.registry import objective_named
-from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
@@ -66,11 +67,12 @@ class Space:
     width: WidthStrategy
     depths: Sequence[int]
     widths: Sequence[Fraction]
+    repairs: Repairs = field(default_factory=Repairs)
 
     def of_one(self, shape: str) -> Space:
         """Return the space of the whole model and one shape."""
         parsed, whole = SubnetShape.parse(shape), max(self.depths)
-        return Space(self.depth, self.width, (whole, parsed.depth), (Fraction(1), parsed.width))
+        return replace(self, depths=(whole, parsed.depth), widths=(Fraction(1), parsed.width))
 
     def elastic(self, subject: Subject) -> ElasticModel:
         """Make a new elastic model of the subject's."""
@@ -82,7 +84,10 @@ class Space:
             units, self.width.order, self.width.mean_input, self.width.importance, self.width.allocation,
             bias_compensation=self.width.bias_compensation,
         )  # fmt: skip
-        return ElasticModel(model, SubnetStrategy(kept, narrowed, fingerprint))
+        space = ShapeSpace(tuple(kept.kept), tuple(units))
+        held = {place: each for place, each in self.repairs.weights.items() if place[1] in space.widths}
+        repairs = replace(self.repairs, weights=held)
+        return ElasticModel(model, SubnetStrategy(kept, narrowed, fingerprint, repairs=repairs))
 
 
 def untrained(subject: Subject, space: Space, shapes: Sequence[str]) -> Losses:

@@ -76,6 +76,30 @@ def test_the_program_is_the_recurrence_on_any_table(candidates: int, data: st.Da
     assert all(len(removed) == count for count, (removed, _) in table.items())
 
 
+@given(st.integers(1, 7), st.data(), st.integers(0, 10_000))
+def test_greedy_removal_takes_the_best_next_layer(candidates: int, data: st.DataObject, seed: int) -> None:
+    most = data.draw(st.integers(1, candidates))
+    asked: list[frozenset[int]] = []
+
+    def evaluate(removed: frozenset[int]) -> Score:
+        asked.append(removed)
+        return Score(random.Random(f"{seed} {sorted(removed)}").random(), 0.0)
+
+    search = Search(lambda sets: [evaluate(removed) for removed in sets], PerTokenLoss())
+    table = search.remove_one_by_one(candidates, most)
+    assert len(asked) == evaluations(candidates, most)
+    removed: frozenset[int] = frozenset()
+    for count in range(1, most + 1):
+        removed = min(
+            (removed | {layer} for layer in set(range(candidates)) - removed), key=lambda s: evaluate(s).value
+        )
+        assert table[count] == (removed, evaluate(removed))
+    others = [frozenset(random.Random(f"{seed} {count}").sample(range(candidates), count)) for count in table]
+    best = search.best_of(table, others)
+    for other in others:
+        assert best[len(other)][1].value == min(table[len(other)][1].value, evaluate(other).value)
+
+
 @pytest.mark.parametrize(
     ("candidates", "most", "expected"), [(31, 12, 306), (31, 16, 376), (32, 16, 392), (32, 12, 318)]
 )

@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError, RecipeError
 from amoeba_plugin.models.registry import architecture_for
+from amoeba_plugin.selection.depth.layer_importance import keeping
+from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss, Score
+from amoeba_plugin.selection.registry import depth_selector_named
 from support.deleted_layers import SLIDING, deleted, plain_loss, recurrence
 from support.depth_search import searched
 
@@ -194,3 +197,31 @@ def test_the_objective_s_check_comes_first(tiny_model: TinyModel, random_batches
     model = tiny_model("llama")
     with pytest.raises(DataError, match="lacks question, is_answer"):
         searched(model, architecture_for("llama"), MultipleChoiceAccuracy(), random_batches(), min_depth=2)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "sublayer"])
+def test_all_ways_together_are_never_worse_than_any_of_them(
+    tiny_model: TinyModel, random_batches: RandomBatches, granularity: Any
+) -> None:
+    model, batches, ways = (
+        tiny_model("llama", layers=8, seed=3),
+        random_batches(3),
+        ("dynamic_program", "greedy", "auto"),
+    )
+    adapter, objective = architecture_for("llama"), PerTokenLoss()
+    task = DepthTask(model, adapter, objective, batches, 4, 1, False, SearchOptions(granularity=granularity))
+    found = {name: depth_selector_named(name).select(task) for name in (*ways, "block_influence", "angular_distance")}
+    for name, strategy in found.items():
+        assert strategy.selector == name
+        for depth in strategy.kept:
+            if depth != 8:
+                with keeping(model, adapter, strategy.kept[depth], strategy.lost.get(depth)):
+                    loss = plain_loss(model, batches)
+                assert found["auto"].metric[depth] <= loss + 1e-5, (name, depth)
+                if name in ways:
+                    assert strategy.metric[depth] == pytest.approx(loss, rel=1e-4)
+    greedy = found["greedy"]
+    assert all(
+        set(greedy.removed(depth + 1)) <= set(greedy.removed(depth)) for depth in (4, 5, 6, 7) if not greedy.lost
+    )
+    assert found["auto"].search["layer_forwards"] <= 2.2 * greedy.search["layer_forwards"]

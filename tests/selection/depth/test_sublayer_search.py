@@ -30,7 +30,7 @@ from amoeba_plugin.selection.depth.steps import WHOLE, Removed
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from support.deleted_layers import plain_loss, recurrence
 from support.depth_search import searched
 from support.forked import forked

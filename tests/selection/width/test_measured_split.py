@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,10 +20,14 @@ from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.selection.activation_stats import collect_statistics
-from amoeba_plugin.selection.registry import importance_named, objective_named
-from amoeba_plugin.selection.width.measured_split import MOST_SPLITS, Part, measured_widths, splits
+from amoeba_plugin.selection.layer_runs import LayerRuns
+from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
+from amoeba_plugin.selection.repair.collect import collect_moments
+from amoeba_plugin.selection.repair.moments import ChannelMoments
+from amoeba_plugin.selection.repair.width import WidthRepair
+from amoeba_plugin.selection.width.measured_split import MOST_SPLITS, Part, measured_widths, parts_of, splits
 from amoeba_plugin.selection.width.task import WidthTask
-from amoeba_plugin.testing.architectures import random_model
+from amoeba_plugin.testing.random_models import random_model
 from support.architectures import CONFIGS
 
 Batches = Callable[..., list[dict[str, Tensor]]]
@@ -31,12 +36,14 @@ HEAD = 64 * 16 * 6  # parameters of a KV group of the tiny models: rows of q (2 
 NEURON = 3 * 64
 
 
-def measured(model: PreTrainedModel, batches: list[dict[str, Tensor]], **options: Any) -> WidthStrategy:
+def measured(
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], repair: WidthRepair | None = None, **options: Any
+) -> WidthStrategy:
     adapter = architecture_for(model.config.model_type)
     stats = collect_statistics(model, adapter, batches, progress=False)
     fields = {"widths": WIDTHS, "statistics": stats} | options
     task = WidthTask(model, adapter, importance_named("magnitude"), **fields)
-    return measured_widths(task, objective_named("loss"), batches, progress=False)
+    return measured_widths(task, objective_named("loss"), batches, progress=False, repair=repair)
 
 
 def loss_of(model: PreTrainedModel, strategy: WidthStrategy, sizes: dict[str, int], batches: Any) -> float:
@@ -70,6 +77,34 @@ def test_the_best_of_all_splits_is_taken(model_type: str, tiny_model: Any, rando
         most = allowed[losses.index(min(losses))]
         assert strategy.units[width] == {f"{layer}.{name}": size for layer in range(4) for name, size in most.items()}
     assert strategy.allocation == "measured"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_with_repair_the_split_is_best_that_is_best_repaired(model_type: str, random_batches: Batches) -> None:
+    """Against every split with its repaired weights in the host's own model, and zeros for what is left out."""
+    model, batches, width = random_model(CONFIGS[model_type]), random_batches(3, rows=4), Fraction(1, 2)
+    adapter = architecture_for(model_type)
+    with ChannelMoments.of(1e9) as moments:
+        collect_moments(LayerRuns.of(model, adapter, batches), moments, progress=False)
+        repair = WidthRepair(repair_named("least_squares"), moments)
+        strategy = measured(model, batches, widths=[Fraction(1), width], round_to={"mlp": 8}, repair=repair)
+        losses: dict[tuple[int, int], float] = {}
+        for sizes in splits(parts_of(model, adapter, {"mlp": 8}), width, {"attention": 4, "mlp": 64}):
+            other = copy.deepcopy(model)
+            for index, layer in enumerate(adapter.layers(other)):
+                for group in adapter.channel_groups(other.config):
+                    key = group_key(index, group)
+                    order, units = strategy.order[key], sizes[group.name]
+                    channels, weight = group.consumer.channels(order), group.consumer.weight(layer).detach()
+                    repaired = repair.columns(key, group, weight[:, channels], order, [units])
+                    kept = channels[: units * group.consumer.channels_per_unit]
+                    weight.copy_(torch.zeros_like(weight).index_copy(1, kept, repaired.get(units, weight[:, kept])))
+            losses[sizes["attention"], sizes["mlp"]] = objective_named("loss").measure(other, batches).value
+    assert len(losses) > 1
+    best = min(losses, key=lambda sizes: losses[sizes])
+    found = {key.split(".")[1]: units for key, units in strategy.units[width].items()}
+    assert (found["attention"], found["mlp"]) == best
+    assert loss_of(model, strategy, found, batches) > losses[best]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe", "opt"])
