@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_JSON = "report.json"
+LEAST_GAP = 1e-6  # nats per token; what is less is rounding
 
 
 class _Row(BaseModel):
@@ -157,7 +158,7 @@ class Report(_Row):
     def gap_closed(self, row: ShapeRow) -> float | None:
         """Share of the gap that training closed; ``None`` where there was none to close."""
         before, after = self.gap_before(row), self.gap_after(row)
-        return None if after is None or before <= 0 else 1 - after / before
+        return None if after is None or before <= LEAST_GAP else 1 - after / before
 
     def median_gap_closed(self) -> float | None:
         """Median of :meth:`gap_closed` over the shapes that had a gap; ``None`` where none had."""
