@@ -78,8 +78,7 @@ class ElasticGroup:
         """Keep a weight until the next one is tried; return its name, or ``None`` where there is none."""
         if weight is None:
             return None
-        like = self.consumer.whole_weight()
-        self.consumer.hold_repaired(TRIED, weight.to(like.device, like.dtype))
+        self.consumer.hold_repaired(TRIED, weight.to(linear_device(self.consumer)))
         return TRIED
 
     def repaired_at(self, shape: SubnetShape) -> str | None:

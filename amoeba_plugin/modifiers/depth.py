@@ -193,6 +193,7 @@ class DepthShrinkingModifier(Modifier):
         require_session_order(self)
         selection = selection_for(state)
         selection.depth_repair = self.repair != NO_REPAIR
+        selection.repair_asked |= selection.depth_repair and "repair" in self.model_fields_set
         if self.kept_layers is None:
             with on_main_device(state.model), selection.timed("depth search"):
                 batches, reported = self._data(selection, state.model.config)

@@ -26,7 +26,7 @@ from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.repairs import Repairs
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import ArchitectureError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, require_usable
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.finite import require_finite_weights
@@ -60,6 +60,7 @@ class Selection:
     width: WidthStrategy | None = None
     depth_repair: bool = False
     width_repair: str = NO_REPAIR
+    repair_asked: bool = False  # in so many words: it is refused where it is impossible, and else left out
     elastic: ElasticModel | None = None
     peft_model: PeftModel | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +89,13 @@ class Selection:
         if not (depths or widths):
             return Repairs()
         with on_main_device(model), self.timed("repair"):
-            runs = LayerRuns.of(model, self.adapter, self.batches)
+            try:
+                runs = LayerRuns.of(model, self.adapter, self.batches)
+            except ArchitectureError as error:
+                if self.repair_asked:
+                    raise ArchitectureError(f"repair is impossible: {error}; set repair: none") from error
+                logger.warning("nothing is repaired: %s", error)
+                return Repairs()
             folds = fold_depths(runs, depth) if depths else {}
             found = repair_shapes(runs, width, repair_named(self.width_repair) if widths else None, folds)
         if found:

@@ -159,7 +159,8 @@ class WidthShrinkingModifier(Modifier):
             )
         with ChannelMoments.of(MOMENTS_GIB * GIB) as moments:
             runs = self._runs(model, adapter, batches)
-            if runs is not None:
+            scored = isinstance(importance_named(self.importance), MomentImportance)
+            if runs is not None and (scored or self.allocation == "measured"):  # whose splits are tried repaired
                 collect_moments(runs, moments)
             repairs = runs is not None and self.repair != NO_REPAIR
             repair = WidthRepair(repair_named(self.repair), moments) if repairs else None
