@@ -462,6 +462,11 @@ SHIPPED_MODELS = {
         "llama",
         {"layers": 30, "hidden_size": 72, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
     ),
+    "smollm2": (
+        "llama",
+        {"layers": 30, "hidden_size": 72, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
+    "select_only": ("llama", {"layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}),
 }
 
 
@@ -471,16 +476,16 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
     model_type, sizes = SHIPPED_MODELS[name]
     tiny_model(model_type, intermediate_size=1024, **sizes).save_pretrained(files["model"])
     recipe = yaml.safe_load(shipped_recipes()[name].read_text())
-    training = recipe["finetune_stage"]["amoeba_finetune_modifiers"]["OneForAllDistillationModifier"]
-    training |= {"max_steps": 1, "elastic_dir": str(files["elastic"])}
-    if "dataset" in training:
-        training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
+    if "finetune_stage" in recipe:
+        training = recipe["finetune_stage"]["amoeba_finetune_modifiers"]["OneForAllDistillationModifier"]
+        training |= {"max_steps": 1, "elastic_dir": str(files["elastic"])}
+        if "dataset" in training:
+            training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
-    result = invoke(*run_arguments(files), "--num-calibration-samples", "2")
+    result = invoke(*run_arguments(files), "--num-calibration-samples", "4" if name == "select_only" else "2")
     assert result.exit_code == 0, result.output
-    shape = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]["shape"]
+    asked = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
     config = AutoConfig.from_pretrained(files["out"])
-    depth, width = shape.split("x")
     queries = config.num_attention_heads // config.num_key_value_heads
     kept, whole = (  # rows of a KV group's queries, key and value, columns of its output; a neuron's of three matrices
         groups * config.head_dim * (2 * queries + 2) + 3 * neurons
@@ -489,9 +494,15 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
             (sizes["num_key_value_heads"], 1024),
         )
     )
+    if "total" in asked:
+        depth, width = config.num_hidden_layers, Fraction(asked["total"]) * sizes["layers"] / config.num_hidden_layers
+        assert 2 / 3 <= depth / sizes["layers"] <= 1
+    else:
+        depth, width = asked["shape"].split("x")
     assert config.num_hidden_layers == int(depth)
     assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
-    assert config.quantization_config["quant_method"] == "compressed-tensors"
+    if "quantize_stage" in recipe:
+        assert config.quantization_config["quant_method"] == "compressed-tensors"
     assert torch.isfinite(logits(files["out"])).all()
 
 

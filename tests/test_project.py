@@ -239,3 +239,11 @@ def is_there(module: str, name: str) -> bool:
     """Tell whether a module has a name, or a module of that name in it."""
     loaded = importlib.import_module(module)
     return hasattr(loaded, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+
+
+@pytest.mark.xdist_group("project")
+def test_groups_of_tests_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """What takes minutes to make would be made by every worker else, without a word."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("runs in one process")
+    assert request.node.nodeid.endswith("@project")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,14 @@ class DepthStrategy:
         """Return what a depth removes: indices of layers, and ``"2.attention"`` where layer 2 keeps its MLP."""
         gone: list[Kept] = [index for index in range(self.num_layers) if index not in self.kept[depth]]
         return [*gone, *(f"{index}.{part}" for index, part in self.lost.get(depth, {}).items())]
+
+    def only(self, depths: Collection[float]) -> DepthStrategy:
+        """Return the strategy with some of its depths, and the whole model's."""
+
+        def some(of: Mapping[float, Any]) -> dict[float, Any]:
+            return {depth: each for depth, each in of.items() if depth in depths or depth == self.num_layers}
+
+        return replace(self, kept=some(self.kept), metric=some(self.metric), lost=some(self.lost))
 
     @property
     def table(self) -> dict[str, list[Kept]]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 from llmcompressor.core import State
@@ -13,16 +18,18 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import require_disjoint
 from amoeba_plugin.data.multiple_choice import QuestionColumns, load_questions
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy
-from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.errors import ArchitectureError, DataError, RecipeError
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import NO_REPAIR, Selection, on_main_device, selection_for
 from amoeba_plugin.runtime.model_files import load_tokenizer
-from amoeba_plugin.selection.depth.layer_importance import keeping
 from amoeba_plugin.selection.depth.steps import Granularity
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
+from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
-from amoeba_plugin.shape import half_steps, require_distinct_depths
+from amoeba_plugin.selection.repair.fold_table import FoldTable, parted
+from amoeba_plugin.shape import half_steps, parse_width, require_distinct_depths
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +114,16 @@ class DepthShrinkingModifier(Modifier):
             DepthShrinkingModifier: {min_depth: 20, keep_last: 1, objective: loss}
 
     Attributes:
-        min_depth: Layers the smallest subnet keeps. No default.
+        min_depth: Layers the smallest subnet keeps, or the share of the model's layers that it keeps, ``2/3``, rounded
+            up. No default, but with ``depths`` the least of them.
+        depths: Layers that subnets keep, of all numbers down to ``min_depth``; each has weights and time of its own.
+            Default: all.
         keep_last: Last layers that are never removed. Default 1, as in the paper.
-        selector: A search, ``dynamic_program`` (the paper's), ``greedy`` (SLEB), or ``auto`` (the best of both and of
-            published selectors, for twice the time), or a published ranking: ``block_influence`` (ShortGPT),
-            ``one_shot``, ``taylor``, ``taylor_plus``, ``magnitude``, ``magnitude_plus`` (Shortened LLaMA),
-            ``angular_distance``, ``last_layers`` (Gromov et al.), or a plugin's. Default ``dynamic_program``.
+        selector: A search, ``dynamic_program`` (the paper's), ``greedy`` (SLEB), ``lazy_greedy`` (nearly the same, for
+            a third of the time), or ``auto`` (the best of all three and of published selectors, for twice the time);
+            or a published ranking: ``block_influence`` (ShortGPT), ``one_shot``, ``taylor``, ``taylor_plus``,
+            ``magnitude``, ``magnitude_plus`` (Shortened LLaMA), ``angular_distance``, ``last_layers`` (Gromov et al.);
+            or a plugin's. Default ``auto``.
         objective: ``loss`` (mean nats per token), ``perplexity``, ``accuracy`` (multiple choice), or a plugin's.
             Default ``loss``.
         beam: With ``dynamic_program`` and ``auto``: sets of layers that each state of the program keeps; 1 is the
@@ -129,16 +140,18 @@ class DepthShrinkingModifier(Modifier):
             :class:`QuestionOptions`. Default: the calibration data holds them.
         repair: ``least_squares``: what removed layers added is folded into the MLP of the layer in front of them, which
             so has a weight of its own at that depth; or ``none``. Architectures with norms behind the MLP, mixtures of
-            experts, packed weights, and depths that lose sublayers, stay as they are cut. Default ``least_squares``.
+            experts, packed weights, and depths that lose sublayers, stay as they are cut. Searches measure candidates
+            so repaired, on an eighth of the calibration data, by what the rest of it says. Default ``least_squares``.
         max_batches: Calibration batches used, ``None`` for all. Default ``None``.
         kept_layers: Per depth, the layers to keep; ``2.mlp`` keeps layer 2 without its attention. Given: nothing is
             searched. Else filled in by the search, so that the recipe written beside a checkpoint repeats its
             selection.
     """
 
-    min_depth: int = Field(ge=1)
+    min_depth: int | str | None = None
+    depths: list[int] | None = None
     keep_last: int = Field(default=1, ge=0)
-    selector: str = "dynamic_program"
+    selector: str = "auto"
     objective: str = "loss"
     beam: int = Field(default=1, ge=1)
     exchanges: int = Field(default=0, ge=0)
@@ -149,6 +162,19 @@ class DepthShrinkingModifier(Modifier):
     repair: Literal["least_squares", "none"] = "least_squares"
     max_batches: int | None = Field(default=None, ge=1)
     kept_layers: dict[str, list[int | str]] | None = None
+
+    @field_validator("min_depth", mode="before")
+    @classmethod
+    def _depth_or_share(cls, least: Any) -> int | str | None:
+        if least is None:
+            return None
+        if isinstance(least, str) and "/" in least:
+            return str(parse_width(least))
+        if isinstance(least, bool) or not str(least).strip().isdecimal() or int(least) < 1:
+            raise RecipeError(
+                f"min_depth {least!r} is impossible; give a number of layers from 1 on, or a share of the model's, 2/3"
+            )
+        return int(least)
 
     @field_validator("kept_layers", mode="before")
     @classmethod
@@ -172,6 +198,20 @@ class DepthShrinkingModifier(Modifier):
         return name
 
     @model_validator(mode="after")
+    def _depths_are_told(self) -> DepthShrinkingModifier:
+        if self.min_depth is None and not self.depths:
+            raise RecipeError("DepthShrinkingModifier has no min_depth; give the layers that the smallest subnet keeps")
+        if self.depths is not None and (min(self.depths, default=0) < 1 or self.kept_layers is not None):
+            raise RecipeError(
+                f"depths {self.depths} are impossible; give numbers of layers from 1 on, of a search that is to come"
+            )
+        if self.min_depth is None and self.depths:
+            self.min_depth = min(self.depths)
+        if isinstance(self.min_depth, int) and self.depths and min(self.depths) < self.min_depth:
+            raise RecipeError(f"depths {self.depths} go below min_depth {self.min_depth}; leave min_depth out")
+        return self
+
+    @model_validator(mode="after")
     def _questions_want_accuracy(self) -> DepthShrinkingModifier:
         if self.questions is not None and self.objective != "accuracy":
             raise RecipeError(f"questions mean nothing to objective {self.objective}; take objective: accuracy")
@@ -188,6 +228,16 @@ class DepthShrinkingModifier(Modifier):
                 )
         return self
 
+    def least_depth(self, layers: int) -> int:
+        """Return the layers that the smallest subnet of a model keeps.
+
+        >>> DepthShrinkingModifier(min_depth="2/3").least_depth(32)
+        22
+        """
+        least = self.min_depth
+        assert least is not None  # of depths the least
+        return least if isinstance(least, int) else math.ceil(Fraction(least) * layers)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Search on the calibration data, or take the layers given."""
         require_session_order(self)
@@ -196,27 +246,51 @@ class DepthShrinkingModifier(Modifier):
         selection.repair_asked |= selection.depth_repair and "repair" in self.model_fields_set
         if self.kept_layers is None:
             with on_main_device(state.model), selection.timed("depth search"):
-                batches, reported = self._data(selection, state.model.config)
-                selector = depth_selector_named(self.selector)
-                selection.depth = selector.select(
-                    DepthTask(
-                        state.model,
-                        selection.adapter,
-                        objective_named(self.objective),
-                        batches[: self.max_batches],
-                        min_depth=self.min_depth,
-                        keep_last=self.keep_last,
-                        options=SearchOptions(**{name: getattr(self, name) for name in selector.options}),
-                    )
-                )
-                if reported:
-                    self._report(selection, state.model, selection.depth, reported)
+                selection.depth = self._searched(selection, state.model)
             self.kept_layers = selection.depth.table
             _tell(selection.depth)
         else:
             layers = len(selection.adapter.layers(state.model))
             selection.depth = DepthStrategy.given(self.kept_layers, layers)
         return True
+
+    def _searched(self, selection: Selection, model: PreTrainedModel) -> DepthStrategy:
+        batches, reported = self._data(selection, model.config)
+        selector, objective = depth_selector_named(self.selector), objective_named(self.objective)
+        with ExitStack() as stack:
+            folds = None
+            if selector.folds and self.repair != NO_REPAIR and self.granularity == "layer" and objective.is_separable:
+                fitting, judging = (selection.batches, batches) if self.questions else parted(selection.batches)
+                folds = stack.enter_context(self._folds(selection, model, fitting if judging else []))
+                batches = batches if folds is None else judging
+            found = selector.select(
+                DepthTask(
+                    model,
+                    selection.adapter,
+                    objective,
+                    batches[: self.max_batches],
+                    min_depth=self.least_depth(len(selection.adapter.layers(model))),
+                    keep_last=self.keep_last,
+                    options=SearchOptions(**{name: getattr(self, name) for name in selector.options}),
+                    folds=folds,
+                )
+            )
+        if self.depths is not None:
+            found = found.only(self.depths)
+        if reported:
+            selection.on_elastic.append(partial(self._report, selection, reported))
+        return found
+
+    @contextmanager
+    def _folds(self, selection: Selection, model: PreTrainedModel, fitting: list[Batch]) -> Iterator[FoldTable | None]:
+        """Yield what candidates are repaired by; ``None`` where they cannot be, or too little data is left for it."""
+        try:
+            runs = LayerRuns.of(model, selection.adapter, fitting, self.cache_gib)
+        except (ArchitectureError, DataError):  # told when what was selected is to be repaired
+            yield None
+            return
+        with FoldTable.of(runs) as folds:
+            yield folds
 
     def _data(self, selection: Selection, config: PretrainedConfig) -> tuple[list[Batch], list[Batch]]:
         """Return the batches to select on and those to report on."""
@@ -230,13 +304,11 @@ class DepthShrinkingModifier(Modifier):
         require_disjoint(batches, reported)
         return batches, reported
 
-    def _report(
-        self, selection: Selection, model: PreTrainedModel, depths: DepthStrategy, reported: list[Batch]
-    ) -> None:
+    def _report(self, selection: Selection, reported: list[Batch], elastic: ElasticModel) -> None:
         assert self.questions is not None
         accuracy = {}
-        for depth, kept in depths.kept.items():
-            with keeping(model, selection.adapter, kept, depths.lost.get(depth)):
+        for depth in elastic.space.depths:
+            with elastic.active(f"{depth}x1") as model, on_main_device(model):
                 accuracy[str(depth)] = objective_named("accuracy").measure(model, reported).value
             logger.info("depth %s answers %.1f %% of split %s right", depth, 100 * accuracy[str(depth)],
                         self.questions.report_split)  # fmt: skip

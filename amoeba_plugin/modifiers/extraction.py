@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
+from fractions import Fraction
 from typing import Any
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from pydantic import PrivateAttr, field_validator
+from pydantic import PrivateAttr, field_validator, model_validator
 from transformers import PreTrainedModel
 
+from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.extraction.cut import become, extract
 from amoeba_plugin.extraction.model_card import model_card
 from amoeba_plugin.extraction.parity import compare_logits, with_parameters_in
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.saving import SAVED_IN, save_as_it_is
-from amoeba_plugin.modifiers.selection import forget_selection, selection_for
-from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.modifiers.selection import Selection, forget_selection, selection_for
+from amoeba_plugin.shape import SubnetShape, parse_width
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +33,14 @@ class SubnetExtractionModifier(Modifier):
 
     Attributes:
         shape: DEPTHxWIDTH, a point of the space that selection made. No default.
+        total: In place of a shape, one of ``WidthShrinkingModifier.totals``: the shape that was best of it.
         portable: Where layers differ in size (``allocation: global``) or lack attention or MLP (``granularity:
             sublayer``): pad them with zeros to a stock class, which loads anywhere and is neither smaller nor faster.
             Default false: a per-layer class that comes with the checkpoint and loads with ``trust_remote_code=True``.
     """
 
-    shape: str
+    shape: str | None = None
+    total: str | None = None
     portable: bool = False
     _card: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -47,15 +51,29 @@ class SubnetExtractionModifier(Modifier):
 
     @field_validator("shape", mode="before")
     @classmethod
-    def _shape_parses(cls, shape: Any) -> str:
-        return str(SubnetShape.parse(str(shape)))
+    def _shape_parses(cls, shape: Any) -> str | None:
+        return None if shape is None else str(SubnetShape.parse(str(shape)))
+
+    @field_validator("total", mode="before")
+    @classmethod
+    def _total_parses(cls, total: Any) -> str | None:
+        return None if total is None else str(parse_width(total))
+
+    @model_validator(mode="after")
+    def _either_is_given(self) -> SubnetExtractionModifier:
+        if (self.shape is None) == (self.total is None):
+            raise RecipeError(
+                "SubnetExtractionModifier cuts one subnet; give shape: DEPTHxWIDTH, or total: a share of the whole "
+                "model that WidthShrinkingModifier.totals names"
+            )
+        return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Replace the model by its subnet; the object stays the same for whoever holds it."""
         require_session_order(self)
         selection = selection_for(state)
         elastic = selection.require_elastic(state.model)
-        shape = elastic.space.require(self.shape)
+        shape = elastic.space.require(self._named(selection))
         subnet = extract(elastic, shape, self.portable)
         adapter = "none" if selection.peft_model is None else "fold"
         self._card = model_card(elastic, subnet, shape, adapter, self.portable)
@@ -66,6 +84,19 @@ class SubnetExtractionModifier(Modifier):
         forget_selection(state.model)
         become(state.model, subnet)
         return True
+
+    def _named(self, selection: Selection) -> SubnetShape | str:
+        if self.shape is not None:
+            return self.shape
+        assert self.total is not None
+        known = selection.totals.get(Fraction(self.total))
+        if known is None:
+            others = ", ".join(map(str, selection.totals)) or "none"
+            raise RecipeError(
+                f"total {self.total}: no shape was chosen for it; WidthShrinkingModifier.totals has {others}"
+            )
+        self.shape, self.total = str(known), None  # the recipe saved beside the checkpoint names it
+        return known
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """See to it that the subnet's own configuration is saved."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import repair_named
 from amoeba_plugin.selection.repair.depth import fold_depths
 from amoeba_plugin.selection.repair.width import repair_shapes
+from amoeba_plugin.shape import SubnetShape
 
 logger = logging.getLogger(__name__)
 NO_REPAIR = "none"
@@ -61,7 +63,9 @@ class Selection:
     depth_repair: bool = False
     width_repair: str = NO_REPAIR
     repair_asked: bool = False  # in so many words: it is refused where it is impossible, and else left out
+    totals: Mapping[Fraction, SubnetShape] = field(default_factory=dict)  # shapes by their share of the whole model
     elastic: ElasticModel | None = None
+    on_elastic: list[Callable[[ElasticModel], None]] = field(default_factory=list)  # called once it is made
     peft_model: PeftModel | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -80,6 +84,8 @@ class Selection:
             repairs = self._repairs(model, depth, width)
             strategy = SubnetStrategy(depth, width, self.fingerprint, self.provenance, repairs)
             self.elastic = ElasticModel(model, strategy)
+            for each in self.on_elastic:
+                each(self.elastic)
         return self.elastic
 
     def _repairs(self, model: PreTrainedModel, depth: DepthStrategy, width: WidthStrategy) -> Repairs:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.strategy import WidthStrategy
-from amoeba_plugin.errors import ArchitectureError, RecipeError
+from amoeba_plugin.errors import ArchitectureError, PluginError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.modifiers.order import require_session_order
-from amoeba_plugin.modifiers.selection import NO_REPAIR, on_main_device, selection_for
+from amoeba_plugin.modifiers.selection import NO_REPAIR, Selection, on_main_device, selection_for
 from amoeba_plugin.runtime.module_calls import is_offloaded
 from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.depth.layer_importance import most_sensitive_layers
@@ -25,11 +25,13 @@ from amoeba_plugin.selection.importance import GroupImportance, Importance, Mome
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.collect import collect_moments
+from amoeba_plugin.selection.repair.fold_table import FoldTable
 from amoeba_plugin.selection.repair.moments import ChannelMoments
 from amoeba_plugin.selection.repair.width import WidthRepair
-from amoeba_plugin.selection.width.measured_split import measured_widths
+from amoeba_plugin.selection.width.measured import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
+from amoeba_plugin.selection.width.trials import Trials
 from amoeba_plugin.shape import parse_width
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,11 @@ class WidthShrinkingModifier(Modifier):
         WidthShrinkingModifier: {widths: ["1", "7/8", "3/4", "5/8"], importance: flap}
 
     Attributes:
-        widths: Shares of channels kept, exact fractions in (0, 1]; 1 must be among them. No default.
+        widths: Shares of channels kept, exact fractions in (0, 1]; 1 must be among them. Default ``["1"]``.
+        totals: Shares kept of the units of all layers, depth and width together. For each the best of the depths that
+            ``DepthShrinkingModifier`` found, at the width that makes up the rest, is measured; that width joins
+            ``widths``, and ``SubnetExtractionModifier: {total: 1/2}`` cuts the shape. With no widths beside them,
+            subnets have the depths and widths of the totals alone. Default: none.
         importance: ``flap`` (weighted input fluctuation), ``obs`` (the error that is left when a unit goes and the
             others are repaired), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``, ``group_magnitude``, ``taylor``
             or ``taylor_vector`` (these two take a backward pass over the calibration data, and 4 bytes of main memory
@@ -64,7 +70,8 @@ class WidthShrinkingModifier(Modifier):
         bias_compensation: Add what missing channels contributed on average to the output bias. Default false.
     """
 
-    widths: list[str]
+    widths: list[str] = Field(default_factory=lambda: ["1"])
+    totals: list[str] = Field(default_factory=list)
     importance: str = "flap"
     allocation: Literal["measured", "uniform", "global"] = "measured"
     anchor_layers: int | list[int] = 0
@@ -84,6 +91,13 @@ class WidthShrinkingModifier(Modifier):
             )
         return [str(width) for width in sorted(parsed, reverse=True)]
 
+    @field_validator("totals", mode="before")
+    @classmethod
+    def _totals_parse(cls, totals: list[Any]) -> list[str]:
+        if not isinstance(totals, list):
+            raise RecipeError(f'totals: {totals!r} is no list of shares; write ["4/5", "1/2"]')
+        return [str(total) for total in sorted({parse_width(total) for total in totals}, reverse=True)]
+
     @field_validator("importance")
     @classmethod
     def _importance_exists(cls, name: str) -> str:
@@ -93,10 +107,13 @@ class WidthShrinkingModifier(Modifier):
     @field_validator("repair", mode="before")
     @classmethod
     def _repair_exists(cls, name: Any) -> str:
-        if name not in (None, False, NO_REPAIR):
+        if name in (None, False, NO_REPAIR):
+            return NO_REPAIR
+        try:
             repair_named(str(name))
-            return str(name)
-        return NO_REPAIR
+        except PluginError as error:
+            raise PluginError(f"{error}, or {NO_REPAIR}") from error
+        return str(name)
 
     @field_validator("anchor_layers")
     @classmethod
@@ -127,6 +144,22 @@ class WidthShrinkingModifier(Modifier):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> WidthShrinkingModifier:
+        if not self.totals and "widths" not in self.model_fields_set:
+            raise RecipeError('WidthShrinkingModifier has no widths; write widths: ["1", "3/4"], or totals: ["1/2"]')
+        if self.totals and self.allocation != "measured":
+            raise RecipeError(
+                f"totals are measured, and allocation is {self.allocation}; leave totals out, or take allocation: "
+                "measured without anchor_layers"
+            )
+        return self
+
+    @property
+    def reduced(self) -> int:
+        """How many widths below 1 there will be, at most."""
+        return len(self.widths) - 1 + len(self.totals)
+
     @property
     def anchor_count(self) -> int:
         """How many layers keep full width."""
@@ -145,13 +178,14 @@ class WidthShrinkingModifier(Modifier):
                 self.anchor_layers = most_sensitive_layers(
                     model, selection.adapter, objective_named("loss"), selection.batches, self.anchor_layers
                 )
-            selection.width = self._ranked(model, selection.adapter, selection.batches)
+            selection.width = self._ranked(model, selection)
             selection.width_repair = self.repair
         if self.allocation != "measured":  # which tells what it measured
             _tell(selection.width)
         return True
 
-    def _ranked(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> WidthStrategy:
+    def _ranked(self, model: PreTrainedModel, selection: Selection) -> WidthStrategy:
+        adapter, batches = selection.adapter, selection.batches
         if self.allocation == "measured" and is_offloaded(model):
             raise ArchitectureError(
                 "allocation: measured tries sizes on the model, and accelerate offloads its weights; set allocation: "
@@ -162,17 +196,32 @@ class WidthShrinkingModifier(Modifier):
             scored = isinstance(importance_named(self.importance), MomentImportance)
             if runs is not None and (scored or self.allocation == "measured"):  # whose splits are tried repaired
                 collect_moments(runs, moments)
-            repairs = runs is not None and self.repair != NO_REPAIR
-            repair = WidthRepair(repair_named(self.repair), moments) if repairs else None
             task = self._task(model, adapter, batches, moments)
-            if self.allocation == "measured":
-                return measured_widths(task, objective_named("loss"), batches, repair=repair)
-            return rank_widths(task)
+            if self.allocation != "measured":
+                return rank_widths(task)
+            trials = None if runs is None else self._trials(runs, moments, selection)
+            found, shapes = measured_widths(task, objective_named("loss"), batches, trials=trials)
+            selection.totals = shapes
+            selection.provenance |= (
+                {"totals": {str(total): str(shape) for total, shape in shapes.items()}} if shapes else {}
+            )
+            self.widths = [str(share) for share in found.units]  # the recipe saved beside a checkpoint names them
+            return found
+
+    def _trials(self, runs: LayerRuns, moments: ChannelMoments, selection: Selection) -> Trials:
+        """Return what tries sizes, repaired; where a total is asked for, at all depths."""
+        repair = None if self.repair == NO_REPAIR else WidthRepair(repair_named(self.repair), moments)
+        if not self.totals or selection.depth is None:
+            return Trials(runs, objective_named("loss"), repair)
+        whole = {depth: kept for depth, kept in selection.depth.kept.items() if depth not in selection.depth.lost}
+        with FoldTable.of(runs) as table:
+            folds = {} if table is None or not selection.depth_repair else table.weights(selection.depth)
+        return Trials(runs, objective_named("loss"), repair, whole, folds)
 
     def _runs(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> LayerRuns | None:
         """Return what runs the calibration data for second moments; ``None``: nothing needs them, or can have them."""
         scored = isinstance(importance_named(self.importance), MomentImportance)
-        if not scored and (self.repair == NO_REPAIR or len(self.widths) < 2):
+        if not scored and not self.totals and (self.repair == NO_REPAIR or len(self.widths) < 2):
             return None
         try:
             if is_offloaded(model):
@@ -181,6 +230,8 @@ class WidthShrinkingModifier(Modifier):
         except ArchitectureError as error:
             if scored:
                 raise ArchitectureError(f"importance: {self.importance} is impossible: {error}; take flap") from error
+            if self.totals:
+                raise ArchitectureError(f"totals are impossible: {error}; give widths") from error
             if "repair" in self.model_fields_set:
                 raise ArchitectureError(f"repair: {self.repair} is impossible: {error}; set repair: none") from error
             logger.warning("widths are not repaired: %s", error)
@@ -204,7 +255,7 @@ class WidthShrinkingModifier(Modifier):
         anchors = [] if isinstance(self.anchor_layers, int) else self.anchor_layers
         return WidthTask(
             model, adapter, importance, widths, statistics, gradients, self.allocation, self.round_to, anchors,
-            self.bias_compensation, moments,
+            self.bias_compensation, moments, [parse_width(total) for total in self.totals],
         )  # fmt: skip
 
 

@@ -19,13 +19,16 @@ from amoeba_plugin.recipes.plan import RecipePlan
 from amoeba_plugin.runtime.machine_speed import flops_per_second
 from amoeba_plugin.runtime.progress import in_words
 from amoeba_plugin.selection.depth.dynamic_program import evaluations, exchange_evaluations
+from amoeba_plugin.selection.depth.search import LAZY
 from amoeba_plugin.selection.depth.steps import steps_per_layer
 from amoeba_plugin.selection.importance import GroupImportance
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.selection.width.measured_split import MOST_SPLITS
+from amoeba_plugin.selection.repair.fold_table import JUDGED
+from amoeba_plugin.selection.width.splits import MOST_SPLITS
 
 FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
-SEARCHES = {"dynamic_program": 1, "greedy": 1, "auto": 2}  # by selector, how often as many subnets as the program's
+# by selector, how many times as many subnets as the program's
+SEARCHES = {"dynamic_program": 1, "greedy": 1, "lazy_greedy": LAZY, "auto": 2}
 REPAIR_PASSES = 3  # that repairing a width costs: whole layers, their second moments, the narrow ones
 # Layer-forwards that the lockstep search runs, of all that its subnets have: 0.33 at 32 layers to 20, 0.38 at 12 to 8.
 SHARED = 0.4
@@ -92,9 +95,11 @@ def _depth(modifier: DepthShrinkingModifier, layers: int, samples: int, length: 
     used = samples if modifier.max_batches is None else min(samples, modifier.max_batches)
     shorter = f"{LESS_DATA} or max_batches"
     if modifier.selector in SEARCHES:
+        if modifier.repair != NO_REPAIR and modifier.granularity == "layer":
+            used = min(used, -(-samples // JUDGED))
         steps = steps_per_layer(modifier.granularity)
-        candidates, most = steps * (layers - modifier.keep_last), steps * (layers - modifier.min_depth)
-        subnets = 1 + SEARCHES[modifier.selector] * evaluations(candidates, most, modifier.beam)
+        candidates, most = steps * (layers - modifier.keep_last), steps * (layers - modifier.least_depth(layers))
+        subnets = 1 + round(SEARCHES[modifier.selector] * evaluations(candidates, most, modifier.beam))
         subnets += exchange_evaluations(candidates, most, modifier.exchanges)
         what = f"{subnets:,} subnets on {used:,} sequences of {length} tokens"
         yield StageCost("depth search", what, SHARED * subnets * used, length, shorter)
@@ -111,7 +116,7 @@ def _width(modifier: WidthShrinkingModifier, samples: int, length: int) -> Itera
     if isinstance(importance, GroupImportance):
         passes = FORWARD_AND_BACKWARD if importance.needs_gradients else 0
     if modifier.allocation == "measured":
-        passes += MOST_SPLITS * (len(modifier.widths) - 1)
+        passes += MOST_SPLITS * modifier.reduced
     if passes:
         what = f"at most {passes} passes over {samples:,} sequences of {length} tokens"
         yield StageCost("width ranking", what, passes * samples, length, f"{LESS_DATA}, or allocation: uniform")
@@ -119,11 +124,12 @@ def _width(modifier: WidthShrinkingModifier, samples: int, length: int) -> Itera
 
 def _repairs(plan: RecipePlan, layers: int, samples: int, length: int) -> Iterator[StageCost]:
     if plan.depth is not None and plan.depth.repair != NO_REPAIR:
-        depths = layers - plan.depth.min_depth
+        every = range(plan.depth.least_depth(layers), layers)
+        depths = len(every if plan.depth.depths is None else set(plan.depth.depths) - {layers})
         what = f"{depths} depths, at most 2 passes each over {samples:,} sequences of {length} tokens"
         yield StageCost("depth repair", what, 2 * depths * samples, length, f"{LESS_DATA}, or repair: none")
-    if plan.width is not None and plan.width.repair != NO_REPAIR and len(plan.width.widths) > 1:
-        passes = REPAIR_PASSES * (len(plan.width.widths) - 1)
+    if plan.width is not None and plan.width.repair != NO_REPAIR and plan.width.reduced:
+        passes = REPAIR_PASSES * plan.width.reduced
         what = f"{passes} passes over {samples:,} sequences of {length} tokens"
         yield StageCost("repair", what, passes * samples, length, f"{LESS_DATA}, fewer widths, or repair: none")
 

@@ -40,11 +40,14 @@ class ExpectedDepths:
         """
         if modifier is None:
             return cls(None, num_layers)
-        if modifier.min_depth >= num_layers:
+        if modifier.least_depth(num_layers) >= num_layers:
             advice = f"set min_depth between 1 and {num_layers - 1}" if num_layers > 1 else "leave the modifier out"
             raise RecipeError(
                 f"min_depth {modifier.min_depth} of a model with {num_layers} layers leaves nothing to remove; {advice}"
             )
+        beyond = [depth for depth in modifier.depths or () if depth > num_layers]
+        if beyond:
+            raise RecipeError(f"depths {beyond} are impossible: the model has {num_layers} layers")
         kept = modifier.kept_layers
         return cls(modifier, num_layers, None if kept is None else DepthStrategy.given(kept, num_layers))
 
@@ -54,11 +57,17 @@ class ExpectedDepths:
         Raises:
             ShapeError: With the depths there will be.
         """
-        least = self.num_layers if self.modifier is None else self.modifier.min_depth
+        least = self.num_layers if self.modifier is None else self.modifier.least_depth(self.num_layers)
         if not least <= shape.depth <= self.num_layers:
             raise ShapeError(
                 f"shape {shape} is outside the space: this model and recipe give depths {least} to {self.num_layers}; "
                 "take one of these"
+            )
+        depths = None if self.modifier is None else self.modifier.depths
+        if depths is not None and shape.depth not in (*depths, self.num_layers):
+            raise ShapeError(
+                f"shape {shape} is outside the space: the recipe has depths "
+                f"{', '.join(map(str, sorted(depths)))}; take one of these, or add {shape.depth} to them"
             )
         if self.given is not None and shape.depth not in self.given.kept:
             raise ShapeError(
@@ -119,11 +128,16 @@ class ExpectedWidths:
         """Units per group of a layer that keeps all."""
         return self.units[Fraction(1)]
 
+    @property
+    def least_of_all(self) -> Mapping[str, int]:
+        """The least units per group that a layer may keep at any width."""
+        return self.whole if self.modifier is None else rounding_steps(self.groups, self.modifier.round_to)
+
     def least(self, width: Fraction) -> Mapping[str, int]:
         """Return the least units per group that a layer may keep at a width."""
         if self.modifier is None or width == 1 or self.modifier.allocation == "uniform":
             return self.units[width]
-        return rounding_steps(self.groups, self.modifier.round_to)
+        return self.least_of_all
 
     def layers(self, kept: Sequence[int], width: Fraction, searched: bool) -> list[Mapping[str, int]]:
         """Return the units of every layer kept; where the selection decides, one layer of the least, and whole ones.

@@ -17,6 +17,7 @@ from llmcompressor.recipe import Recipe
 from transformers import PretrainedConfig
 
 from amoeba_plugin.deployment.schemes import require_readable
+from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.subnet_config import config_for, weightless
 from amoeba_plugin.errors import AmoebaError, RecipeError, ShapeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
@@ -88,8 +89,9 @@ class RecipePlan:
 
     @cached_property
     def shape(self) -> SubnetShape | None:
-        """The shape to extract."""
-        return None if self.extraction is None else SubnetShape.parse(self.extraction.shape)
+        """The shape to extract; ``None``: none, or one that the selection will choose for a total."""
+        named = None if self.extraction is None else self.extraction.shape
+        return None if named is None else SubnetShape.parse(named)
 
     @cached_property
     def shapes(self) -> tuple[tuple[Any, SubnetShape], ...]:
@@ -121,8 +123,10 @@ class RecipePlan:
     @property
     def sizes_unknown(self) -> bool:
         """Whether the selection decides the sizes of what is extracted."""
-        if self.width is None or self.shape is None:
+        if self.width is None or self.extraction is None:
             return False
+        if self.shape is None:  # of a total
+            return True
         return self.width.allocation != "uniform" and self.shape.width != 1
 
     def where(self, modifier: Any) -> str:
@@ -146,7 +150,7 @@ class RecipePlan:
         """
         self._require_order()
         depth, width = self.depth, self.width
-        if depth is not None and depth.keep_last > depth.min_depth:
+        if depth is not None and isinstance(depth.min_depth, int) and depth.keep_last > depth.min_depth:
             raise RecipeError(
                 f"{self.where(depth)}: keep_last {depth.keep_last} of min_depth {depth.min_depth}: the smallest subnet "
                 "cannot keep more last layers than it has layers; lower keep_last or raise min_depth"
@@ -155,6 +159,8 @@ class RecipePlan:
         for modifier, shape in self.shapes:
             self.asking(modifier, _require_depth, shape, depth)
             self.asking(modifier, _require_width, shape, widths)
+        if self.extraction is not None and self.extraction.total is not None:
+            self.asking(self.extraction, _require_total, self.extraction.total, width)
 
     def _require_order(self) -> None:
         try:
@@ -208,9 +214,12 @@ class RecipePlan:
         widths = self.asking(self.width, ExpectedWidths.of, self.width, groups, layers)
         for modifier, shape in self.shapes:
             self.asking(modifier, depths.require, shape)
-        if self.extraction is None or self.shape is None:
+        if self.extraction is None:
             return config
-        sizes = expected_sizes(depths, widths, self.shape, self.extraction.portable)
+        if self.shape is None:
+            sizes = LayerSizes(range(layers), [widths.least_of_all] * layers, {})
+        else:
+            sizes = expected_sizes(depths, widths, self.shape, self.extraction.portable)
         return self.asking(self.extraction, config_for, adapter, config, sizes)
 
     def _require_quantizable(self, plan: ModelPlan) -> None:
@@ -233,7 +242,7 @@ class RecipePlan:
 
 
 def _require_depth(shape: SubnetShape, depth: DepthShrinkingModifier | None) -> None:
-    if depth is not None and shape.depth < depth.min_depth:
+    if depth is not None and isinstance(depth.min_depth, int) and shape.depth < depth.min_depth:
         raise ShapeError(
             f"shape {shape} is outside the space: its depth is below min_depth {depth.min_depth}; take "
             f"{depth.min_depth} layers or more, or lower min_depth"
@@ -243,6 +252,15 @@ def _require_depth(shape: SubnetShape, depth: DepthShrinkingModifier | None) -> 
         raise ShapeError(
             f"shape {shape} keeps half a layer, an attention or an MLP alone; set granularity: sublayer in "
             "DepthShrinkingModifier, or take whole layers"
+        )
+
+
+def _require_total(total: str, width: WidthShrinkingModifier | None) -> None:
+    known = [] if width is None else width.totals
+    if total not in known:
+        raise RecipeError(
+            f'total {total} is none that WidthShrinkingModifier chooses a shape for; add "{total}" to its totals'
+            + (f", or take one of {', '.join(known)}" if known else "")
         )
 
 

@@ -33,7 +33,7 @@ def workplace(directory: Path, kind: str) -> Path:
 
 
 @contextmanager
-def owning(*directories: Path, alone: bool = False) -> Iterator[None]:
+def owning(*directories: Path, alone: bool = False, patience: float = SECONDS) -> Iterator[None]:
     """Own directories, which need not exist, for a block of code; blocks of one process may be nested.
 
     Where the file system has no locks, a warning says so, and the block runs without.
@@ -41,13 +41,14 @@ def owning(*directories: Path, alone: bool = False) -> Iterator[None]:
     Args:
         directories: What will be written.
         alone: Also refuse a directory that another such block of this process owns.
+        patience: Seconds to wait for another process that owns one.
 
     Raises:
         ArtifactError: If another process owns one of them, or one cannot be written.
     """
     with ExitStack() as stack:
         for directory in directories:
-            stack.enter_context(_owning(directory, alone))
+            stack.enter_context(_owning(directory, alone, patience))
         yield
 
 
@@ -63,11 +64,11 @@ os.register_at_fork(after_in_child=_owned.clear)  # a child owns nothing of its 
 
 
 @contextmanager
-def _owning(directory: Path, alone: bool) -> Iterator[None]:
+def _owning(directory: Path, alone: bool, patience: float) -> Iterator[None]:
     path = workplace(directory, LOCK)
     made = [] if path in _owned else _make_parents(path.parent, directory)
     try:
-        owned = _owned.get(path) or _acquired(path, directory)
+        owned = _owned.get(path) or _acquired(path, directory, patience)
         if alone and owned.alone:
             raise ArtifactError(f"{directory} is being written by this very process; name another directory")
         owned.blocks, owned.alone = owned.blocks + 1, owned.alone or alone
@@ -96,8 +97,8 @@ def _make_parents(parent: Path, directory: Path) -> list[Path]:
     return made
 
 
-def _acquired(path: Path, directory: Path) -> _Owned:
-    lock = FileLock(path, timeout=SECONDS)
+def _acquired(path: Path, directory: Path, patience: float) -> _Owned:
+    lock = FileLock(path, timeout=patience)
     try:
         lock.acquire()
     except Timeout:

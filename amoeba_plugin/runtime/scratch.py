@@ -32,5 +32,6 @@ def scratch_directory() -> Iterator[Path]:
 def _sweep(parent: Path) -> None:
     locks = (path.name.removesuffix(f".{LOCK}")[1:] for path in parent.glob(f".{PREFIX}*.{LOCK}"))
     for name in {*locks, *(path.name for path in parent.glob(f"{PREFIX}*"))}:
-        with suppress(ArtifactError), owning(parent / name, alone=True):  # refused: its process lives
+        # refused: its process lives; not found: it has just ended
+        with suppress(ArtifactError, FileNotFoundError), owning(parent / name, alone=True, patience=0):
             shutil.rmtree(parent / name, ignore_errors=True)

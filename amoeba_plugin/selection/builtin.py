@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from amoeba_plugin.plugins.hooks import hookimpl
-from amoeba_plugin.selection.depth.search import search_all_ways, search_depths, search_greedily
+from amoeba_plugin.selection.depth.search import search_all_ways, search_depths, search_greedily, search_lazily
 from amoeba_plugin.selection.depth.selectors import (
     last_layers,
     least_angular_distance,
@@ -36,6 +36,7 @@ from amoeba_plugin.selection.repair.elimination import elimination_errors
 from amoeba_plugin.selection.repair.width import Repair, by_least_squares
 
 SEARCH_OPTIONS = tuple(field.name for field in fields(SearchOptions))
+WITHOUT_BEAM = tuple(name for name in SEARCH_OPTIONS if name != "beam")
 
 OBJECTIVES: tuple[Objective, ...] = (PerTokenLoss(), Perplexity(), MultipleChoiceAccuracy())
 
@@ -58,10 +59,13 @@ REPAIRS: tuple[Repair, ...] = (
 )
 
 DEPTH_SELECTORS: tuple[DepthSelector, ...] = (
-    DepthSelector("dynamic_program", search_depths, SEARCH_OPTIONS, "the paper's search"),
-    DepthSelector("greedy", search_greedily, tuple(name for name in SEARCH_OPTIONS if name != "beam"),
-                  "the layer goes without which the rest is best, again and again (SLEB)"),
-    DepthSelector("auto", search_all_ways, SEARCH_OPTIONS, "the best of program, greedy and published selectors"),
+    DepthSelector("dynamic_program", search_depths, SEARCH_OPTIONS, "the paper's search", folds=True),
+    DepthSelector("greedy", search_greedily, WITHOUT_BEAM,
+                  "the layer goes without which the rest is best, again and again (SLEB)", folds=True),
+    DepthSelector("lazy_greedy", search_lazily, WITHOUT_BEAM,
+                  "greedy; a layer that was dear before is not measured again (Minoux)", folds=True),
+    DepthSelector("auto", search_all_ways, SEARCH_OPTIONS, "the best of program, greedy and published selectors",
+                  folds=True),
     DepthSelector("block_influence", least_block_influence, (), "1 - cosine of input and output (ShortGPT)"),
     DepthSelector("one_shot", one_shot, (), "the objective without each layer alone (Shortened LLaMA)"),
     DepthSelector("taylor", least_taylor, (), "sum of |gradient x weight| (Shortened LLaMA)"),

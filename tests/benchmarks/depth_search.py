@@ -37,13 +37,13 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.selection.depth import search as depth
 from amoeba_plugin.selection.depth.dynamic_program import Search, Table
-from amoeba_plugin.selection.depth.lockstep import walk
 from amoeba_plugin.selection.depth.lockstep_contract import Contract, check_contract
 from amoeba_plugin.selection.depth.runner import runner_for
 from amoeba_plugin.selection.depth.score_table import MeasuredTable
 from amoeba_plugin.selection.depth.search import search_depths
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed
 from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
+from amoeba_plugin.selection.depth.walk import walk
 from amoeba_plugin.selection.objectives import PerTokenLoss, Score
 
 BATCH_SIZE = 8

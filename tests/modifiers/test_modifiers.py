@@ -239,7 +239,10 @@ def test_registering_twice_changes_nothing() -> None:
     ("make", "message"),
     [
         (lambda: DepthShrinkingModifier(min_depth=2, keep_lst=1), "keep_lst"),
-        (lambda: DepthShrinkingModifier(min_depth=0), "greater than or equal to 1"),
+        (lambda: DepthShrinkingModifier(min_depth=0), "min_depth 0 is impossible; give a number of layers from 1 on"),
+        (lambda: DepthShrinkingModifier(), "has no min_depth"),
+        (lambda: DepthShrinkingModifier(min_depth=3, depths=[2]), "go below min_depth 3"),
+        (lambda: DepthShrinkingModifier(depths=[0, 2]), "depths .* are impossible"),
         (
             lambda: DepthShrinkingModifier(min_depth=2, selector="block_influence", beam=2),
             "beam means nothing to selector block_influence: it is the dynamic program's",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from llmcompressor.core import reset_session
+from llmcompressor.core import active_session, reset_session
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.errors import AmoebaError, ArchitectureError, ShapeError
+from amoeba_plugin.modifiers import DepthShrinkingModifier
+from amoeba_plugin.recipes.read import plan_recipe
+from amoeba_plugin.shape import SubnetShape
 from support.batches import token_dataset
 from support.models import logits, save_base
 from support.recipes import DEPTH, WIDTH, recipe, run
@@ -51,3 +55,53 @@ def test_a_decoder_whose_layers_cannot_run_alone_is_not_repaired(
     assert len(subnet.model.layers) == 3
     with pytest.raises(ArchitectureError, match="repair is impossible: layers of .*; set repair: none"):
         asked(AutoModelForCausalLM.from_pretrained(base), repair="least_squares")
+
+
+@pytest.mark.usefixtures("fresh_session")
+def test_a_total_is_cut_at_the_shape_that_was_chosen_for_it(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_base(tiny_model("llama", layers=6), tmp_path / "base"))
+    before = sum(each.numel() for layer in model.model.layers for each in layer.parameters())
+    depth = {"DepthShrinkingModifier": {"min_depth": "1/2", "selector": "block_influence"}}
+    width = {"WidthShrinkingModifier": {"totals": ["3/4", "1/2"], "round_to": {"mlp": 8}}}
+    text = recipe(depth | width, {"SubnetExtractionModifier": {"total": "0.5"}})
+    subnet = run(model, text, token_dataset(1))
+    after = sum(each.numel() for layer in subnet.model.layers for each in layer.parameters())
+    assert 0.45 < after / before < 0.55
+    assert 3 <= len(subnet.model.layers) <= 6
+    written = {type(each).__name__: each for each in active_session().lifecycle.recipe.modifiers}
+    shape = SubnetShape.parse(written["SubnetExtractionModifier"].shape)
+    assert shape.depth == len(subnet.model.layers)
+    assert shape.width * Fraction(shape.depth) == 3
+    assert str(shape.width) in written["WidthShrinkingModifier"].widths
+    assert written["SubnetExtractionModifier"].total is None
+
+
+@pytest.mark.parametrize(
+    ("width", "extract", "told"),
+    [
+        ({"totals": ["1/2"]}, {"total": "3/4"}, 'total 3/4 is none .*; add "3/4" to its totals, or take one of 1/2'),
+        ({"widths": ["1", "1/2"]}, {"total": "1/2"}, 'total 1/2 is none .*; add "1/2" to its totals$'),
+        ({"totals": ["1/2"]}, {}, "cuts one subnet; give shape: DEPTHxWIDTH, or total: a share"),
+        ({"totals": ["1/2"]}, {"total": "1/2", "shape": "3x1"}, "cuts one subnet; give shape"),
+        (
+            {"totals": ["1/2"], "allocation": "global"},
+            {"total": "1/2"},
+            "totals are measured, and allocation is global",
+        ),
+        ({"totals": "1/2"}, {"total": "1/2"}, "totals: '1/2' is no list of shares"),
+        ({}, {"shape": "3x1"}, "WidthShrinkingModifier has no widths"),
+    ],
+)
+def test_a_total_that_makes_no_sense_is_refused_before_anything_runs(
+    width: dict[str, object], extract: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe({"WidthShrinkingModifier": width}, {"SubnetExtractionModifier": extract}))
+    with pytest.raises(AmoebaError, match=told):
+        plan_recipe(path)
+
+
+@pytest.mark.parametrize("least", ["0/3", "2/0", 0, -1, 1.5, True, "many", "4/3"])
+def test_a_least_depth_is_a_number_of_layers_or_a_share(least: object) -> None:
+    with pytest.raises(ValueError, match="min_depth|width"):
+        DepthShrinkingModifier(min_depth=least)

@@ -35,6 +35,22 @@ MODELS = {
         intermediate_size=1536,
         **SMALL,
     ),
+    "smollm2": config_of(
+        num_hidden_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        **SMALL,
+    ),
+    "select_only": config_of(
+        num_hidden_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        **SMALL,
+    ),
     "qwen3": config_of(
         "qwen3",
         num_hidden_layers=28,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,16 +56,19 @@ def test_selection_sees_the_whole_model(
 
 def test_sizes_are_not_tried_on_it(tiny_model: TinyModel, random_batches: RandomBatches, tmp_path: Path) -> None:
     model = offloaded(tiny_model("llama"), "cpu", tmp_path)
+    selection: Any = SimpleNamespace(adapter=architecture_for("llama"), batches=random_batches(), depth=None)
+
+    def ranked(modifier: WidthShrinkingModifier) -> WidthStrategy:
+        return modifier._ranked(model, selection)
+
     modifier = WidthShrinkingModifier(widths=["1", "1/2"])
     with pytest.raises(ArchitectureError, match="set allocation: uniform or global"):
-        modifier._ranked(model, architecture_for("llama"), random_batches())
+        ranked(modifier)
     uniform = {"widths": ["1", "1/2"], "allocation": "uniform"}
     modifier = WidthShrinkingModifier(**uniform)
-    assert modifier._ranked(model, architecture_for("llama"), random_batches()).units
+    assert ranked(modifier).units
     assert modifier.repair == "none"
     with pytest.raises(
         ArchitectureError, match="repair: least_squares is impossible: accelerate offloads.*repair: none"
     ):
-        WidthShrinkingModifier(**uniform, repair="least_squares")._ranked(
-            model, architecture_for("llama"), random_batches()
-        )
+        ranked(WidthShrinkingModifier(**uniform, repair="least_squares"))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.selection.depth.steps import Removed
-from amoeba_plugin.selection.objectives import Objective, Score, better
+from amoeba_plugin.selection.objectives import Objective, Score, badness, better
 
+AT_ONCE = 4  # layers that lazy removal measures together: what their subnets share is computed once
 NEAR = 1e-5  # relative; how far fp32 may round differently where states are batched differently
 
 Table = dict[int, tuple[Removed, Score]]  # by number of layers removed
@@ -94,6 +95,48 @@ class Search:
             table[count] = kept[0]
             removed = kept[0][0]
         self._require_telling(seen)
+        return table
+
+    def remove_lazily(self, candidates: int, most: int) -> Table:
+        """As :meth:`remove_one_by_one`, but measure layers in the order of what they cost when last measured.
+
+        A round is over when a layer measured in it costs less than all others did before: right where layers do not
+        get cheaper as others go (Minoux 1978, accelerated greedy), which losses of layers nearly keep to.
+
+        Args:
+            candidates: N, layers that may go: indices 0 to N - 1.
+            most: M, the most layers to remove.
+
+        Returns:
+            For m from 1 to M the removed layers and their score.
+
+        Raises:
+            DataError: If no score is finite, or all are the same.
+        """
+        table: Table = {}
+        removed, before = Removed(), badness(self.objective, self.evaluate([Removed()])[0])
+        cost: dict[int, tuple[float, ...]] = dict.fromkeys(
+            range(candidates), ()
+        )  # when last measured; at first all are
+        for count in range(1, most + 1):
+            known: dict[int, Score] = {}
+            while (cheapest := sorted(cost, key=cost.__getitem__))[0] not in known:
+                some = [layer for layer in cheapest if layer not in known][: AT_ONCE if table else candidates]
+                for layer, score in zip(some, self.evaluate([removed | {layer} for layer in some]), strict=True):
+                    known[layer] = score
+                    after = badness(self.objective, score)
+                    cost[layer] = tuple(
+                        now - then if math.isfinite(now) else math.inf for now, then in zip(after, before, strict=True)
+                    )
+            if not table:
+                self._require_telling(list(known.values()))
+            kept: list[tuple[Removed, Score]] = []
+            for layer in sorted(known):
+                self._insert(kept, removed | {layer}, known[layer], 1)
+            table[count] = kept[0]
+            gone = next(iter(kept[0][0] - removed))
+            removed, before = kept[0][0], badness(self.objective, kept[0][1])
+            del cost[gone]
         return table
 
     def best_of(self, table: Table, others: Sequence[Removed]) -> Table:

@@ -5,7 +5,7 @@ Where attention and MLP may go apart, each is a step of its own: the layer in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,8 @@ from amoeba_plugin.models.sublayers import StandIns
 from amoeba_plugin.runtime.module_calls import answering, input_device, is_offloaded, onloaded
 from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.runtime.state_store import StateStore
-from amoeba_plugin.selection.depth.steps import WHOLE, Removed
+from amoeba_plugin.selection.depth.steps import WHOLE, Removed, RunFolds
+from amoeba_plugin.selection.depth.walk import Visit, walk
 from amoeba_plugin.selection.hidden_states import states_into, states_out_of
 from amoeba_plugin.selection.objectives import Objective, Score
 from amoeba_plugin.selection.over_ranks import joined, scores_over_ranks
@@ -32,35 +33,6 @@ from amoeba_plugin.shape import half_steps
 Call = Callable[[Tensor], Any]  # a decoder layer with all its arguments but the states
 TOKENS_AT_ONCE = 2**13  # beyond, one call of a layer is not faster than two
 CALLS_KEPT = 8  # recorded arguments hold a mask of (rows, 1, positions, positions) where there is padding
-
-
-@dataclass(frozen=True)
-class Visit:
-    """What happens at one step, a layer or a sublayer: which states go through it, and which are led around it.
-
-    A state is known by the steps removed before it; the empty set is the whole model's.
-    """
-
-    step: int
-    through: tuple[Removed, ...]
-    around: tuple[Removed, ...]
-
-
-def walk(sets: Sequence[Removed], num_steps: int) -> Iterator[Visit]:
-    """Yield the steps at which subnets need states, first to last.
-
-    Sets with the same steps removed so far share one state. As long as none is removed it is the whole model's, which
-    is run only where the whole model is among the sets.
-
-    >>> [len(visit.through) for visit in walk([frozenset({1}), frozenset({1, 3}), frozenset({2})], 5)]
-    [0, 1, 2, 3]
-    """
-    for step in range(min(min(removed, default=0) for removed in sets), num_steps):
-        so_far = {removed: Removed(index for index in removed if index < step) for removed in sets}
-        known = set() if WHOLE in sets else {WHOLE}
-        through = dict.fromkeys(so_far[removed] for removed in sets if step not in removed)
-        around = dict.fromkeys(so_far[removed] for removed in sets if step in removed)
-        yield Visit(step, tuple(state for state in through if state not in known), tuple(around))
 
 
 @dataclass
@@ -82,6 +54,7 @@ class Lockstep:
         stand_ins: Of all layers: attention and MLP are steps, 2 * layer and 2 * layer + 1. None: layers are.
         returns_tuples: Whether layers return their states as the first of several values.
         tokens_at_once: Of states that one call of a layer takes together.
+        folds: What is added where layers are gone; ``None``: nothing. Steps are layers then.
         step_forwards: Steps run so far, counted for each state and batch.
         layer_calls: In how many calls; one takes several states.
     """
@@ -96,6 +69,7 @@ class Lockstep:
     stand_ins: StandIns | None = None
     returns_tuples: bool = False
     tokens_at_once: int = TOKENS_AT_ONCE
+    folds: RunFolds | None = None
     step_forwards: int = 0
     layer_calls: int = 0
     _calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
@@ -157,6 +131,18 @@ class Lockstep:
                 begin(batch)
                 self._visit(Visit(layer, (WHOLE,), ()), batch)
 
+    def pass_on(self, known_by: int, layer: int, batch: int) -> None:
+        """Run a batch through a layer as it is now, from the states known by a number; at first from the embeddings."""
+        call = self._record(batch, 1)[layer]
+        key = known_by, batch
+        self.flying[key] = states_out_of(call(self.flying[key] if key in self.flying else self.cached[0, batch]))
+        self.step_forwards, self.layer_calls = self.step_forwards + self.steps_per_layer, self.layer_calls + 1
+
+    def observe_passed(self, objective: Objective, known_by: int, batch: int) -> Tensor:
+        """Return an observation of the states known by a number, which are behind the last layer."""
+        with self.emitting(self.flying[known_by, batch]):
+            return objective.observe(self.model, self.batches[batch])
+
     def skip(self, layer: int, to: int) -> None:
         """Let the states before one layer be those before a later one."""
         for batch in range(len(self.batches)):
@@ -185,7 +171,7 @@ class Lockstep:
 
     def observe_final(self, objective: Objective, removed: Removed, batch: int) -> Tensor:
         """Return an observation of a subnet whose states are behind the last layer."""
-        with self.emitting(self._state(removed, self.num_steps, batch)):
+        with self.emitting(self._entering(removed, self.num_steps, batch)):
             return objective.observe(self.model, self.batches[batch])
 
     @contextmanager
@@ -249,10 +235,7 @@ class Lockstep:
             self._record(batch, 1)
         passed: list[Tensor] = []
         for some in _cut(visit.through, self.tokens_at_once // tokens):
-            states = torch.cat([self._state(removed, step, batch) for removed in some])
-            output = self._record(batch, len(some))[step // self.steps_per_layer](states)
-            passed += states_out_of(output).chunk(len(some))
-            self.step_forwards, self.layer_calls = self.step_forwards + len(some), self.layer_calls + 1
+            passed += self._passed(step, some, batch, visit.fronts)
         for removed in visit.around:
             if removed:
                 self.flying.rename((removed, batch), (removed | {step}, batch))
@@ -265,6 +248,36 @@ class Lockstep:
                 self.cached[step + 1, batch] = states
                 if step >= self.removable:
                     del self.cached[step, batch]
+
+    def _passed(
+        self, step: int, some: Sequence[Removed], batch: int, fronts: Collection[Removed]
+    ) -> tuple[Tensor, ...]:
+        """Return several states behind a step; of those in front of removed layers keep what is to be mapped."""
+        states = torch.cat([self._entering(removed, step, batch) for removed in some])
+        call = self._record(batch, len(some))[step // self.steps_per_layer]
+        with ExitStack() as stack:
+            seen: list[Tensor] = []
+            if self.folds is not None and fronts:
+                stack.enter_context(_inputs(self.layers[step], self.folds.path, seen))
+            behind = states_out_of(call(states)).chunk(len(some))
+        for inputs in seen:
+            for removed, each in zip(some, inputs.chunk(len(some)), strict=True):
+                if removed in fronts:
+                    self.flying["inputs", step, removed, batch] = each
+        self.step_forwards, self.layer_calls = self.step_forwards + len(some), self.layer_calls + 1
+        return behind
+
+    def _entering(self, removed: Removed, step: int, batch: int) -> Tensor:
+        """Return states before a step; behind removed layers, with what is added in their place."""
+        states = self._state(removed, step, batch)
+        front = next((layer for layer in range(step - 1, -1, -1) if layer not in removed), -1)
+        if self.folds is None or front in (step - 1, -1):
+            return states
+        below = Removed(layer for layer in removed if layer < front)
+        if ("inputs", front, below, batch) not in self.flying:  # of the whole model, whose states alone are kept
+            self._passed(front, [below], batch, [below])
+        inputs = self.flying["inputs", front, below, batch].reshape(*states.shape[:-1], -1)
+        return states + inputs @ self.folds.change(front, step).to(states.device, states.dtype).mT
 
     def _state(self, removed: Removed, step: int, batch: int) -> Tensor:
         return self.flying[removed, batch] if removed else self.cached[step, batch]
@@ -294,6 +307,16 @@ class Lockstep:
 
     def _returned(self, states: Tensor) -> Any:
         return (states,) if self.returns_tuples else states
+
+
+@contextmanager
+def _inputs(layer: nn.Module, path: str, seen: list[Tensor]) -> Iterator[None]:
+    """Gather what flows into a linear of a layer in a block of code."""
+    handle = layer.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _cut(sets: Sequence[Removed], size: float) -> Iterator[Sequence[Removed]]:

@@ -65,7 +65,7 @@ def runner_for(task: DepthTask, mine: Sequence[Batch], candidates: int) -> Itera
     if agreed(contract.broken is None):
         with Lockstep.of(
             model, adapter, mine, candidates, task.options.cache_gib * GIB,
-            returns_tuples=contract.returns_tuples, stand_ins=stand_ins,
+            returns_tuples=contract.returns_tuples, stand_ins=stand_ins, folds=task.folds,
         ) as lockstep:  # fmt: skip
             yield lockstep
     else:

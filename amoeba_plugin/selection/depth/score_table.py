@@ -102,7 +102,7 @@ class MeasuredTable:
 
 def _scores(path: Path, data: bytes, identity: Mapping[str, str]) -> dict[Removed, Score]:
     try:
-        document: dict[str, Any] = json.loads(data)
+        document: dict[str, Any] = {"repair": "none", **json.loads(data)}  # of old tables nothing was repaired
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"format {document['format']}, version {document['version']}")
         found = {name: document[name] for name in identity}

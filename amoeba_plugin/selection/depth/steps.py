@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from amoeba_plugin.models.kept import PARTS
 
 Granularity = Literal["layer", "sublayer"]
 Removed = frozenset[int]  # indices of steps: of layers, or of sublayers, 2 * layer its attention, 2 * layer + 1 its MLP
 WHOLE = Removed()
+
+
+class RunFolds(Protocol):
+    """What the layer in front of a run of removed ones adds in their place.
+
+    Attributes:
+        path: Of the linear, in a decoder layer, by whose input it tells what to add.
+        data: What it was learnt from, by a digest.
+    """
+
+    path: str
+    data: str
+
+    def prepare(self, sets: Sequence[Removed]) -> None:
+        """Learn what some sets of removed layers need; all ranks give the same."""
+
+    def change(self, front: int, end: int) -> Tensor:
+        """Return the map, (hidden, inputs), from the linear's input in layer ``front`` to what is added to its states
+        where all layers up to ``end`` are gone."""
 
 
 def steps_per_layer(granularity: Granularity) -> int:

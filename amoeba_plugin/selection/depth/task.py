@@ -12,7 +12,7 @@ from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
-from amoeba_plugin.selection.depth.steps import Granularity
+from amoeba_plugin.selection.depth.steps import Granularity, RunFolds
 from amoeba_plugin.selection.objectives import Objective
 
 
@@ -51,6 +51,8 @@ class DepthTask:
         keep_last: Last layers that are never removed.
         progress: Show progress bars while layers are measured.
         options: Of the dynamic program. Others may look at those they name in ``DepthSelector.options``.
+        folds: What stands in for removed layers in every candidate that a search measures; ``None``: nothing. Their
+            maps are of other data than ``batches``, or they would look better than they are.
     """
 
     model: PreTrainedModel
@@ -61,6 +63,7 @@ class DepthTask:
     keep_last: int = 1
     progress: bool = True
     options: SearchOptions = SearchOptions()
+    folds: RunFolds | None = None
 
     @property
     def num_layers(self) -> int:
@@ -95,6 +98,7 @@ class DepthSelector:
         name: The name it is registered under.
         select: Returns a strategy for every depth from the whole model's down to ``DepthTask.min_depth``.
         options: Fields of :class:`SearchOptions` that it looks at; a recipe that sets another one is refused.
+        folds: Whether it measures candidates with ``DepthTask.folds``.
         description: One line for people.
     """
 
@@ -102,3 +106,4 @@ class DepthSelector:
     select: Callable[[DepthTask], DepthStrategy]
     options: tuple[str, ...] = ()
     description: str = ""
+    folds: bool = False

@@ -6,7 +6,7 @@ the map is of the MLP's neurons, which are more than the hidden size, and rows c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from amoeba_plugin.runtime.ranks import rank, sum_over_ranks
 from amoeba_plugin.selection.depth.lockstep import Lockstep
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.repair.least_squares import factorised
+from amoeba_plugin.selection.repair.moments import gram_of
 
 RIDGE = 0.1  # relative to the mean of the weighted moments' diagonal
 SHORTEST = 1e-3  # length of a state, from which on it counts as that long
@@ -33,39 +34,43 @@ Folds = Mapping[float, Mapping[str, Tensor]]  # by depth and group key: weights 
 
 @dataclass
 class Fit:
-    """The regression of what removed layers add on the neurons of the layer in front of them.
+    """The regressions of what removed layers add on the neurons of the layer in front of them.
 
     ``minimise sum over tokens |D - A a|^2 / |h|^2 + ridge |A|^2``: D is what they add, a the neurons, h the state.
 
     Attributes:
         gram: (neurons, neurons) fp64, sum of ``a a^T / |h|^2``; where the tokens are.
-        cross: (neurons, hidden) fp64, sum of ``a D^T / |h|^2``.
+        cross: For each run of removed layers (neurons, hidden) fp64, sum of ``a D^T / |h|^2``.
     """
 
     gram: Tensor
-    cross: Tensor
+    cross: list[Tensor]
 
     @classmethod
-    def empty(cls, neurons: int, hidden: int) -> Fit:
-        """Return the fit of no tokens."""
-        return cls(
-            torch.zeros(neurons, neurons, dtype=torch.float64), torch.zeros(neurons, hidden, dtype=torch.float64)
-        )
+    def empty(cls, neurons: int, hidden: int, runs: int = 1) -> Fit:
+        """Return the fit of no tokens, for so many runs of layers behind one."""
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        return cls(zeros(neurons, neurons), [zeros(neurons, hidden) for _ in range(runs)])
 
-    def add(self, neurons: Tensor, states: Tensor, added: Tensor) -> None:
-        """Count tokens: (tokens, neurons), (tokens, hidden), (tokens, hidden), any float dtype."""
+    def add(self, neurons: Tensor, states: Tensor, added: Sequence[Tensor]) -> None:
+        """Count tokens: (tokens, neurons), (tokens, hidden), and of each run (tokens, hidden), any float dtype."""
         weights = 1 / states.float().norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
         rows = neurons.float() * weights
         where = rows.device if rows.device.type != "mps" else torch.device("cpu")  # which has no fp64
-        self.gram, self.cross = self.gram.to(where), self.cross.to(where)
-        self.gram += (rows.mT @ rows).to(where, torch.float64)
-        self.cross += (rows.mT @ (added.float() * weights)).to(where, torch.float64)
+        self.gram = self.gram.to(where) + gram_of(rows).to(where, torch.float64)
+        self.cross = [
+            cross.to(where) + (rows.mT @ (each.float() * weights)).to(where, torch.float64)
+            for cross, each in zip(self.cross, added, strict=True)
+        ]
 
-    def solved(self) -> Tensor:
-        """Return A, (hidden, neurons) fp64, from the tokens of all ranks; zeros where there are none."""
-        gram, cross = (sum_over_ranks(each.cpu()).to(each.device) for each in (self.gram, self.cross))
+    def solved(self) -> list[Tensor]:
+        """Return A of every run, (hidden, neurons) fp64, from the tokens of all ranks; zeros where there are none."""
+        gram, *cross = (sum_over_ranks(each.cpu()).to(each.device) for each in (self.gram, *self.cross))
         scale = gram.diagonal().mean()
-        return torch.cholesky_solve(cross, factorised(gram, scale * RIDGE)).mT if scale > 0 else cross.mT * 0
+        if not scale > 0:
+            return [each.mT * 0 for each in cross]
+        factor = factorised(gram, scale * RIDGE)
+        return [torch.cholesky_solve(each, factor).mT for each in cross]
 
 
 def removed_runs(kept: tuple[int, ...], layers: int) -> dict[int, range]:
@@ -90,18 +95,26 @@ def fold_depths(runs: LayerRuns, depth: DepthStrategy, progress: bool = True) ->
         depth: Which layers every depth keeps.
         progress: Show a progress bar.
     """
-    groups = [group for group in runs.adapter.channel_groups(runs.model.config) if group.name == "mlp"]
-    share, layers = runs.adapter.residual_share(runs.model.config), runs.adapter.layers(runs.model)
-    shorter = [each for each in depth.kept if each != len(layers) and each not in depth.lost]
-    packed = any(is_packed(layer.get_submodule(group.consumer.path)) for layer in layers for group in groups)
-    if share is None or packed or not shorter:
+    group, layers = foldable(runs), len(runs.adapter.layers(runs.model))
+    shorter = [each for each in depth.kept if each != layers and each not in depth.lost]
+    if group is None or not shorter:
         return {}
+    share = runs.adapter.residual_share(runs.model.config)
+    assert share is not None
     bar = StageBar(
-        total=len(layers) * len(shorter), desc="depth repair", unit="layer", disable=not progress or rank() != 0,
+        total=layers * len(shorter), desc="depth repair", unit="layer", disable=not progress or rank() != 0,
         shorter=f"{LESS_DATA}, or repair: none",
     )  # fmt: skip
     with bar:
-        return {each: _folded(runs, groups[0], depth.kept[each], share, bar.update) for each in shorter}
+        return {each: _folded(runs, group, depth.kept[each], share, bar.update) for each in shorter}
+
+
+def foldable(runs: LayerRuns) -> ChannelGroup | None:
+    """Return the neurons whose MLP takes what removed layers add; ``None`` where none can."""
+    groups = [group for group in runs.adapter.channel_groups(runs.model.config) if group.name == "mlp"]
+    layers = runs.adapter.layers(runs.model)
+    packed = any(is_packed(layer.get_submodule(group.consumer.path)) for layer in layers for group in groups)
+    return None if packed or runs.adapter.residual_share(runs.model.config) is None else groups[0]
 
 
 def _folded(
@@ -117,7 +130,10 @@ def _folded(
             elif index not in gone:
                 lockstep.run_layer(index)
             else:
-                change = _fit(lockstep, group, index, gone[index]).solved() / share
+                run_watched(lockstep, group, index)
+                for removed in gone[index]:
+                    lockstep.run_layer(removed)
+                change = fitted(lockstep, group, index, [after])[0] / share
                 with _changed(group.consumer.weight(lockstep.layers[index]), change) as weight:
                     folds[group_key(index, group)] = weight.to("cpu", copy=True)
                     lockstep.run_layer(index)
@@ -140,25 +156,31 @@ def _changed(parameter: Tensor, change: Tensor) -> Iterator[Tensor]:
         weight.copy_(before)
 
 
-def _fit(lockstep: Lockstep, group: ChannelGroup, front: int, gone: range) -> Fit:
-    """Run a layer and those removed behind it, and regress what they add on its neurons."""
-    layer, running = lockstep.layers[front], [0]
-    out, into = group.consumer.size(layer)
+def run_watched(lockstep: Lockstep, group: ChannelGroup, layer: int) -> None:
+    """Run all batches through a layer, and keep its neurons, (tokens, neurons), until they are counted."""
+    running, (_, into) = [0], group.consumer.size(lockstep.layers[layer])
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         lockstep.flying["neurons", running[0]] = args[0].reshape(-1, into)  # OPT's are of one axis already
 
-    handle = layer.get_submodule(group.consumer.path).register_forward_pre_hook(keep)
+    handle = lockstep.layers[layer].get_submodule(group.consumer.path).register_forward_pre_hook(keep)
     try:
-        lockstep.run_layer(front, partial(running.__setitem__, 0))
+        lockstep.run_layer(layer, partial(running.__setitem__, 0))
     finally:
         handle.remove()
-    for index in gone:
-        lockstep.run_layer(index)
-    fit = Fit.empty(into, out)
+
+
+def fitted(lockstep: Lockstep, group: ChannelGroup, front: int, ends: Sequence[int]) -> list[Tensor]:
+    """Return what to add to the MLP of a layer in place of those up to several ends, (hidden, neurons) fp64 for each.
+
+    The neurons are those that :func:`run_watched` kept, which are forgotten; the states before all ends are known.
+    """
+    out, into = group.consumer.size(lockstep.layers[front])
+    fit = Fit.empty(into, out, len(ends))
     for batch, given in enumerate(lockstep.batches):
-        states, behind = (lockstep.cached[step, batch].flatten(0, -2) for step in (front + 1, gone.stop))
+        states, *behind = (lockstep.cached[step, batch].flatten(0, -2) for step in (front + 1, *ends))
         present = given["attention_mask"].bool().flatten().to(states.device)
-        fit.add(lockstep.flying["neurons", batch][present], states[present], (behind - states)[present])
+        neurons = lockstep.flying["neurons", batch]
+        fit.add(neurons[present], states[present], [(each - states)[present] for each in behind])
     lockstep.flying.clear()
-    return fit
+    return fit.solved()

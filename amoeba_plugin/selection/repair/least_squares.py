@@ -15,13 +15,24 @@ from amoeba_plugin.errors import DataError
 
 STEP, ATTEMPTS = 10.0, 60  # by which a ridge grows where a factorisation fails, and how often
 LEAST = 1e-30  # of a ridge, absolute
+OUTPUTS = 64  # that a ridge is chosen by: more say the same, and cost as much as the repair
 
 
 def repaired_columns(weight: Tensor, moments: Tensor, kept: int, ridge: float) -> Tensor:
     """Return the first columns of a weight, changed so that their output is nearest to that of all.
 
+    One of :func:`repaired_prefixes`.
+    """
+    return repaired_prefixes(weight, moments, [kept], ridge)[kept]
+
+
+def repaired_prefixes(weight: Tensor, moments: Tensor, kept: Sequence[int], ridge: float) -> dict[int, Tensor]:
+    """Return the first columns of a weight, several numbers of them, changed so that their output is nearest to that
+    of all.
+
     ``W_K' = W_K + W_G C_GK (C_KK + ridge mean(diag C) I)^-1`` minimises ``E|W x - W_K' x_K|^2`` plus the ridge times
-    the change squared: on the rows that the moments are of, it is never worse than ``W_K``.
+    the change squared: on the rows that the moments are of, it is never worse than ``W_K``. With ``C + ridge = L L^T``
+    that is ``W_K + W_G L_GK L_KK^-1``, so that one factor serves all numbers.
 
     Args:
         weight: (out, in), any float dtype; columns in order of importance.
@@ -30,14 +41,21 @@ def repaired_columns(weight: Tensor, moments: Tensor, kept: int, ridge: float) -
         ridge: Relative to the mean of the diagonal; larger where the moments allow no factorisation otherwise.
 
     Returns:
-        (out, kept) in fp64, on the moments' device.
+        For each number (out, number) in fp64, on the moments' device.
     """
     full = weight.to(moments.device, torch.float64)
     scale = moments.diagonal().mean()
-    if kept == len(moments) or not scale > 0:
-        return full[:, :kept].clone()
-    cross = full[:, kept:] @ moments[kept:, :kept]
-    return full[:, :kept] + torch.cholesky_solve(cross.mT, factorised(moments[:kept, :kept], scale * ridge)).mT
+    fewer = [count for count in kept if count < len(moments)] if scale > 0 else []
+    found = {count: full[:, :count].clone() for count in kept}
+    if fewer:
+        most = max(fewer)
+        factor = factorised(moments[:most, :most], scale * ridge)
+        # W_G L_G,: of the columns behind the most that stay, where L_G,: = C_G,: L^-T
+        behind = torch.linalg.solve_triangular(factor, moments[:most, most:] @ full[:, most:].mT, upper=False).mT
+        for count in fewer:
+            said = behind[:, :count] + full[:, count:most] @ factor[count:, :count]
+            found[count] += torch.linalg.solve_triangular(factor[:count, :count], said, upper=False, left=False)
+    return found
 
 
 def output_error(weight: Tensor, repaired: Tensor, moments: Tensor) -> Tensor:
@@ -49,15 +67,16 @@ def output_error(weight: Tensor, repaired: Tensor, moments: Tensor) -> Tensor:
 
 
 def best_ridge(weight: Tensor, seen: Tensor, held_out: Tensor, kept: int, ridges: Sequence[float]) -> float:
-    """Return the ridge of which the repair by some rows is best on others.
+    """Return the ridge of which the repair by some rows is best on others, in the mean over some outputs.
 
     Args:
-        weight: (out, in).
+        weight: (out, in); of many outputs ``OUTPUTS`` are looked at.
         seen: (in, in) fp64, moments that repair.
         held_out: (in, in) fp64, moments of other rows.
         kept: Columns that stay.
         ridges: To choose from; of equal ones the first.
     """
+    weight = weight[:: max(1, len(weight) // OUTPUTS)]
     errors = [float(output_error(weight, repaired_columns(weight, seen, kept, ridge), held_out)) for ridge in ridges]
     return ridges[errors.index(min(errors))]
 

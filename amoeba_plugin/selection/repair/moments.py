@@ -48,7 +48,7 @@ class Moments:
         rows = inputs.detach().float()
         where = rows.device if rows.device.type != "mps" else torch.device("cpu")  # which has no fp64
         self.seen, self.held_out = self.seen.to(where), self.held_out.to(where)
-        (self.held_out if held_out else self.seen).add_(_gram(rows).to(where, torch.float64))
+        (self.held_out if held_out else self.seen).add_(gram_of(rows).to(where, torch.float64))
         self.stats = self.stats.merge(ActivationStats.of(inputs))
 
     def over_ranks(self) -> Moments:
@@ -59,8 +59,12 @@ class Moments:
     def ordered(self, channels: Tensor) -> Moments:
         """Return them with the channels in another order, (channels,) int64; statistics stay as they are."""
         order = channels.to(self.seen.device)
-        seen, held_out = (each[order][:, order] for each in (self.seen, self.held_out))
+        seen, held_out = (each[order[:, None], order] for each in (self.seen, self.held_out))
         return Moments(seen, held_out, self.stats)
+
+    def joined(self) -> Moments:
+        """Return them with no rows held out."""
+        return Moments(self.all, torch.zeros(1, 1, dtype=self.seen.dtype).expand_as(self.seen), self.stats)
 
     @property
     def all(self) -> Tensor:
@@ -68,7 +72,7 @@ class Moments:
         return self.seen + self.held_out
 
 
-def _gram(rows: Tensor) -> Tensor:
+def gram_of(rows: Tensor) -> Tensor:
     """Return ``X^T X``, its lower half computed alone: blocks of columns by those up to them."""
     gram = rows.new_empty(rows.shape[1], rows.shape[1])
     for block in torch.arange(rows.shape[1]).split(GRAM_BLOCK):
@@ -109,8 +113,8 @@ class ChannelMoments:
         return key in self.stats
 
 
-def held_out_rows(batches: Sequence[Batch]) -> list[Tensor]:
-    """Return for each batch which of its rows are held out, (rows,) bool: an eighth of those of all ranks.
+def held_out_rows(batches: Sequence[Batch], one_of: int = HELD_OUT) -> list[Tensor]:
+    """Return for each batch which of its rows are held out, (rows,) bool: one of so many of those of all ranks.
 
     Which ones depends on their tokens alone, so that data in another order, or cut into other batches, says the same.
     Of fewer than two rows none is.
@@ -119,7 +123,7 @@ def held_out_rows(batches: Sequence[Batch]) -> list[Tensor]:
     every = gather(torch.tensor([digest for batch in digests for digest in batch], dtype=torch.int64))
     if len(every) < 2:
         return [torch.zeros(len(batch), dtype=torch.bool) for batch in digests]
-    last = every.sort().values[(len(every) - 1) // HELD_OUT]
+    last = every.sort().values[(len(every) - 1) // one_of]
     return [torch.tensor(batch, dtype=torch.int64) <= last for batch in digests]
 
 

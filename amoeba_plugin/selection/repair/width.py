@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 
@@ -21,7 +21,7 @@ from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.selection.in_order import in_order
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.repair.depth import Folds
-from amoeba_plugin.selection.repair.least_squares import best_ridge, repaired_columns
+from amoeba_plugin.selection.repair.least_squares import best_ridge, repaired_prefixes
 from amoeba_plugin.selection.repair.moments import ChannelMoments, Moments, held_out_rows, watched
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # tried; relative to the mean of the moments' diagonal
@@ -74,8 +74,7 @@ class WidthRepair:
         if not counts:
             return {}
         within = group.consumer.channels(order) - group.consumer.first_channel
-        moments = self.moments[key].ordered(within)
-        found = self.repair.columns(weight, replace(moments, seen=moments.all, held_out=moments.all * 0), counts)
+        found = self.repair.columns(weight, self.moments[key].joined().ordered(within), counts)
         return {count // size: each.to("cpu", weight.dtype) for count, each in found.items()}
 
 
@@ -92,7 +91,7 @@ def by_least_squares(weight: Tensor, moments: Moments, kept: Sequence[int]) -> d
     """
     held_out = bool(moments.held_out.diagonal().any())
     ridge = best_ridge(weight, moments.seen, moments.held_out, min(kept), RIDGES) if held_out else DEFAULT_RIDGE
-    return {count: repaired_columns(weight, moments.all, count, ridge) for count in kept}
+    return repaired_prefixes(weight, moments.all, kept, ridge)
 
 
 def repair_shapes(

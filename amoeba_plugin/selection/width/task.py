@@ -38,6 +38,7 @@ class WidthTask:
             ``global`` they are left out of the threshold, and their parameters count as kept.
         bias_compensation: Also store every channel's mean input.
         moments: From ``collect_moments``, for importances that need them.
+        totals: Shares kept of the units of all layers, depth and width together, in (0, 1]; for ``measured_widths``.
     """
 
     model: PreTrainedModel
@@ -51,3 +52,4 @@ class WidthTask:
     anchors: Collection[int] = ()
     bias_compensation: bool = False
     moments: ChannelMoments | None = None
+    totals: Sequence[Fraction] = ()

@@ -17,13 +17,14 @@ from published_methods import table_1
 from repairing import table_repair
 from results import Results
 from subjects import SUBJECTS
+from totals import table_depths, table_totals
 from ways_to_train import table_4, table_beyond
 
 from selection import table_3, table_5, table_widths
 
 TABLES = {
     "1": table_1, "3": table_3, "4": table_4, "5": table_5, "beyond": table_beyond, "widths": table_widths,
-    "repair": table_repair,
+    "repair": table_repair, "totals": table_totals, "depths": table_depths,
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--tables", choices=TABLES, nargs="+", default=list(TABLES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of one-for-all training; default: the subject's")
-    parser.add_argument("--variants", nargs="+", help="parts of names: only these rows of Table 4")
+    parser.add_argument("--variants", nargs="+", help="parts of names: only these rows of Table 4, totals, or depths")
     parser.add_argument("--results", type=Path, default=Path("ablations.json"))
     asked = parser.parse_args()
     subject = SUBJECTS[asked.subject]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from results import Losses, Results, above, header, row
@@ -11,8 +12,10 @@ from subjects import Subject
 
 from amoeba_plugin.elastic.repairs import Repairs
 from amoeba_plugin.elastic.strategy import DepthStrategy
+from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.modifiers import WidthShrinkingModifier
+from amoeba_plugin.modifiers.selection import Selection
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import repair_named
 from amoeba_plugin.selection.repair.width import repair_shapes
@@ -55,7 +58,8 @@ def _measured(
     before = time.process_time()
     batches = subject.calibrations[subject.own_text]
     adapter, repairs = architecture_for(model.config.model_type), Repairs()
-    width = modifier._ranked(model, adapter, batches)
+    selection = Selection(None, adapter, model_fingerprint(model, adapter), batches, ExitStack())  # type: ignore[arg-type]
+    width = modifier._ranked(model, selection)
     if modifier.repair != "none":
         repairs = repair_shapes(LayerRuns.of(model, adapter, batches), width, repair_named(modifier.repair))
     yield "seconds", time.process_time() - before

@@ -19,7 +19,7 @@ from amoeba_plugin.selection.depth.task import DepthTask, SearchOptions
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.importance import GroupImportance
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named
-from amoeba_plugin.selection.width.measured_split import measured_widths
+from amoeba_plugin.selection.width.measured import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
 from training import Space, Variant, trained, untrained
@@ -125,5 +125,5 @@ def choose_channels(
         subject.round_to, bias_compensation=bias_compensation,
     )  # fmt: skip
     if task.allocation == "measured":
-        return measured_widths(task, objective_named("loss"), calibration)
+        return measured_widths(task, objective_named("loss"), calibration)[0]
     return rank_widths(task)

@@ -145,7 +145,7 @@ def smollm2() -> Subject:
         steps=40,
         rank=16,
         learning_rates=(2e-3, 5e-3, 1e-2),
-        other_texts={"dolly": batches(_rows(_cut(dolly[-64 * long :], 64, long)), 4)},
+        other_texts={"dolly": batches(_rows(_cut(dolly[-32 * long :], 32, long)), 4)},
     )
 
 

@@ -100,6 +100,34 @@ def test_greedy_removal_takes_the_best_next_layer(candidates: int, data: st.Data
         assert best[len(other)][1].value == min(table[len(other)][1].value, evaluate(other).value)
 
 
+@given(st.integers(1, 8), st.data(), st.integers(0, 10_000))
+def test_lazy_removal_is_greedy_where_layers_do_not_get_cheaper(
+    candidates: int, data: st.DataObject, seed: int
+) -> None:
+    """Losses of layers alone, and of pairs and triples of them, none below 0."""
+    most, draw = data.draw(st.integers(1, candidates)), random.Random(seed)
+    groups = [set(draw.sample(range(candidates), min(size, candidates))) for size in (1, 1, 1, 2, 2, 2, 3) * 2]
+    costs = [(draw.random(), group) for group in groups] + [(draw.random(), {layer}) for layer in range(candidates)]
+    asked: list[frozenset[int]] = []
+
+    def evaluate(removed: frozenset[int]) -> Score:
+        asked.append(removed)
+        return Score(3 + sum(cost for cost, group in costs if group <= removed), 0.0)
+
+    search = Search(lambda sets: [evaluate(removed) for removed in sets], PerTokenLoss())
+    table = search.remove_lazily(candidates, most)
+    assert len(asked) == len(set(asked)) <= 1 + evaluations(candidates, most)
+    assert table == search.remove_one_by_one(candidates, most)
+
+
+def test_lazy_removal_measures_little_where_layers_do_not_matter_to_each_other() -> None:
+    asked: list[frozenset[int]] = []
+    search = Search(lambda sets: [asked.append(each) or Score(1 + sum(each), 0.0) for each in sets], PerTokenLoss())
+    table = search.remove_lazily(30, 10)
+    assert table[10][0] == frozenset(range(10))
+    assert len(asked) == 1 + 30 + 9 * 4
+
+
 @pytest.mark.parametrize(
     ("candidates", "most", "expected"), [(31, 12, 306), (31, 16, 376), (32, 16, 392), (32, 12, 318)]
 )

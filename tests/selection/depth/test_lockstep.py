@@ -22,9 +22,10 @@ from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.selection.depth import lockstep, runner
 from amoeba_plugin.selection.depth.dynamic_program import Search
-from amoeba_plugin.selection.depth.lockstep import Lockstep, walk
+from amoeba_plugin.selection.depth.lockstep import Lockstep
 from amoeba_plugin.selection.depth.lockstep_contract import check_contract
 from amoeba_plugin.selection.depth.steps import WHOLE, Removed
+from amoeba_plugin.selection.depth.walk import walk
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss, Score
 from support.deleted_layers import SLIDING, deleted
 from support.depth_search import searched

@@ -206,7 +206,7 @@ def test_all_ways_together_are_never_worse_than_any_of_them(
     model, batches, ways = (
         tiny_model("llama", layers=8, seed=3),
         random_batches(3),
-        ("dynamic_program", "greedy", "auto"),
+        ("dynamic_program", "greedy", "lazy_greedy", "auto"),
     )
     adapter, objective = architecture_for("llama"), PerTokenLoss()
     task = DepthTask(model, adapter, objective, batches, 4, 1, False, SearchOptions(granularity=granularity))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.selection.repair.least_squares import best_ridge, output_error, repaired_columns
+from amoeba_plugin.selection.repair.least_squares import best_ridge, output_error, repaired_columns, repaired_prefixes
 from amoeba_plugin.selection.repair.width import RIDGES
 
 Case = tuple[Tensor, Tensor, int]  # rows, weight, columns kept
@@ -55,6 +55,17 @@ def test_repair_is_the_ridge_regression_of_what_is_missing(case: Case, ridge: fl
     change = torch.linalg.lstsq(extended, targets).solution.T
     found = repaired_columns(weight, rows.T @ rows, kept, ridge)
     torch.testing.assert_close(found, weight[:, :kept] + change, rtol=1e-6, atol=1e-6)
+
+
+@given(cases(rank_deficient=False), st.sampled_from(RIDGES))
+def test_one_factor_repairs_every_width_as_each_by_itself_would(case: Case, ridge: float) -> None:
+    """Against the formula with the inverse of every width's own moments."""
+    rows, weight, _ = case
+    moments, channels = rows.T @ rows, rows.shape[1]
+    for kept, found in repaired_prefixes(weight, moments, range(1, channels + 1), ridge).items():
+        inner = moments[:kept, :kept] + ridge * moments.diagonal().mean() * torch.eye(kept).double()
+        expected = weight[:, :kept] + weight[:, kept:] @ moments[kept:, :kept] @ torch.linalg.inv(inner)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @given(cases(rank_deficient=False))

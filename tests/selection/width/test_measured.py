@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amoeba_plugin.elastic.strategy import WidthStrategy
+from amoeba_plugin.elastic.strategy import DepthStrategy, WidthStrategy
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.models.adapter import group_key
 from amoeba_plugin.models.registry import architecture_for
@@ -23,10 +23,13 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.collect import collect_moments
+from amoeba_plugin.selection.repair.depth import fold_depths
 from amoeba_plugin.selection.repair.moments import ChannelMoments
 from amoeba_plugin.selection.repair.width import WidthRepair
-from amoeba_plugin.selection.width.measured_split import MOST_SPLITS, Part, measured_widths, parts_of, splits
+from amoeba_plugin.selection.width.measured import FEW, measured_widths
+from amoeba_plugin.selection.width.splits import MOST_SPLITS, Part, parts_of, splits, spread
 from amoeba_plugin.selection.width.task import WidthTask
+from amoeba_plugin.selection.width.trials import Trials
 from amoeba_plugin.testing.random_models import random_model
 from support.architectures import CONFIGS
 
@@ -37,13 +40,13 @@ NEURON = 3 * 64
 
 
 def measured(
-    model: PreTrainedModel, batches: list[dict[str, Tensor]], repair: WidthRepair | None = None, **options: Any
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], trials: Trials | None = None, **options: Any
 ) -> WidthStrategy:
     adapter = architecture_for(model.config.model_type)
     stats = collect_statistics(model, adapter, batches, progress=False)
     fields = {"widths": WIDTHS, "statistics": stats} | options
     task = WidthTask(model, adapter, importance_named("magnitude"), **fields)
-    return measured_widths(task, objective_named("loss"), batches, progress=False, repair=repair)
+    return measured_widths(task, objective_named("loss"), batches, progress=False, trials=trials)[0]
 
 
 def loss_of(model: PreTrainedModel, strategy: WidthStrategy, sizes: dict[str, int], batches: Any) -> float:
@@ -85,9 +88,11 @@ def test_with_repair_the_split_is_best_that_is_best_repaired(model_type: str, ra
     model, batches, width = random_model(CONFIGS[model_type]), random_batches(3, rows=4), Fraction(1, 2)
     adapter = architecture_for(model_type)
     with ChannelMoments.of(1e9) as moments:
-        collect_moments(LayerRuns.of(model, adapter, batches), moments, progress=False)
+        runs = LayerRuns.of(model, adapter, batches)
+        collect_moments(runs, moments, progress=False)
         repair = WidthRepair(repair_named("least_squares"), moments)
-        strategy = measured(model, batches, widths=[Fraction(1), width], round_to={"mlp": 8}, repair=repair)
+        trials = Trials(runs, objective_named("loss"), repair)
+        strategy = measured(model, batches, widths=[Fraction(1), width], round_to={"mlp": 8}, trials=trials)
         losses: dict[tuple[int, int], float] = {}
         for sizes in splits(parts_of(model, adapter, {"mlp": 8}), width, {"attention": 4, "mlp": 64}):
             other = copy.deepcopy(model)
@@ -105,6 +110,57 @@ def test_with_repair_the_split_is_best_that_is_best_repaired(model_type: str, ra
     found = {key.split(".")[1]: units for key, units in strategy.units[width].items()}
     assert (found["attention"], found["mlp"]) == best
     assert loss_of(model, strategy, found, batches) > losses[best]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_the_shape_of_a_total_is_the_best_of_all_depths_and_splits(model_type: str, random_batches: Batches) -> None:
+    """Against every shape of that many parameters with its weights in the host's own model, by itself."""
+    model, batches, total = random_model(CONFIGS[model_type]), random_batches(3, rows=4), Fraction(1, 2)
+    adapter, objective = architecture_for(model_type), objective_named("loss")
+    runs, layers = LayerRuns.of(model, adapter, batches), len(adapter.layers(model))
+    depth = DepthStrategy({layers: tuple(range(layers)), layers - 1: (0, *range(2, layers))})
+    folds = fold_depths(runs, depth, progress=False)
+    assert bool(folds) == (model_type == "llama")
+    with ChannelMoments.of(1e9) as moments:
+        collect_moments(runs, moments, progress=False)
+        repair = WidthRepair(repair_named("least_squares"), moments)
+        task = WidthTask(
+            model, adapter, importance_named("magnitude"), [Fraction(1), Fraction(3, 4)],
+            collect_statistics(model, adapter, batches, progress=False), round_to={"mlp": 8}, totals=[total],
+        )  # fmt: skip
+        trials = Trials(runs, objective, repair, depth.kept, folds)
+        strategy, shapes = measured_widths(task, objective, batches, progress=False, trials=trials)
+        most = {key.split(".")[1]: units for key, units in strategy.units[Fraction(3, 4)].items()}
+        losses: dict[tuple[float, int, int], float] = {}
+        for count, kept in depth.kept.items():
+            share = total * layers / Fraction(count)
+            for sizes in spread(splits(parts_of(model, adapter, {"mlp": 8}), share, most), FEW):
+                other = copy.deepcopy(model)
+                for index, layer in enumerate(adapter.layers(other)):
+                    for group in adapter.channel_groups(other.config):
+                        key = group_key(index, group)
+                        order, units = strategy.order[key], sizes[group.name]
+                        channels, weight = group.consumer.channels(order), group.consumer.weight(layer).detach()
+                        whole = folds.get(count, {}).get(key, weight)[:, channels]
+                        left = channels[: units * group.consumer.channels_per_unit]
+                        repaired = repair.columns(key, group, whole, order, [units]).get(units, whole[:, : len(left)])
+                        weight.copy_(torch.zeros_like(weight).index_copy(1, left, repaired))
+                adapter.set_layers(other, [adapter.layers(other)[index] for index in kept], kept, other.config)
+                losses[count, sizes["attention"], sizes["mlp"]] = objective.measure(other, batches).value
+    assert len({count for count, *_ in losses}) == 2
+    best = min(losses, key=lambda shape: losses[shape])
+    units = {key.split(".")[1]: units for key, units in strategy.units[shapes[total].width].items()}
+    assert (shapes[total].depth, units["attention"], units["mlp"]) == best
+    assert shapes[total].width * Fraction(shapes[total].depth) / layers == total
+    assert all(most[name] >= units[name] for name in most)
+
+
+def test_a_total_that_no_depth_has_is_refused(tiny_model: Any, random_batches: Batches) -> None:
+    model, batches = tiny_model("llama", layers=4), random_batches()
+    adapter, objective = architecture_for("llama"), objective_named("loss")
+    trials = Trials(LayerRuns.of(model, adapter, batches), objective, None, {2: (0, 1)})
+    with pytest.raises(RecipeError, match="total 3/4 is impossible: the deepest subnet has 2 layers"):
+        measured(model, batches, totals=[Fraction(3, 4)], trials=trials)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe", "opt"])
