@@ -1,4 +1,4 @@
-"""The dynamic program against published ways to choose layers, at the same depths and on the same data."""
+"""The demo's search against published ways to choose layers: at the same depths, on the same data, all repaired."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.reports.report import DepthRow
 from amoeba_plugin.selection.depth.selectors import random_depths
 from amoeba_plugin.selection.depth.task import DepthTask
+from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import depth_selector_named, objective_named
+from amoeba_plugin.selection.repair.depth import fold_depths
+from amoeba_plugin.selection.repair.width import repair_shapes
 
 PUBLISHED = {
     "block_influence": "Block Influence",
@@ -35,12 +38,12 @@ def compare_depth_selectors(
     random_selections: int,
     seed: int,
 ) -> list[DepthRow]:
-    """Measure the layers that every selector keeps, at the same depths, before any training.
+    """Measure the layers that every selector keeps, at the same depths, repaired, before any training.
 
     Args:
         model: The dense model; left as it was.
         searched: What the dynamic program found on ``calibration``.
-        calibration: The data that selectors see; gives ``DepthRow.objective``.
+        calibration: The data that selectors see, and repairs too; gives ``DepthRow.objective``.
         held_out: Data that no selector saw; gives ``DepthRow.held_out_loss``.
         depths: Depths to compare at.
         random_selections: How many random choices to measure at each depth.
@@ -77,9 +80,12 @@ def compare_depth_selectors(
 
 def _losses(model: PreTrainedModel, kept: tuple[int, ...], data: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
     adapter = architecture_for(model.config.model_type)
-    whole = tuple(range(len(adapter.layers(model))))
-    strategy = DepthStrategy({len(whole): whole, len(kept): kept})
-    elastic = ElasticModel(model, SubnetStrategy(strategy, WidthStrategy.whole(), model_fingerprint(model, adapter)))
+    whole, width = tuple(range(len(adapter.layers(model)))), WidthStrategy.whole()
+    depth = DepthStrategy({len(whole): whole, len(kept): kept})
+    runs = LayerRuns.of(model, adapter, data["calibration"])
+    repairs = repair_shapes(runs, width, None, fold_depths(runs, depth, progress=False))
+    fingerprint = model_fingerprint(model, adapter)
+    elastic = ElasticModel(model, SubnetStrategy(depth, width, fingerprint, repairs=repairs))
     try:
         with elastic.active(f"{len(kept)}x1"):
             return {name: objective_named("loss").measure(model, batches).value for name, batches in data.items()}

@@ -141,8 +141,9 @@ class DepthShrinkingModifier(Modifier):
         repair: ``least_squares``: what removed layers added is folded into the MLP of the layer in front of them, which
             so has a weight of its own at that depth; or ``none``. Architectures with norms behind the MLP, mixtures of
             experts, packed weights, and depths that lose sublayers, stay as they are cut. Searches measure candidates
-            so repaired, on an eighth of the calibration data, by what the rest of it says. Default ``least_squares``.
-        max_batches: Calibration batches used, ``None`` for all. Default ``None``.
+            so repaired, on an eighth of the calibration data (8 rows at least), by what the rest says.
+            Default ``least_squares``.
+        max_batches: Batches that candidates are measured on, ``None`` for all. Default ``None``.
         kept_layers: Per depth, the layers to keep; ``2.mlp`` keeps layer 2 without its attention. Given: nothing is
             searched. Else filled in by the search, so that the recipe written beside a checkpoint repeats its
             selection.

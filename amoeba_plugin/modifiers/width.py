@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from amoeba_plugin.selection.importance import GroupImportance, Importance, Mome
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.collect import collect_moments
-from amoeba_plugin.selection.repair.fold_table import FoldTable
+from amoeba_plugin.selection.repair.fold_table import FoldTable, parted
 from amoeba_plugin.selection.repair.moments import ChannelMoments
 from amoeba_plugin.selection.repair.width import WidthRepair
 from amoeba_plugin.selection.width.measured import measured_widths
@@ -209,14 +210,18 @@ class WidthShrinkingModifier(Modifier):
             return found
 
     def _trials(self, runs: LayerRuns, moments: ChannelMoments, selection: Selection) -> Trials:
-        """Return what tries sizes, repaired; where a total is asked for, at all depths."""
+        """Return what tries sizes, repaired; for totals at all depths, judged on rows that repair no trial."""
+        objective = objective_named("loss")
         repair = None if self.repair == NO_REPAIR else WidthRepair(repair_named(self.repair), moments)
         if not self.totals or selection.depth is None:
-            return Trials(runs, objective_named("loss"), repair)
+            return Trials(runs, objective, repair)
         whole = {depth: kept for depth, kept in selection.depth.kept.items() if depth not in selection.depth.lost}
-        with FoldTable.of(runs) as table:
+        fitting, judging = parted(selection.batches)
+        fit = runs if not judging else LayerRuns.of(runs.model, runs.adapter, fitting)
+        with FoldTable.of(fit) as table:
             folds = {} if table is None or not selection.depth_repair else table.weights(selection.depth)
-        return Trials(runs, objective_named("loss"), repair, whole, folds)
+        judged = runs if not judging else LayerRuns.of(runs.model, runs.adapter, judging)
+        return Trials(judged, objective, repair and replace(repair, unseen=True), whole, folds)
 
     def _runs(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> LayerRuns | None:
         """Return what runs the calibration data for second moments; ``None``: nothing needs them, or can have them."""

@@ -23,7 +23,8 @@ from amoeba_plugin.selection.depth.search import LAZY
 from amoeba_plugin.selection.depth.steps import steps_per_layer
 from amoeba_plugin.selection.importance import GroupImportance
 from amoeba_plugin.selection.registry import importance_named
-from amoeba_plugin.selection.repair.fold_table import JUDGED
+from amoeba_plugin.selection.repair.fold_table import LEAST_JUDGING
+from amoeba_plugin.selection.repair.moments import held_out_count
 from amoeba_plugin.selection.width.splits import MOST_SPLITS
 
 FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
@@ -96,7 +97,7 @@ def _depth(modifier: DepthShrinkingModifier, layers: int, samples: int, length: 
     shorter = f"{LESS_DATA} or max_batches"
     if modifier.selector in SEARCHES:
         if modifier.repair != NO_REPAIR and modifier.granularity == "layer":
-            used = min(used, -(-samples // JUDGED))
+            used = min(used, held_out_count(samples, LEAST_JUDGING))
         steps = steps_per_layer(modifier.granularity)
         candidates, most = steps * (layers - modifier.keep_last), steps * (layers - modifier.least_depth(layers))
         subnets = 1 + round(SEARCHES[modifier.selector] * evaluations(candidates, most, modifier.beam))

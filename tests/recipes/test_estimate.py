@@ -15,10 +15,10 @@ from support.recipes import GOOD, config_of
 
 
 def test_stages_are_counted_as_they_are_run() -> None:
-    """Of 4 layers down to 2, the last kept: twice 3 + 2 subnets and the whole one, on an eighth of the data; 2 steps of
+    """Of 4 layers down to 2, the last kept: twice 3 + 2 subnets and the whole one, on 3 of the sequences; 2 steps of
     4 x 2 rows, 4 subnets each."""
     depth, width, folds, repair, training = stage_costs(plan_recipe(GOOD), config_of(), samples=7, length=16)
-    assert depth.what == "11 subnets on 1 sequences of 16 tokens"
+    assert depth.what == "11 subnets on 3 sequences of 16 tokens"
     assert width.what == "at most 17 passes over 7 sequences of 16 tokens"
     assert folds.what == "2 depths, at most 2 passes each over 7 sequences of 16 tokens"
     assert repair.what == "3 passes over 7 sequences of 16 tokens"
@@ -67,4 +67,4 @@ def test_check_tells_it(tmp_path: Path) -> None:
     arguments = ["check", str(tmp_path / "recipe.yaml"), "--model", str(tmp_path / "model")]
     result = CliRunner().invoke(app, [*arguments, "--num-calibration-samples", "9"])
     assert result.exit_code == 0, result.output
-    assert "depth search: 11 subnets on 2 sequences of 512 tokens, about" in result.stderr
+    assert "depth search: 11 subnets on 4 sequences of 512 tokens, about" in result.stderr

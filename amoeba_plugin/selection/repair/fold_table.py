@@ -25,7 +25,7 @@ from amoeba_plugin.selection.layer_runs import GIB, LayerRuns
 from amoeba_plugin.selection.repair.depth import Folds, fitted, foldable, removed_runs, run_watched
 from amoeba_plugin.selection.repair.moments import held_out_rows
 
-JUDGED = 8  # one of so many rows judges candidates; the others fit what is folded
+LEAST_JUDGING = 8  # rows that judge candidates, an eighth at least; the others fit what is folded
 
 
 @dataclass
@@ -117,7 +117,7 @@ def parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """
     if any(set(batch) - set(SEQUENCE_COLUMNS) for batch in batches):
         return list(batches), []
-    judging = held_out_rows(batches, JUDGED)
+    judging = held_out_rows(batches, LEAST_JUDGING)
     return _rows(batches, [~rows for rows in judging]), _rows(batches, judging)
 
 

@@ -62,9 +62,11 @@ class Moments:
         seen, held_out = (each[order[:, None], order] for each in (self.seen, self.held_out))
         return Moments(seen, held_out, self.stats)
 
-    def joined(self) -> Moments:
-        """Return them with no rows held out."""
-        return Moments(self.all, torch.zeros(1, 1, dtype=self.seen.dtype).expand_as(self.seen), self.stats)
+    def joined(self, every: bool = True) -> Moments:
+        """Return them with no rows held out: of every row, or of those that are seen."""
+        return Moments(
+            self.all if every else self.seen, torch.zeros(1, 1, dtype=self.seen.dtype).expand_as(self.seen), self.stats
+        )
 
     @property
     def all(self) -> Tensor:
@@ -113,8 +115,18 @@ class ChannelMoments:
         return key in self.stats
 
 
-def held_out_rows(batches: Sequence[Batch], one_of: int = HELD_OUT) -> list[Tensor]:
-    """Return for each batch which of its rows are held out, (rows,) bool: one of so many of those of all ranks.
+def held_out_count(rows: int, least: int = 0) -> int:
+    """Return how many of some rows are held out: an eighth, or ``least``, but that no more than half.
+
+    >>> held_out_count(512, 8), held_out_count(20, 8), held_out_count(6, 8), held_out_count(20)
+    (64, 8, 3, 3)
+    """
+    return max(-(-rows // HELD_OUT), min(least, rows // 2))
+
+
+def held_out_rows(batches: Sequence[Batch], least: int = 0) -> list[Tensor]:
+    """Return for each batch which of its rows are held out, (rows,) bool: of those of all ranks so many as
+    :func:`held_out_count` says.
 
     Which ones depends on their tokens alone, so that data in another order, or cut into other batches, says the same.
     Of fewer than two rows none is.
@@ -123,7 +135,7 @@ def held_out_rows(batches: Sequence[Batch], one_of: int = HELD_OUT) -> list[Tens
     every = gather(torch.tensor([digest for batch in digests for digest in batch], dtype=torch.int64))
     if len(every) < 2:
         return [torch.zeros(len(batch), dtype=torch.bool) for batch in digests]
-    last = every.sort().values[(len(every) - 1) // one_of]
+    last = every.sort().values[held_out_count(len(every), least) - 1]
     return [torch.tensor(batch, dtype=torch.int64) <= last for batch in digests]
 
 

@@ -52,10 +52,12 @@ class WidthRepair:
     Attributes:
         repair: What computes weights.
         moments: Of all groups, channels in the model's order.
+        unseen: Leave out the rows that are held out, for trials that are judged on them.
     """
 
     repair: Repair
     moments: ChannelMoments
+    unseen: bool = False
 
     def columns(
         self, key: str, group: ChannelGroup, weight: Tensor, order: Tensor, units: Sequence[int]
@@ -74,7 +76,8 @@ class WidthRepair:
         if not counts:
             return {}
         within = group.consumer.channels(order) - group.consumer.first_channel
-        found = self.repair.columns(weight, self.moments[key].joined().ordered(within), counts)
+        moments = self.moments[key].joined(not self.unseen).ordered(within)
+        found = self.repair.columns(weight, moments, counts)
         return {count // size: each.to("cpu", weight.dtype) for count, each in found.items()}
 
 

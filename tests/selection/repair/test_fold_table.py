@@ -110,7 +110,7 @@ def test_what_searches_for_the_layers_may_be_no_searched_data(random_batches: Ba
 
     assert rows(fitting) == rows(other_fitting)
     assert rows(judging) == rows(other_judging)
-    assert len(rows(judging)) == 3
+    assert len(rows(judging)) == 8
     assert rows(fitting) | rows(judging) == rows(batches)
     assert not rows(fitting) & rows(judging)
 
