@@ -132,10 +132,11 @@ def held_out_rows(batches: Sequence[Batch], least: int = 0) -> list[Tensor]:
     Of fewer than two rows none is.
     """
     digests = [[_digest(*row) for row in zip(*_tokens(batch), strict=True)] for batch in batches]
-    every = gather(torch.tensor([digest for batch in digests for digest in batch], dtype=torch.int64))
+    # ranks may have been given the same rows
+    every = gather(torch.tensor([digest for batch in digests for digest in batch], dtype=torch.int64)).unique()
     if len(every) < 2:
         return [torch.zeros(len(batch), dtype=torch.bool) for batch in digests]
-    last = every.sort().values[held_out_count(len(every), least) - 1]
+    last = every[held_out_count(len(every), least) - 1]  # in ascending order
     return [torch.tensor(batch, dtype=torch.int64) <= last for batch in digests]
 
 
