@@ -15,6 +15,9 @@ from support.recipes import config_of
 
 SHIPPED = shipped_recipes()
 SMALL = {"head_dim": 64}
+SMOLLM2 = config_of(
+    num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, **SMALL
+)
 MODELS = {
     "demo": config_of(
         num_hidden_layers=12, hidden_size=128, num_attention_heads=16, num_key_value_heads=8, intermediate_size=512
@@ -27,30 +30,9 @@ MODELS = {
         head_dim=128,
         intermediate_size=11008,
     ),
-    "small-llama": config_of(
-        num_hidden_layers=30,
-        hidden_size=576,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        **SMALL,
-    ),
-    "smollm2": config_of(
-        num_hidden_layers=30,
-        hidden_size=576,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        **SMALL,
-    ),
-    "select_only": config_of(
-        num_hidden_layers=30,
-        hidden_size=576,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        **SMALL,
-    ),
+    "small-llama": SMOLLM2,
+    "smollm2": SMOLLM2,
+    "select_only": SMOLLM2,
     "qwen3": config_of(
         "qwen3",
         num_hidden_layers=28,
