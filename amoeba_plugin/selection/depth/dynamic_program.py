@@ -70,12 +70,15 @@ class Search:
         self._require_telling(seen)
         return {count: kept[0] for count, kept in best.items()}
 
-    def remove_one_by_one(self, candidates: int, most: int) -> Table:
+    def remove_one_by_one(self, candidates: int, most: int, at_once: int | None = None) -> Table:
         """Remove, again and again, the layer without which the rest is best (SLEB, arXiv:2402.09025): nested sets.
 
         Args:
             candidates: N, layers that may go: indices 0 to N - 1.
             most: M, the most layers to remove.
+            at_once: ``None``: all layers left are measured in every round. Else so many together, in the order of what
+                each cost when last measured; a round is over when one measured in it costs less than all others did
+                before. That is right where layers do not get cheaper as others go (Minoux 1978, accelerated greedy).
 
         Returns:
             For m from 1 to M the removed layers and their score.
@@ -85,58 +88,25 @@ class Search:
         """
         table: Table = {}
         seen: list[Score] = []
-        removed = Removed()
-        for count in range(1, most + 1):
-            step = [removed | {layer} for layer in range(candidates) if layer not in removed]
-            kept: list[tuple[Removed, Score]] = []
-            for each, score in zip(step, self.evaluate(step), strict=True):
-                seen.append(score)
-                self._insert(kept, each, score, 1)
-            table[count] = kept[0]
-            removed = kept[0][0]
-        self._require_telling(seen)
-        return table
-
-    def remove_lazily(self, candidates: int, most: int) -> Table:
-        """As :meth:`remove_one_by_one`, but measure layers in the order of what they cost when last measured.
-
-        A round is over when a layer measured in it costs less than all others did before: right where layers do not
-        get cheaper as others go (Minoux 1978, accelerated greedy), which losses of layers nearly keep to.
-
-        Args:
-            candidates: N, layers that may go: indices 0 to N - 1.
-            most: M, the most layers to remove.
-
-        Returns:
-            For m from 1 to M the removed layers and their score.
-
-        Raises:
-            DataError: If no score is finite, or all are the same.
-        """
-        table: Table = {}
         removed, before = Removed(), badness(self.objective, self.evaluate([Removed()])[0])
-        cost: dict[int, tuple[float, ...]] = dict.fromkeys(
-            range(candidates), ()
-        )  # when last measured; at first all are
+        cost: dict[int, tuple[float, ...]] = dict.fromkeys(range(candidates), ())  # when last measured
         for count in range(1, most + 1):
+            some_only = candidates if at_once is None or not table else at_once
             known: dict[int, Score] = {}
             while (cheapest := sorted(cost, key=cost.__getitem__))[0] not in known:
-                some = [layer for layer in cheapest if layer not in known][: AT_ONCE if table else candidates]
+                some = sorted([layer for layer in cheapest if layer not in known][:some_only])
                 for layer, score in zip(some, self.evaluate([removed | {layer} for layer in some]), strict=True):
                     known[layer] = score
-                    after = badness(self.objective, score)
-                    cost[layer] = tuple(
-                        now - then if math.isfinite(now) else math.inf for now, then in zip(after, before, strict=True)
-                    )
-            if not table:
-                self._require_telling(list(known.values()))
+                    cost[layer] = _growth(before, badness(self.objective, score))
+            seen += known.values()
             kept: list[tuple[Removed, Score]] = []
             for layer in sorted(known):
                 self._insert(kept, removed | {layer}, known[layer], 1)
             table[count] = kept[0]
-            gone = next(iter(kept[0][0] - removed))
+            (gone,) = kept[0][0] - removed
             removed, before = kept[0][0], badness(self.objective, kept[0][1])
             del cost[gone]
+        self._require_telling(seen)
         return table
 
     def best_of(self, table: Table, others: Sequence[Removed]) -> Table:
@@ -215,6 +185,10 @@ def exchange_evaluations(candidates: int, most: int, rounds: int) -> int:
     80
     """
     return rounds * sum(count * (candidates - count) for count in range(1, most + 1))
+
+
+def _growth(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, ...]:
+    return tuple(now - then if math.isfinite(now) else math.inf for then, now in zip(before, after, strict=True))
 
 
 def _neighbours(removed: Removed, candidates: int) -> list[Removed]:

@@ -23,7 +23,14 @@ from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import reset_peak_memory
 from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import rank
-from amoeba_plugin.selection.depth.dynamic_program import NEAR, Search, Table, evaluations, exchange_evaluations
+from amoeba_plugin.selection.depth.dynamic_program import (
+    AT_ONCE,
+    NEAR,
+    Search,
+    Table,
+    evaluations,
+    exchange_evaluations,
+)
 from amoeba_plugin.selection.depth.runner import GIB, runner_for
 from amoeba_plugin.selection.depth.score_table import MeasuredTable
 from amoeba_plugin.selection.depth.selectors import least_angular_distance, least_block_influence
@@ -75,7 +82,7 @@ def search_lazily(task: DepthTask) -> DepthStrategy:
 
     A layer that was dear to remove before is measured again only when nothing that was measured since is cheaper.
     """
-    return _searched(task, "lazy_greedy", lambda search, *sizes: search.remove_lazily(*sizes), LAZY)
+    return _searched(task, "lazy_greedy", lambda search, *sizes: search.remove_one_by_one(*sizes, AT_ONCE), LAZY)
 
 
 def search_all_ways(task: DepthTask) -> DepthStrategy:
@@ -93,7 +100,7 @@ def search_all_ways(task: DepthTask) -> DepthStrategy:
 
     def start(search: Search, candidates: int, most: int) -> Table:
         program = search.shrink(candidates, most, task.options.beam)
-        greedy = [search.remove_one_by_one(candidates, most), search.remove_lazily(candidates, most)]
+        greedy = [search.remove_one_by_one(candidates, most), search.remove_one_by_one(candidates, most, AT_ONCE)]
         found = [removed for table in greedy for removed, _ in table.values()]
         return search.best_of(program, list(dict.fromkeys(found + published)))
 
