@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.models.adapter import ChannelGroup
 from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_device
 from amoeba_plugin.models.partial_linear import PartialLinear
-from amoeba_plugin.models.slices import SlicedModule, joined, restore_parameters, slice_parameters
+from amoeba_plugin.models.slices import joined, restore_parameters, slice_parameters
 from amoeba_plugin.shape import SubnetShape
 
 TRIED = "repaired_on_trial"
@@ -88,16 +89,31 @@ class ElasticGroup:
 
     def set_units(self, units: int, compensation_row: int | None, repaired: str | None = None) -> None:
         """Activate the first ``units`` units, and of the consumer a repaired weight of so many."""
+        for fields, values in self.active_fields(units, compensation_row, repaired):
+            fields.update(values)
+
+    def active_fields(
+        self, units: int, compensation_row: int | None, repaired: str | None = None
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return which modules' fields :meth:`set_units` writes, and what; so that a shape's are looked up once.
+
+        Written past ``nn.Module.__setattr__``, which takes ten times as long to write the same.
+        """
         blocks: dict[PartialLinear, list[slice]] = {}
         for axis, linear in zip(self.group.producers, self.producers, strict=True):
             blocks.setdefault(linear, []).append(axis.prefix(units))
-        for linear, rows in blocks.items():
-            linear.active_rows = joined(rows)
-        for axis, norm in zip(self.group.norms, self.norms, strict=True):
-            assert isinstance(norm, SlicedModule)
-            norm.active = {name: (0, (axis.prefix(units),)) for name in norm._parameters}
-        self.consumer.active_in = units * self.group.consumer.channels_per_unit
-        self.consumer.compensation_row, self.consumer.repaired = compensation_row, repaired
+        of_norms = {
+            norm: {name: (0, (axis.prefix(units),)) for name in norm._parameters}
+            for axis, norm in zip(self.group.norms, self.norms, strict=True)
+        }
+        columns = units * self.group.consumer.channels_per_unit
+        return [
+            *((vars(linear), {"active_rows": joined(rows)}) for linear, rows in blocks.items()),
+            *((vars(norm), {"active": active}) for norm, active in of_norms.items()),
+            (vars(self.consumer), {
+                "active_in": columns, "compensation_row": compensation_row, "repaired": repaired
+            }),
+        ]  # fmt: skip
 
     def reorder(self, width: WidthStrategy) -> None:
         """Bring the channels into the order of their importance and precompute the biases that stand in for missing

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from amoeba_plugin.smol.router import ShapeRouter
 
 if TYPE_CHECKING:
     from amoeba_plugin.runtime.streaming import StreamedWeights
+
+Switch = tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]
 
 
 class ElasticModel:
@@ -83,6 +85,7 @@ class ElasticModel:
         self._sublayers = StandIns(self.adapter.sublayers(self.config) if strategy.depth.lost else {}, self.layers)
         self.groups, self.experts = self._elastic_groups(), self._elastic_experts()
         self._listeners: list[Callable[[SubnetShape], None]] = []
+        self._switches: dict[SubnetShape, list[Switch]] = {}  # of the groups, once a shape was active
         if weights is None:
             for group in self.groups:
                 group.reorder(strategy.width)
@@ -170,10 +173,11 @@ class ElasticModel:
 
     def _activate(self, shape: SubnetShape) -> None:
         self._sublayers.restore()
-        row = None if shape.width == 1 else self.space.widths.index(shape.width)
-        for group in self.groups:
-            units = self.plan.units(shape.width, group.key, group.group)
-            group.set_units(units, row, group.repaired_at(shape))
+        if shape not in self._switches:
+            self._switches[shape] = [self._switch_of(group, shape) for group in self.groups]
+        for group, (units, written) in zip(self.groups, self._switches[shape], strict=True):
+            for fields, values in written:
+                fields.update(values)
             self.adapter.set_units(group.layer, group.group, units)
         for experts in self.experts:
             experts.set_units(self.strategy.width.units[shape.width], experts.repaired_at(shape))
@@ -181,6 +185,12 @@ class ElasticModel:
         kept = self.kept_layers(shape)
         self.adapter.set_layers(self.model, [self.layers[index] for index in kept], kept, self.config)
         self._shape = shape
+
+    def _switch_of(self, group: ElasticGroup, shape: SubnetShape) -> Switch:
+        """Return the units of a group at a shape, and what is written for it."""
+        units = self.plan.units(shape.width, group.key, group.group)
+        row = None if shape.width == 1 else self.space.widths.index(shape.width)
+        return units, group.active_fields(units, row, group.repaired_at(shape))
 
     @contextmanager
     def whole_layers(self) -> Iterator[None]:

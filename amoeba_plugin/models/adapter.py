@@ -186,7 +186,8 @@ class ArchitectureAdapter(ABC):
     def set_layers(
         self, model: PreTrainedModel, layers: Sequence[nn.Module], indices: Sequence[int], whole: PretrainedConfig
     ) -> None:
-        """Exchange the layer list; cache indices and the configuration follow. No module is copied.
+        """Exchange the layer list; the configuration follows, and cache indices of layers that move. No module is
+        copied.
 
         Args:
             model: Changed in place.
@@ -194,11 +195,12 @@ class ArchitectureAdapter(ABC):
             indices: Their indices in the whole model.
             whole: The whole model's configuration, for the fields that list one value per layer.
         """
-        exchanged = nn.ModuleList(layers)
+        exchanged, before = nn.ModuleList(layers), list(self.layers(model))
         exchanged.training = self.decoder(model).training  # a new module says True, whatever its layers are
         self.decoder(model).layers = exchanged
         for position, layer in enumerate(layers):
-            self.set_layer_index(layer, position)
+            if layer not in before[position : position + 1]:
+                self.set_layer_index(layer, position)
         self.set_depth(model.config, indices, whole)
 
     def set_depth(self, config: PretrainedConfig, indices: Sequence[int], whole: PretrainedConfig) -> None:

@@ -46,7 +46,7 @@ class StandIns:
                 self._out.append((self.layers[layer], path, self.layers[layer].get_submodule(path)))
                 stand_in = STAND_INS[kind](layer)
                 stand_in.train(self.layers[layer].training)
-                self.layers[layer].set_submodule(path, stand_in)
+                _exchange(self.layers[layer], path, stand_in)
 
     def restore(self) -> None:
         """Put every sublayer back."""
@@ -54,7 +54,7 @@ class StandIns:
             layer, path, module = self._out.pop()
             if module.training != layer.training:  # the mode changed while it was out
                 module.train(layer.training)
-            layer.set_submodule(path, module)
+            _exchange(layer, path, module)
 
     @contextmanager
     def without(self, lost: Mapping[int, str]) -> Iterator[None]:
@@ -64,3 +64,12 @@ class StandIns:
             yield
         finally:
             self.restore()
+
+
+def _exchange(layer: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another, with the index in the cache that this one had."""
+    numbers = [vars(each)["layer_idx"] for each in layer.get_submodule(path).modules() if "layer_idx" in vars(each)]
+    for each in module.modules():
+        if numbers and "layer_idx" in vars(each):
+            vars(each)["layer_idx"] = numbers[0]
+    layer.set_submodule(path, module)

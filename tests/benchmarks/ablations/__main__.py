@@ -13,18 +13,19 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from after_training import table_training
 from published_methods import table_1
 from repairing import table_repair
 from results import Results
 from subjects import SUBJECTS
-from totals import table_depths, table_totals
+from untrained import table_depths, table_totals
 from ways_to_train import table_4, table_beyond
 
 from selection import table_3, table_5, table_widths
 
 TABLES = {
     "1": table_1, "3": table_3, "4": table_4, "5": table_5, "beyond": table_beyond, "widths": table_widths,
-    "repair": table_repair, "totals": table_totals, "depths": table_depths,
+    "repair": table_repair, "totals": table_totals, "depths": table_depths, "training": table_training,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,10 @@ class Results:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Losses] = json.loads(path.read_bytes()) if path.is_file() else {}
+
+    def directory(self, key: str) -> Path:
+        """Return where files may lie that belong to a key."""
+        return self._path.with_suffix("") / re.sub(r"[^\w.-]+", "_", key)
 
     def of(self, key: str, measure: Callable[[], Losses]) -> Losses:
         """Return what is known under a key; measure and keep it where nothing is."""

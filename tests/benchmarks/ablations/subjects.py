@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
+from amoeba_plugin.data.multiple_choice import QuestionColumns, load_questions
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.data import MODEL as DEMO_MODEL
 
@@ -46,6 +47,9 @@ class Subject:
         rank: Of an adapter.
         learning_rates: Of AdamW; every way to train gets its own best one.
         other_texts: More text that nothing was chosen or trained on, by name.
+        pool: Rows that calibration data of a seed is drawn from, by kind; as many of each.
+        draws: Rows that are drawn of each.
+        questions: Sets of questions that nothing was chosen on, by name.
     """
 
     path: Path
@@ -62,6 +66,14 @@ class Subject:
     rank: int
     learning_rates: tuple[float, ...]
     other_texts: Mapping[str, list[Batch]] = field(default_factory=dict)
+    pool: Sequence[Dataset] = ()
+    draws: int = 0
+    questions: Mapping[str, list[Batch]] = field(default_factory=dict)
+
+    def drawn(self, seed: int) -> list[Batch]:
+        """Return calibration data that a seed draws."""
+        rows = [part.shuffle(seed=seed).select(range(self.draws)) for part in self.pool]
+        return batches(concatenate_datasets(rows).shuffle(seed=seed))
 
     @property
     def reports(self) -> Mapping[str, list[Batch]]:
@@ -96,6 +108,8 @@ def demo() -> Subject:
         round_to=32,
         steps=80,
         rank=16,
+        pool=[train.select(range(20, 420))],
+        draws=64,
         learning_rates=(6e-3, 1.2e-2, 2.4e-2),
     )
 
@@ -129,12 +143,14 @@ def smollm2() -> Subject:
     pairs = [json.loads(line) for line in (text / "dolly_hhrlhf_small.jsonl").read_text("utf-8").splitlines()]
     dolly = tokenizer("\n\n".join(pair["prompt"] + pair["response"] for pair in pairs))["input_ids"]
     valid, test = (tokenizer((text / f"wikitext2.{part}.txt").read_text("utf-8"))["input_ids"] for part in PARTS)
-    mixed = Dataset.from_list([*_rows(_cut(valid, 32)), *_rows(_cut(dolly, 32))]).shuffle(seed=42)
+    pool = [_rows(_cut(each, 128)) for each in (valid, dolly)]
+    mixed = concatenate_datasets([each.select(range(32)) for each in pool]).shuffle(seed=42)
+    asked = QuestionColumns("query", "choices", "gold")
     long = 2 * BLOCK
     return Subject(
         path=path,
         calibrations={"WikiText-2": batches(mixed)},
-        training=_rows(_cut(valid[32 * BLOCK :], 512)),
+        training=_rows(_cut(dolly[128 * BLOCK :], 400)),
         validation=batches(_rows(_cut(valid[-24 * BLOCK :], 24))),
         held_out=batches(_rows(_cut(test, 64, long)), 4),
         depths=(30, 24, 20),
@@ -146,6 +162,21 @@ def smollm2() -> Subject:
         rank=16,
         learning_rates=(2e-3, 5e-3, 1e-2),
         other_texts={"dolly": batches(_rows(_cut(dolly[-32 * long :], 32, long)), 4)},
+        pool=pool,
+        draws=32,
+        questions={
+            name: load_questions(
+                str(ASSETS / "eval" / f"{name}.jsonl"),
+                tokenizer,
+                split="train",
+                num_questions=500,
+                vocab_size=tokenizer.vocab_size,
+                seed=0,
+                columns=asked,
+                letters=False,
+            )
+            for name in ("arc_easy", "piqa")
+        },
     )
 
 

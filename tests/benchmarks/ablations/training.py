@@ -115,7 +115,7 @@ def trained(
 
     def run(seed: int, rate: float) -> Losses:
         elastic = space.elastic(subject)
-        _train(subject, variant, elastic, steps, seed, rate)
+        train(subject, variant, elastic, steps, seed, rate)
         return evaluated(subject, elastic, shapes)
 
     def trial(rate: float) -> float:
@@ -146,7 +146,8 @@ def measure(elastic: ElasticModel, shapes: Sequence[str], batches: Sequence[Batc
     return losses
 
 
-def _train(subject: Subject, variant: Variant, elastic: ElasticModel, steps: int, seed: int, rate: float) -> None:
+def train(subject: Subject, variant: Variant, elastic: ElasticModel, steps: int, seed: int, rate: float) -> None:
+    """Train an elastic model's adapter; it is left ready to be measured."""
     torch.manual_seed(seed)
     rank = subject.rank * variant.rank_factor
     options = {"train_largest": False, "num_random": variant.students - 1} | AS_THE_REFERENCE_DRAWS | variant.options

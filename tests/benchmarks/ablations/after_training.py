@@ -1,0 +1,55 @@
+"""The table about repair and training: the same one-for-all training of subnets that were repaired, and as cut."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from product_selection import CUT, REPAIRED, Way, selected
+from results import Losses, Results, above, header, row
+from subjects import Subject
+
+from training import ONE_FOR_ALL, Variant, evaluated, train
+
+VARIANT = Variant("one-for-all, SMOL (factors)", adapter=ONE_FOR_ALL)
+
+
+def ways(subject: Subject) -> Mapping[str, Way]:
+    """Return whole selections, without repair and with it in every step, at the subject's depths and widths."""
+    widths = [str(width) for width in subject.widths[:3]]
+    return {
+        "as cut": Way("auto", CUT, False, {"widths": widths, "repair": CUT}),
+        "repaired": Way("lazy_greedy", REPAIRED, True, {"widths": widths, "importance": "obs"}),
+    }
+
+
+def table_training(subject: Subject, results: Results, seeds: Sequence[int], _: Sequence[str] | None = None) -> None:
+    """Held-out loss above the dense model's of every shape, before and after training, with and without repair."""
+    shapes = [f"{depth}x{width}" for depth in subject.depths for width in subject.widths[:3]]
+    whole, *subnets = shapes
+    title = f"Repair, and one-for-all training of the same tokens ({subject.path.name}, {subject.steps} steps)"
+    print(header(title, "subnets", [*subnets, "mean"]))
+    for trained in (False, True):
+        for name, way in ways(subject).items():
+            of_seeds = [
+                _losses(subject, results, f"training/{name}", way, shapes, seed, trained)
+                for seed in (seeds if trained else seeds[:1])
+            ]
+            dense = of_seeds[0][whole]
+            cells = [above([losses[shape] for losses in of_seeds], dense) for shape in subnets]
+            means = [statistics.mean(losses[shape] for shape in subnets) for losses in of_seeds]
+            print(row(f"{name}, {'trained' if trained else 'before'}", [*cells, above(means, dense)]), flush=True)
+
+
+def _losses(
+    subject: Subject, results: Results, key: str, way: Way, shapes: Sequence[str], seed: int, trained: bool
+) -> Losses:
+    chosen = selected(subject, results, key, way, 0)
+
+    def measured() -> Losses:
+        elastic = chosen.elastic(subject)
+        if trained:
+            train(subject, VARIANT, elastic, subject.steps, seed, subject.learning_rates[1])
+        return evaluated(subject, elastic, shapes)
+
+    return results.of(f"{key}/trained {seed}" if trained else f"{key}/before", measured)
