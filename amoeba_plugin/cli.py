@@ -180,6 +180,26 @@ def loads(
 
 
 @app.command()
+def deploy(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
+    shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
+    flow: Annotated[str, typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0.")],
+    output_dir: OutputOption,
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+) -> None:
+    """Cut a shape out, write it in an engine's format, and let the engine prove that it computes the same."""
+    from amoeba_plugin.deployment.deploy import deploy_shape
+
+    deployed = deploy_shape(elastic, shape, flow, output_dir, base)
+    for told in deployed.parity.mended:
+        _warn(f"mended: {told}")
+    _say(deployed.parity.in_words)
+    if deployed.generated:
+        _say(f"it says: {deployed.generated!r}")
+    _done(f"{flow} at {shape} written to {output_dir} ({deployed.export.in_words}); README.md there says how to run it")
+
+
+@app.command()
 def extract(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
     shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],

@@ -11,6 +11,7 @@
     ├── ConfigError        an adapter configuration that contradicts itself
     ├── AdapterError       an adapter that does not fit the model or the space it is put on
     ├── TrainingError      training that cannot go on: a loss that is not finite, no target token
+    ├── DeploymentError    an engine that is missing, cannot hold a subnet, fails, crashes or does not answer
     └── PluginError        a name that nobody registered, or that two plugins registered
 
 Every message says what was asked, what is possible, and what to do.
@@ -85,6 +86,10 @@ class AdapterError(AmoebaError, ValueError):
 
 class TrainingError(AmoebaError, RuntimeError):
     """Training that cannot go on."""
+
+
+class DeploymentError(AmoebaError, RuntimeError):
+    """An engine that is not installed, cannot hold a subnet, fails, crashes or does not answer."""
 
 
 class PluginError(AmoebaError, LookupError):

