@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= amoeba_demo
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint types layers unit coverage format install clean
+.PHONY: help demo test test-integrations lint types layers unit coverage format install clean
 .DEFAULT_GOAL := test
 
 help: ## name the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
 install: $(STAMP) ## make .venv with all that is needed
 
@@ -24,6 +24,13 @@ demo: $(STAMP) ## compress, quantize, reload and measure the model that comes wi
 	$(BIN)/amoeba demo --output-dir $(DEMO_OUTPUT)
 
 test: lint types layers unit ## all checks and tests; the default
+
+# Each brings an engine: installed beside the package, with nothing to skip.
+INTEGRATIONS := $(patsubst %/pyproject.toml,%,$(wildcard integrations/*/pyproject.toml))
+
+test-integrations: $(STAMP) ## tests of the packages in integrations/, by the engines that they bring
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(addprefix -e ,$(INTEGRATIONS))
+	set -e; for each in $(INTEGRATIONS); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$each/tests $(PYTEST_ARGS); done
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from amoeba_plugin.plugins.host_registration import register_with_hosts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 if TYPE_CHECKING:
+    from amoeba_plugin.deployment.deploy import deploy_shape
+    from amoeba_plugin.deployment.flow import DeploymentFlow
     from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
     from amoeba_plugin.elastic.model import ElasticModel
     from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ArchitectureAdapter": "models.adapter",
+    "DeploymentFlow": "deployment.flow",
     "DepthSelector": "selection.depth.task",
     "DepthStrategy": "elastic.strategy",
     "ElasticModel": "elastic.model",
@@ -42,6 +45,7 @@ _LAZY = {
     "SubnetStrategy": "elastic.strategy",
     "WidthStrategy": "elastic.strategy",
     "attach_smol": "elastic.checkpoint",
+    "deploy_shape": "deployment.deploy",
     "extract": "extraction.cut",
     "extract_checkpoint": "extraction.checkpoint",
     "hookimpl": "plugins.hooks",
@@ -53,6 +57,7 @@ _LAZY = {
 __all__ = [
     "AmoebaError",
     "ArchitectureAdapter",
+    "DeploymentFlow",
     "DepthSelector",
     "DepthStrategy",
     "ElasticModel",
@@ -69,6 +74,7 @@ __all__ = [
     "WidthStrategy",
     "__version__",
     "attach_smol",
+    "deploy_shape",
     "extract",
     "extract_checkpoint",
     "hookimpl",

@@ -154,10 +154,10 @@ def check(
 def loads(
     shape: Annotated[str, typer.Argument(help="DEPTHxWIDTH, for example 24x7/8.")],
     model: Annotated[str, typer.Option(help="Path or hub id of the whole model; only its configuration is read.")],
-    target: Annotated[str, typer.Option(help="What shall load it: transformers, vllm, llama.cpp or openvino.")],
-    scheme: Annotated[
-        str | None, typer.Option(help="Quantized so, by the target's name for it: W4A16, Q4_K_M.")
-    ] = None,
+    flow: Annotated[
+        str,
+        typer.Option(help="What shall load it: torch, vllm, llama-cpp or openvino, or quantized: llama-cpp:Q4_K_M."),
+    ],
     strategy: Annotated[
         Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")
     ] = None,
@@ -165,18 +165,17 @@ def loads(
         bool, typer.Option("--portable", help="With --strategy: as extracted with --portable.")
     ] = False,
     round_to: Annotated[int, typer.Option(min=1, help="Without --strategy: channels that sizes are multiples of.")] = 1,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the target splits it over.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the engine splits it over.")] = 1,
 ) -> None:
-    """Tell whether a target loads a subnet of a shape, by rules read in its sources, without loading weights."""
+    """Tell whether an engine loads a subnet of a shape, by rules read in its sources, without loading weights."""
     from amoeba_plugin.deployment.loads import require_loads
 
     loading = require_loads(
-        shape, model, target, scheme, strategy=strategy, portable=portable, round_to=round_to, devices=tensor_parallel
+        shape, model, flow, strategy=strategy, portable=portable, round_to=round_to, devices=tensor_parallel
     )
     for warning in loading.warnings:
         _warn(warning)
-    quantized = f" in {scheme}" if scheme else ""
-    _done(f"{target} can load it, as {loading.saved_as}{quantized}, by the rules of {loading.read}")
+    _done(f"{flow} can load it, as {loading.saved_as}, by the rules of {loading.read}")
 
 
 @app.command()

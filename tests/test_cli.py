@@ -171,18 +171,18 @@ def uneven(files: Files) -> Path:
 
 def test_loads_goes_by_the_sizes_that_a_strategy_found(files: Files):
     strategy = uneven(files)
-    asked = ["loads", "4x1/2", "--model", files["model"], "--target"]
+    asked = ["loads", "4x1/2", "--model", files["model"], "--flow"]
     plain = invoke(*asked, "vllm")
     assert plain.exit_code == 0, plain.output
     assert "taken to keep the same sizes" in plain.stderr
     assert "one size for all layers" in refused(*asked, "vllm", "--strategy", strategy)
     assert invoke(*asked, "vllm", "--strategy", strategy, "--portable").exit_code == 0
-    known = invoke(*asked, "transformers", "--strategy", strategy)
+    known = invoke(*asked, "torch", "--strategy", strategy)
     assert known.exit_code == 0, known.output
     assert "as PerLayer" in known.stderr
     assert "taken to keep" not in known.stderr
     # 64, 80, 96 and 112 of 128 neurons: no layer is asked about in the name of another
-    message = refused(*asked, "transformers", "--strategy", strategy, "--scheme", "W4A16")
+    message = refused(*asked, "torch:W4A16", "--strategy", strategy)
     assert "down_proj of layer 1 (80 inputs)" in message
     assert "down_proj of layer 0 (64 inputs)" in message
 
@@ -190,7 +190,7 @@ def test_loads_goes_by_the_sizes_that_a_strategy_found(files: Files):
 @pytest.mark.usefixtures("no_model_loads")
 def test_loads_refuses_a_strategy_of_a_model_of_other_sizes(files: Files, tiny_model: TinyModel, tmp_path: Path):
     random_strategy(tiny_model("llama", intermediate_size=64)).save(tmp_path / "other")
-    asked = ["loads", "4x1/2", "--model", files["model"], "--target", "transformers"]
+    asked = ["loads", "4x1/2", "--model", files["model"], "--flow", "torch"]
     assert "belongs to another model" in refused(*asked, "--strategy", tmp_path / "other")
     assert "does not exist" in refused(*asked, "--strategy", tmp_path / "nowhere")
 
@@ -198,13 +198,13 @@ def test_loads_refuses_a_strategy_of_a_model_of_other_sizes(files: Files, tiny_m
 @pytest.mark.usefixtures("no_model_loads")
 def test_loads_refuses_options_that_would_do_nothing(files: Files, tiny_model: TinyModel, tmp_path: Path):
     random_strategy(tiny_model("llama")).save(tmp_path / "strategy")
-    asked = ["loads", "4x1/2", "--model", files["model"], "--target", "transformers"]
+    asked = ["loads", "4x1/2", "--model", files["model"], "--flow", "torch"]
     assert "--round-to is for sizes" in refused(*asked, "--strategy", tmp_path / "strategy", "--round-to", 8)
     assert "add --strategy DIR" in refused(*asked, "--portable")
 
 
 def test_what_is_missing_is_named(files: Files):
-    for missing, given in (("--model", ["--target", "vllm"]), ("--target", ["--model", files["model"]])):
+    for missing, given in (("--model", ["--flow", "vllm"]), ("--flow", ["--model", files["model"]])):
         result = invoke("loads", "4x1/2", *given)
         assert result.exit_code == 2
         assert f"Missing option '{missing}'" in result.output

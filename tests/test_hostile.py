@@ -83,7 +83,7 @@ def test_recipes(text: str, base: Path, work: Path) -> None:
 @settings(FEW, max_examples=120)
 @given(shape=SHAPES)
 def test_shapes(shape: str, larger: str, elastic: Path) -> None:
-    accepts("loads", "--model", larger, "--target", "transformers", "--strategy", elastic, "--", shape)
+    accepts("loads", "--model", larger, "--flow", "torch", "--strategy", elastic, "--", shape)
 
 
 @FEW
@@ -151,7 +151,7 @@ def test_many_recipes(text: str, base: Path, work: Path) -> None:
 @MANY
 @given(shape=SHAPES)
 def test_many_shapes(shape: str, larger: str, elastic: Path) -> None:
-    accepts("loads", "--model", larger, "--target", "transformers", "--strategy", elastic, "--", shape)
+    accepts("loads", "--model", larger, "--flow", "torch", "--strategy", elastic, "--", shape)
 
 
 @pytest.mark.slow

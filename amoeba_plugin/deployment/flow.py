@@ -89,12 +89,15 @@ class DeploymentFlow(ABC):
     Attributes:
         name: As users name it.
         schemes: What weights can be, by name: what a scheme is, in a sentence.
+        rules: File with what the engine can load (``rules.py`` says how it is written); of engines that this package
+            has rules of, it takes their place.
         exact: Schemes whose logits are those of the subnet in torch, but for rounding.
     """
 
     name: str
     schemes: Mapping[str, str]
     exact: frozenset[str] = frozenset()
+    rules: Path | None = None
 
     def require_scheme(self, scheme: str) -> None:
         """Refuse a scheme that it has not, or that cannot run on this machine.

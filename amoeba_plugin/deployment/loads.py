@@ -1,4 +1,4 @@
-"""Whether a target loads a subnet of some shape, asked before anything is selected, trained or cut."""
+"""Whether an engine loads a subnet of some shape, asked before anything is selected, trained or cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from amoeba_plugin.deployment.targets import candidate, require_loadable, require_target
+from amoeba_plugin.deployment.flow import SEPARATOR
+from amoeba_plugin.deployment.rules import candidate, require_engine, require_loadable
 from amoeba_plugin.elastic.layer_sizes import LOST_SOMEWHERE, LayerSizes
 from amoeba_plugin.elastic.record import ELASTIC_NAME, read_record
 from amoeba_plugin.elastic.strategy import SubnetStrategy
@@ -24,11 +25,11 @@ from amoeba_plugin.shape import SubnetShape
 
 @dataclass(frozen=True)
 class Loading:
-    """A target's answer that it loads a subnet.
+    """An engine's answer that it loads a subnet.
 
     Attributes:
         saved_as: Class of the subnet's checkpoint.
-        read: Versions of the target whose rules were asked.
+        read: Versions of the engine whose rules were asked.
         warnings: What is not as one would think, each with its source.
     """
 
@@ -40,35 +41,34 @@ class Loading:
 def require_loads(
     shape: str,
     model: str,
-    target: str,
-    scheme: str | None = None,
+    flow: str,
     *,
     strategy: Path | None = None,
     portable: bool = False,
     round_to: int = 1,
     devices: int = 1,
 ) -> Loading:
-    """Return what a target says of a subnet that it can load; no weights are loaded.
+    """Return what an engine says of a subnet that it can load; no weights are loaded.
 
     Args:
         shape: DEPTHxWIDTH.
         model: Path or hub id of the whole model.
-        target: Name of a target: transformers, vllm, llama.cpp or openvino.
-        scheme: A quantization of that target, by its name for it.
+        flow: An engine (torch, vllm, llama-cpp, openvino), or an engine at a scheme (``vllm:W4A16``).
         strategy: Elastic checkpoint, or directory with ``strategy.json``, which knows the sizes of every layer; without
             it every layer is taken to keep the same share.
         portable: As extracted with ``portable``: layers that differ are padded to a stock class.
         round_to: Channels that sizes are multiples of, where there is no strategy.
-        devices: That the target splits the subnet over.
+        devices: That the engine splits the subnet over.
 
     Raises:
-        ArchitectureError: If the target cannot load it, with every reason and its source.
+        ArchitectureError: If the engine cannot load it, with every reason and its source.
         ArtifactError: If the strategy is of another model.
-        RecipeError: If target or scheme are unknown, or an option would do nothing.
+        RecipeError: If engine or scheme are unknown, or an option would do nothing.
         ShapeError: If model or strategy have no such shape.
     """
     _require_effect(strategy, portable, round_to)
-    require_target(target)
+    engine, _, scheme = flow.partition(SEPARATOR)
+    require_engine(engine)
     parsed, whole = SubnetShape.parse(shape), load_config(model)
     adapter = architecture_of(whole)
     told = []
@@ -85,10 +85,10 @@ def require_loads(
     final = why_not_cut_again(subnet)
     if final is not None:
         told.append(f"it cannot be cut again, {final}")
-    subject = candidate(subnet, adapter, target, scheme, devices)
-    found = require_loadable(subject, target)
+    subject = candidate(subnet, adapter, engine, scheme or None, devices)
+    found = require_loadable(subject, engine)
     warnings = [f"{each.where}: {each.rule.says} [{each.rule.source}]" for each in found]
-    return Loading(subject.saved_as, require_target(target).read, (*told, *warnings))
+    return Loading(subject.saved_as, require_engine(engine).read, (*told, *warnings))
 
 
 def _require_effect(strategy: Path | None, portable: bool, round_to: int) -> None:

@@ -48,5 +48,11 @@ def point_named(text: str) -> tuple[DeploymentFlow, Point]:
     return flow, point
 
 
+def installed_flows() -> dict[str, DeploymentFlow]:
+    """Return the flows that are there, by name."""
+    found: dict[str, DeploymentFlow] = collected(KIND, HOOK)
+    return found
+
+
 def _missing() -> set[str]:
-    return set(INTEGRATIONS) - set(collected(KIND, HOOK))
+    return set(INTEGRATIONS) - set(installed_flows())

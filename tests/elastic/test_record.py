@@ -86,7 +86,7 @@ def test_every_reader_refuses_what_is_not_whole(checkpoint: Path, damage: str, t
     with pytest.raises(ArtifactError, match="strategy.safetensors" if damage == "missing strategy" else message):
         extract_checkpoint(checkpoint, "2x1/2", tmp_path / "out")
     with pytest.raises(ArtifactError, match=message):
-        require_loads("2x1/2", str(tmp_path / "base"), "transformers", strategy=checkpoint)
+        require_loads("2x1/2", str(tmp_path / "base"), "torch", strategy=checkpoint)
     assert not (tmp_path / "out").exists()
 
 

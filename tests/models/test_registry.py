@@ -53,6 +53,6 @@ def test_the_way_to_the_text_model_is_told_and_leads_there(gemma3: Path, tmp_pat
 
 
 def test_the_command_tells_it_too(gemma3: Path):
-    result = CliRunner().invoke(app, ["loads", "2x1", "--model", str(gemma3), "--target", "vllm"])
+    result = CliRunner().invoke(app, ["loads", "2x1", "--model", str(gemma3), "--flow", "vllm"])
     assert result.exit_code == 2
     assert "text.save_pretrained(TEXT)" in result.stderr

@@ -12,6 +12,9 @@ import pluggy
 import pytest
 from torch import Tensor
 
+from amoeba_plugin.deployment.flow import Point
+from amoeba_plugin.deployment.registry import flow_named, point_named
+from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArchitectureError, PluginError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
@@ -103,6 +106,21 @@ def test_hook_amoeba_depth_selectors(install: Callable[..., None]) -> None:
     install("their_package", amoeba_depth_selectors=hook)
     assert depth_selector_named("theirs") is theirs
     assert depth_selector_named("dynamic_program").options
+
+
+def test_hook_amoeba_deployment_flows(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Theirs(Torch):
+        name = "theirs"
+
+    theirs = Theirs()
+    install("their_package", amoeba_deployment_flows=lambda: {"theirs": theirs})
+    assert point_named("theirs:bf16") == (theirs, Point("theirs", "bf16"))
+    assert flow_named("torch").schemes
+    monkeypatch.setattr("amoeba_plugin.deployment.registry.INTEGRATIONS", {"away": "./integrations/away"})
+    with pytest.raises(PluginError, match=r"^away is not installed: pip install \./integrations/away$"):
+        flow_named("away")
+    with pytest.raises(PluginError, match=r"no deployment flow named 'nowhere'.*; not installed: away \("):
+        flow_named("nowhere")
 
 
 def test_hook_amoeba_commands(install: Callable[..., None]) -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.deployment.loads import uniform_sizes
-from amoeba_plugin.deployment.targets import candidate, require_loadable
+from amoeba_plugin.deployment.rules import candidate, require_loadable
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
@@ -124,24 +124,24 @@ def test_options_of_the_search_are_checked(tmp_path: Path) -> None:
         checked(tmp_path, {"DepthShrinkingModifier": {"min_depth": 2, "granularity": "head"}})
 
 
-@pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp", "openvino"])
-def test_targets_are_asked_whether_they_load_layers_in_part(tiny_model: TinyModel, tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("engine", ["torch", "vllm", "llama-cpp", "openvino"])
+def test_engines_are_asked_whether_they_load_layers_in_part(tiny_model: TinyModel, tmp_path: Path, engine: str) -> None:
     config, adapter = tiny_model("llama").config, architecture_for("llama")
     by_recipe = checked(tmp_path, DEPTH | WIDTH, extraction("3x1/2")).against(config).subnet
     by_shape = config_for(adapter, config, uniform_sizes(adapter, config, SubnetShape.parse("2.5x1/2")))
     for subnet in (by_shape, by_recipe):
-        found = candidate(subnet, adapter, target)
+        found = candidate(subnet, adapter, engine)
         assert found.linears["down_proj of layer 0"] == found.linears["o_proj of layer 0"] == (64, 64)
         assert "o_proj of layer 1" not in found.linears
-        if target == "transformers":
-            assert "trust_remote_code" in " ".join(each.rule.says for each in require_loadable(found, target))
+        if engine == "torch":
+            assert "trust_remote_code" in " ".join(each.rule.says for each in require_loadable(found, engine))
         else:
             with pytest.raises(ArchitectureError, match="layers without attention or MLP: .*--portable"):
-                require_loadable(found, target)
+                require_loadable(found, engine)
     stock = checked(tmp_path, DEPTH | WIDTH, extraction("3x1/2", portable=True)).against(config).subnet
     whole = checked(tmp_path, DEPTH | WIDTH, extraction("4x1/2")).against(config).subnet
     for subnet in (stock, whole):
-        require_loadable(candidate(subnet, adapter, target), target)
+        require_loadable(candidate(subnet, adapter, engine), engine)
 
 
 def test_group_sizes_are_checked_where_layers_are_kept_in_part(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `amoeba loads --target` says: the data file, single rules, and that transformers keeps what it promises."""
+"""What `amoeba loads` says: the data file, single rules, and that transformers keeps what it promises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
 from amoeba_plugin.deployment.loads import uniform_sizes
-from amoeba_plugin.deployment.targets import CHECKS, Candidate, candidate, findings, require_loadable, targets
+from amoeba_plugin.deployment.rules import CHECKS, Candidate, candidate, engine_rules, findings, require_loadable
 from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
@@ -31,29 +31,29 @@ def seven_b(model_type: str = "llama", **fields: object) -> PretrainedConfig:
 
 
 def subject(
-    config: PretrainedConfig, shape: str, target: str, scheme: str | None = None, devices: int = 1, round_to: int = 1
+    config: PretrainedConfig, shape: str, engine: str, scheme: str | None = None, devices: int = 1, round_to: int = 1
 ) -> Candidate:
     adapter = architecture_for(config.model_type)
     subnet = config_for(adapter, config, uniform_sizes(adapter, config, SubnetShape.parse(shape), round_to))
-    return candidate(subnet, adapter, target, scheme, devices)
+    return candidate(subnet, adapter, engine, scheme, devices)
 
 
-def broken(found: Candidate, target: str) -> set[tuple[str, str]]:
-    return {(finding.rule.check, finding.rule.level) for finding in findings(found, target)}
+def broken(found: Candidate, engine: str) -> set[tuple[str, str]]:
+    return {(finding.rule.check, finding.rule.level) for finding in findings(found, engine)}
 
 
 def test_every_rule_names_a_check_and_a_source_and_every_check_is_used():
-    rules = [rule for target in targets().values() for rule in target.rules]
+    rules = [rule for engine in engine_rules().values() for rule in engine.rules]
     assert {rule.check for rule in rules} == set(CHECKS)
-    for name, target in targets().items():
-        known = None if target.schemes == "compressed-tensors" else set(target.schemes)
-        for rule in target.rules:
+    for name, engine in engine_rules().items():
+        known = None if engine.schemes == "compressed-tensors" else set(engine.schemes)
+        for rule in engine.rules:
             assert rule.source
             assert not set(rule.schemes or ()) - (known or set(rule.schemes or ())), (name, rule.check)
 
 
 @pytest.mark.parametrize(
-    ("shape", "target", "scheme", "devices", "round_to", "expected"),
+    ("shape", "engine", "scheme", "devices", "round_to", "expected"),
     [
         ("24x7/8", "vllm", None, 1, 1, set()),
         ("24x7/8", "vllm", "W4A16", 1, 128, set()),
@@ -61,19 +61,19 @@ def test_every_rule_names_a_check_and_a_source_and_every_check_is_used():
                                            ("outputs_multiple", "warn")}),
         ("24x7/8", "vllm", "W8A8", 2, 128, {("heads_split", "refuse")}),  # 7 KV heads
         ("24x3/4", "vllm", "W8A8", 2, 128, set()),
-        ("24x7/8", "llama.cpp", "Q8_0", 1, 1, set()),
-        ("24x7/8", "llama.cpp", "Q4_K_M", 1, 1, {("inputs_multiple", "warn")}),
-        ("24x7/8", "llama.cpp", "Q4_K_M", 1, 512, set()),
+        ("24x7/8", "llama-cpp", "Q8_0", 1, 1, set()),
+        ("24x7/8", "llama-cpp", "Q4_K_M", 1, 1, {("inputs_multiple", "warn")}),
+        ("24x7/8", "llama-cpp", "Q4_K_M", 1, 512, set()),
         ("24x7/8", "openvino", "INT4", 1, 1, {("inputs_multiple", "refuse"), ("heads_fill_hidden", "warn")}),
         ("24x1", "openvino", "INT4", 1, 1, set()),
-        ("24x7/8", "transformers", "W4A16", 1, 1, {("groups_divide_inputs", "refuse")}),
-        ("24x7/8", "transformers", "W8A8", 1, 1, set()),
+        ("24x7/8", "torch", "W4A16", 1, 1, {("groups_divide_inputs", "refuse")}),
+        ("24x7/8", "torch", "W8A8", 1, 1, set()),
     ],
 )  # fmt: skip
 def test_llama_sizes(
-    shape: str, target: str, scheme: str | None, devices: int, round_to: int, expected: set[tuple[str, str]]
+    shape: str, engine: str, scheme: str | None, devices: int, round_to: int, expected: set[tuple[str, str]]
 ):
-    assert broken(subject(seven_b(), shape, target, scheme, devices, round_to), target) == expected
+    assert broken(subject(seven_b(), shape, engine, scheme, devices, round_to), engine) == expected
 
 
 def test_heads_of_qwen2_cannot_go_for_vllm_but_layers_and_neurons_can():
@@ -81,40 +81,39 @@ def test_heads_of_qwen2_cannot_go_for_vllm_but_layers_and_neurons_can():
     assert broken(subject(seven_b("qwen2"), "24x1", "vllm"), "vllm") == set()
 
 
-@pytest.mark.parametrize("target", ["vllm", "llama.cpp", "openvino"])
-def test_compensating_biases_have_no_place_elsewhere(target: str):
+@pytest.mark.parametrize("engine", ["vllm", "llama-cpp", "openvino"])
+def test_compensating_biases_have_no_place_elsewhere(engine: str):
     config, adapter = seven_b(), architecture_for("llama")
     units = {"attention": 7, "mlp": 9600}
-    biased = candidate(adapter.subnet_config(config, range(4), units, frozenset(units)), adapter, target)
+    biased = candidate(adapter.subnet_config(config, range(4), units, frozenset(units)), adapter, engine)
     assert biased.class_name == "SeedOssForCausalLM"
     with pytest.raises(ArchitectureError, match="cannot load it"):
-        require_loadable(biased, target)
-    assert broken(biased, target) & {("field_is_off", "refuse"), ("class_among", "refuse")}
+        require_loadable(biased, engine)
+    assert broken(biased, engine) & {("field_is_off", "refuse"), ("class_among", "refuse")}
 
 
-@pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp", "openvino"])
-def test_layers_of_different_sizes_need_transformers(target: str):
+@pytest.mark.parametrize("engine", ["torch", "vllm", "llama-cpp", "openvino"])
+def test_layers_of_different_sizes_have_no_place_elsewhere_but_in_llama_cpp_for_llamas(engine: str):
     config = seven_b(num_hidden_layers=4)
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = {1: {"intermediate_size": 9600}}
-    found = broken(candidate(config, architecture_for("llama"), target), target)
-    assert ("layers_alike", "warn" if target == "transformers" else "refuse") in found
+    found = broken(candidate(config, architecture_for("llama"), engine), engine)
+    expected = {"torch": {("layers_alike", "warn")}, "llama-cpp": set()}  # as architecture deci
+    assert found == expected.get(engine, {("layers_alike", "refuse")})
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_experts_are_asked_about_one_by_one(model_type: str):
     neurons = {"intermediate_size": 1024, "moe_intermediate_size": 1024} if model_type == "qwen3_moe" else {}
     whole = seven_b(model_type, **{"intermediate_size": 1024, "num_experts": 4, "num_local_experts": 4, **neurons})
-    assert not broken(subject(whole, "24x3/4", "transformers", "W4A16"), "transformers")
-    narrow = subject(whole, "24x7/8", "transformers", "W4A16", round_to=8)
-    assert broken(narrow, "transformers") == set()  # 896 neurons
+    assert not broken(subject(whole, "24x3/4", "torch", "W4A16"), "torch")
+    narrow = subject(whole, "24x7/8", "torch", "W4A16", round_to=8)
+    assert broken(narrow, "torch") == set()  # 896 neurons
     assert narrow.linears["down_proj"] == (896, 4096)
-    odd = subject(whole, "24x13/16", "transformers", "W4A16", round_to=8)  # 832 neurons
-    assert broken(odd, "transformers") == {("groups_divide_inputs", "refuse")}
+    odd = subject(whole, "24x13/16", "torch", "W4A16", round_to=8)  # 832 neurons
+    assert broken(odd, "torch") == {("groups_divide_inputs", "refuse")}
     for scheme in ("W8A8", "FP8_DYNAMIC", "W4A16_ASYM", "NVFP4A16"):
-        assert ("experts_readable", "refuse") in broken(
-            subject(whole, "24x3/4", "transformers", scheme), "transformers"
-        )
+        assert ("experts_readable", "refuse") in broken(subject(whole, "24x3/4", "torch", scheme), "torch")
     assert ("experts_readable", "refuse") not in broken(subject(whole, "24x3/4", "vllm", "W8A8"), "vllm")
 
 
@@ -126,15 +125,15 @@ def test_a_first_layer_without_experts_does_not_hide_those_of_the_others():
 
 
 def test_what_is_unknown_is_refused_with_what_there_is():
-    with pytest.raises(RecipeError, match="take one of transformers, vllm"):
+    with pytest.raises(RecipeError, match="take one of llama-cpp, openvino, torch, vllm"):
         subject(seven_b(), "24x1", "tgi")
-    with pytest.raises(RecipeError, match="Take one of F16"):
-        subject(seven_b(), "24x1", "llama.cpp", "W4A16")
+    with pytest.raises(RecipeError, match="Take one of F32, F16"):
+        subject(seven_b(), "24x1", "llama-cpp", "W4A16")
     with pytest.raises(ShapeError, match="more layers than the model"):
         subject(seven_b(), "33x1", "vllm")
 
 
-def test_the_command_tells_what_a_target_loads(tmp_path: Path):
+def test_the_command_tells_what_an_engine_loads(tmp_path: Path):
     seven_b(num_key_value_heads=32).save_pretrained(tmp_path)
 
     def loads(*arguments: str) -> tuple[int, str]:
@@ -142,14 +141,14 @@ def test_the_command_tells_what_a_target_loads(tmp_path: Path):
         return result.exit_code, result.stderr
 
     on = ("--model", str(tmp_path))
-    code, said = loads("24x7/8", *on, "--target", "llama.cpp", "--scheme", "Q4_K_M")
+    code, said = loads("24x7/8", *on, "--flow", "llama-cpp:Q4_K_M")
     assert code == 0
     assert "warning: down_proj (9632 inputs)" in said
-    assert "can load it, as MistralForCausalLM in Q4_K_M" in said
-    code, said = loads("24x7/8", *on, "--target", "vllm", "--scheme", "W4A16")
+    assert "can load it, as MistralForCausalLM" in said
+    code, said = loads("24x7/8", *on, "--flow", "vllm:W4A16")
     assert code == 2
     assert "https://github.com/vllm-project/vllm" in said
-    rounded = ("24x7/8", *on, "--target", "vllm", "--scheme", "W4A16", "--round-to", "128")
+    rounded = ("24x7/8", *on, "--flow", "vllm:W4A16", "--round-to", "128")
     assert loads(*rounded)[0] == 0
     code, said = loads(*rounded, "--tensor-parallel", "4")
     assert code == 2
@@ -182,8 +181,8 @@ def test_what_is_accepted_for_transformers_saves_and_reloads(
     shape = SubnetShape.parse(f"{depth}x{eighths}/8")
     adapter = architecture_for(model_type)
     config = config_for(adapter, whole, uniform_sizes(adapter, whole, shape))
-    found = candidate(config, architecture_for(model_type), "transformers", scheme)
-    accepted = not any(finding.rule.level == "refuse" for finding in findings(found, "transformers"))
+    found = candidate(config, architecture_for(model_type), "torch", scheme)
+    accepted = not any(finding.rule.level == "refuse" for finding in findings(found, "torch"))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with tempfile.TemporaryDirectory() as scratch:

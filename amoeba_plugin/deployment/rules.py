@@ -1,4 +1,16 @@
-"""Whether a target can load a subnet, before anything is spent on it. What targets want is data: ``targets.yaml``."""
+"""Whether an engine can load a subnet, before anything is spent on it.
+
+What engines want is data, a file for each in ``engine_rules/``: ``read`` (the versions it was read in), ``schemes``
+(those of compressed-tensors, or how many weights of a row share a scale), ``unquantized`` (schemes without scales), and
+``rules``, which are conjunctive:
+
+- ``check``: which test, a function of this module; ``value``: its parameter
+- ``classes``: architectures in ``config.json`` that the rule is about; default all
+- ``schemes``: schemes that the rule is about; default all, and none too
+- ``level``: refuse (cannot be loaded) or warn (can, but not as one would think)
+- ``says``: for the user: what is wrong, and what to do
+- ``source``: where the rule was read
+"""
 
 from __future__ import annotations
 
@@ -11,10 +23,11 @@ from typing import Any, Literal
 import yaml
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from amoeba_plugin.deployment.registry import installed_flows
 from amoeba_plugin.deployment.schemes import group_size, unreadable
 from amoeba_plugin.elastic.subnet_config import is_per_layer, per_layer_class, weightless
 from amoeba_plugin.errors import ArchitectureError, RecipeError, did_you_mean
@@ -22,11 +35,11 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter, copy_config
 from amoeba_plugin.models.architectures.gated import head_size
 from amoeba_plugin.models.expert_linears import take_apart
 
-RULES = Path(__file__).with_name("targets.yaml")
+RULES = Path(__file__).with_name("engine_rules")
 
 
 class Rule(BaseModel):
-    """One thing that a target wants; the fields are described in ``targets.yaml``."""
+    """One thing that an engine wants; the module says what the fields are."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,12 +52,13 @@ class Rule(BaseModel):
     schemes: list[str] | None = None
 
 
-class Target(BaseModel):
-    """What loads checkpoints: the versions that were read, the schemes it knows, and its rules."""
+class EngineRules(BaseModel):
+    """What an engine loads: the versions that were read, the schemes it knows, and its rules."""
 
     model_config = ConfigDict(extra="forbid")
 
     read: str
+    unquantized: list[str] = Field(default_factory=list)
     schemes: Literal["compressed-tensors"] | dict[str, int]
     rules: list[Rule]
 
@@ -111,37 +125,39 @@ class Finding:
     where: str
 
 
-def read_targets(path: Path = RULES) -> dict[str, Target]:
-    """Return the targets by name."""
-    return {name: Target(**fields) for name, fields in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+def read_rules(path: Path) -> EngineRules:
+    """Return the rules in a file."""
+    return EngineRules(**yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 @cache
-def targets() -> dict[str, Target]:
-    """Return the targets that come with the package, by name."""
-    return read_targets()
+def engine_rules() -> dict[str, EngineRules]:
+    """Return the rules by engine: those that come with the package, and those that installed flows bring."""
+    shipped = {path.stem: path for path in sorted(RULES.glob("*.yaml"))}
+    brought = {name: flow.rules for name, flow in installed_flows().items() if flow.rules is not None}
+    return {name: read_rules(path) for name, path in {**shipped, **brought}.items()}
 
 
 def candidate(
     config: PretrainedConfig,
     adapter: ArchitectureAdapter,
-    target: str,
+    engine: str,
     scheme: str | None = None,
     devices: int = 1,
 ) -> Candidate:
-    """Describe a subnet to a target.
+    """Describe a subnet to an engine.
 
     Args:
         config: The subnet's.
         adapter: The whole model's architecture.
-        target: Name of a target.
-        scheme: A quantization scheme of that target, by name.
+        engine: Its name.
+        scheme: A quantization scheme of it, by name.
         devices: To split the model over.
 
     Raises:
-        RecipeError: If the target or the scheme is unknown.
+        RecipeError: If the engine or the scheme is unknown.
     """
-    shared = _weights_per_scale(require_target(target), target, scheme)
+    shared = _weights_per_scale(require_engine(engine), engine, scheme)
     uneven = is_per_layer(config)
     model = weightless(config) if uneven else _one_layer(config)
     groups = adapter.channel_groups(config.per_layer_config[0] if uneven else config)
@@ -161,10 +177,10 @@ def candidate(
     return Candidate(config, linears, frozenset(split), shared, scheme, devices, experts)
 
 
-def findings(subject: Candidate, target: str) -> list[Finding]:
-    """Return the rules of a target that a candidate breaks, what refuses it first."""
+def findings(subject: Candidate, engine: str) -> list[Finding]:
+    """Return the rules of an engine that a candidate breaks, what refuses it first."""
     found = []
-    for rule in require_target(target).rules:
+    for rule in require_engine(engine).rules:
         if rule.classes is not None and subject.class_name not in rule.classes:
             continue
         if rule.schemes is not None and subject.scheme not in rule.schemes:
@@ -175,43 +191,45 @@ def findings(subject: Candidate, target: str) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.rule.level)
 
 
-def require_loadable(subject: Candidate, target: str) -> list[Finding]:
-    """Return the warnings of a target about a candidate.
+def require_loadable(subject: Candidate, engine: str) -> list[Finding]:
+    """Return the warnings of an engine about a candidate.
 
     Raises:
-        ArchitectureError: If the target cannot load it; with every reason and its source.
+        ArchitectureError: If the engine cannot load it; with every reason and its source.
     """
-    found = findings(subject, target)
+    found = findings(subject, engine)
     refused = [finding for finding in found if finding.rule.level == "refuse"]
     if refused:
         reasons = ". ".join(f"{each.where}: {each.rule.says} [{each.rule.source}]" for each in refused)
-        raise ArchitectureError(f"{target} ({targets()[target].read}) cannot load it. {reasons}")
+        raise ArchitectureError(f"{engine} ({engine_rules()[engine].read}) cannot load it. {reasons}")
     return found
 
 
-def require_target(name: str) -> Target:
-    """Return a target by its name.
+def require_engine(name: str) -> EngineRules:
+    """Return the rules of an engine.
 
     Raises:
         RecipeError: If there is none of that name.
     """
-    known = targets()
+    known = engine_rules()
     if name not in known:
-        raise RecipeError(f"the target '{name}' is unknown; take one of {', '.join(known)}.{did_you_mean(name, known)}")
+        raise RecipeError(
+            f"no rules are known of an engine '{name}'; take one of {', '.join(known)}.{did_you_mean(name, known)}"
+        )
     return known[name]
 
 
-def _weights_per_scale(target: Target, name: str, scheme: str | None) -> int | None:
-    if scheme is None:
+def _weights_per_scale(of: EngineRules, name: str, scheme: str | None) -> int | None:
+    if scheme is None or scheme in of.unquantized:
         return None
-    known = PRESET_SCHEMES if target.schemes == "compressed-tensors" else target.schemes
+    known = PRESET_SCHEMES if of.schemes == "compressed-tensors" else of.schemes
     if scheme not in known:
         raise RecipeError(
-            f"{name} has no scheme '{scheme}'.{did_you_mean(scheme, known)} Take one of {', '.join(known)}, or leave "
-            "out --scheme"
+            f"{name} has no scheme '{scheme}'.{did_you_mean(scheme, known)} Take one of {', '.join(known)}, or "
+            "leave the scheme out"
         )
-    if isinstance(target.schemes, dict):
-        return target.schemes[scheme]
+    if isinstance(of.schemes, dict):
+        return of.schemes[scheme]
     return group_size(preset_name_to_scheme(scheme, ["Linear"]))
 
 
@@ -231,6 +249,10 @@ def _layers_alike(subject: Candidate, _: None) -> str:
     if not is_per_layer(subject.config):
         return ""
     return "layers without attention or MLP" if hasattr(subject.config, "stand_ins") else "per-layer sizes"
+
+
+def _layers_whole(subject: Candidate, _: None) -> str:
+    return "layers without attention or MLP" if hasattr(subject.config, "stand_ins") else ""
 
 
 def _field_is_off(subject: Candidate, field: str) -> str:
@@ -296,7 +318,8 @@ def _listed(sizes: Mapping[str, int], unit: str) -> str:
 CHECKS: dict[str, Callable[[Candidate, Any], str]] = {
     check.__name__.removeprefix("_"): check
     for check in (
-        _class_among, _layers_alike, _field_is_off, _heads_split, _neurons_split, _head_size_among, _heads_fill_hidden,
-        _group_size_among, _groups_divide_inputs, _inputs_multiple, _outputs_multiple, _experts_readable,
+        _class_among, _layers_alike, _layers_whole, _field_is_off, _heads_split, _neurons_split, _head_size_among,
+        _heads_fill_hidden, _group_size_among, _groups_divide_inputs, _inputs_multiple, _outputs_multiple,
+        _experts_readable,
     )
 }  # fmt: skip
