@@ -138,7 +138,7 @@ def measure_engine(
             rows = engine.ask("log_probabilities", tokens=tokens, behind=behind).value
             found += [np.frombuffer(base64.b64decode(each), "<f4").astype(np.float64) for each in rows]
             wanted += _in_torch(model, tokens, behind)
-    return _compared(
+    return compared(
         np.stack(found), np.stack(wanted), point=str(point), engine=" ".join(about.values()),
         same_tokens=None if tokenizer is None else len(texts.all), same_template=same_template, mended=tuple(mended),
     )  # fmt: skip
@@ -158,8 +158,8 @@ def _in_torch(model: PreTrainedModel, tokens: list[int], behind: Sequence[int]) 
     return [logits[count - 1].numpy() for count in behind]
 
 
-def _compared(found: NDArray[np.float64], wanted: NDArray[np.float64], **told: object) -> EngineParity:
-    """Compare log-probabilities, (positions, vocabulary); an engine's fp32 sums are not quite 1."""
+def compared(found: NDArray[np.float64], wanted: NDArray[np.float64], **told: object) -> EngineParity:
+    """Compare log-probabilities, (positions, vocabulary), in nats; an engine's fp32 sums are not quite 1."""
     found = found - np.log(np.exp(found).sum(-1, keepdims=True))
     divergence = (np.exp(wanted) * (wanted - found)).sum(-1).mean()
     return EngineParity(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
 from amoeba_llama_cpp.flow import PYTHON, LlamaCpp
 
+from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
 from amoeba_plugin.deployment.registry import flow_named
+from amoeba_plugin.elastic.checkpoint import save_elastic
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DeploymentError
-from amoeba_plugin.testing.flows import FlowConformance
+from amoeba_plugin.testing.flows import CONFIG, FlowConformance, tokenizer
+from amoeba_plugin.testing.random_models import random_model, random_strategy
 
 HEAVY = """
 import sys
@@ -25,6 +30,27 @@ class Engine(engine.Engine):
 
 class TestLlamaCpp(FlowConformance):
     flow = LlamaCpp()
+
+
+def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Path):
+    model = random_model(CONFIG)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    elastic = ElasticModel(model, random_strategy(model))
+    save_elastic(elastic, None, tmp_path / "elastic", str(tmp_path / "base"))
+    deployed = deploy_shape(tmp_path / "elastic", "3x1/2", "llama-cpp:Q4_0", tmp_path / "out")
+    assert deployed.parity.whole_mean_kl is not None
+    assert deployed.export.tensor_types == {"Q8_0": 2, "Q4_0": 21, "F32": 7}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "model.gguf", "Modelfile", "README.md", "parity.json"
+    }  # fmt: skip
+    alone = "import sys, engine; e = engine.Engine(); e.load(sys.argv[1], 1, 128, 1); print(repr(e.generate('The', 4)))"
+    command = LlamaCpp().command()
+    answer = subprocess.run(
+        [command.python, "-c", alone, str(tmp_path / "out/model.gguf")],
+        env={"PYTHONPATH": str(command.file.parent)}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert answer.stdout.startswith("'")
 
 
 def test_it_is_found_by_its_entry_point():
