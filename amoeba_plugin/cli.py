@@ -179,6 +179,39 @@ def loads(
 
 
 @app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Path or hub id of a model, whose weights are not read; or ELASTIC.")],
+    flow: Annotated[list[str], typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0; repeatable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a JSON file; one there is extended.")],
+    strategy: Annotated[
+        Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Of the space: 12,10,8. Default: down to half the layers.")] = "",
+    widths: Annotated[str, typer.Option(help="Of the space: 1,3/4,1/2. Default: by eighths down to a half.")] = "",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts, tokens: 32,128,256.")] = "",
+    decoded: Annotated[int, typer.Option(min=1, help="Tokens behind the longest prompt.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes that visit every shape.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads; with one, CPU time counts.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    shapes: Annotated[int | None, typer.Option(min=2, help="How many are measured. Default: a quarter.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")] = None,
+) -> None:
+    """Measure what shapes cost in engines on this machine: time, memory, bytes. Weights are random."""
+    from amoeba_plugin.deployment.profiling import asked, measure
+    from amoeba_plugin.reports.profile_table import notes_on, tables_of
+
+    subject = asked.subject_of(model, strategy, _listed(depths), _listed(widths), base)
+    lengths = asked.prompts_of(_listed(prompts), subject, decoded)
+    how = measure.Measuring(lengths, decoded, rounds, threads, batch, shapes)
+    found = measure.profile_model(subject, asked.flows_of(flow), output, how, model)
+    for each in tables_of(found):
+        Console().print(each)
+    for note in notes_on(found):
+        _say(note)
+    _done(f"profile of {len(found.sizes)} shapes written to {output}")
+
+
+@app.command()
 def deploy(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
     shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
@@ -270,6 +303,10 @@ def copy_recipe(
     from amoeba_plugin.recipes import files
 
     _done(f"recipe {name} written to {files.copy_recipe(name, path)}")
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",") if each.strip()]
 
 
 def _hush_if(quiet: bool) -> None:

@@ -18,7 +18,8 @@ to) which defines a class ``Engine`` with these methods; tokens are lists of ids
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ class Export:
         return f"{self.bytes / 1e6:.1f} MB in {files}{f'; tensors: {types}' if types else ''}"
 
 
+Exporter = Callable[[Path, str, Path], Export]
+
+
 class DeploymentFlow(ABC):
     """An engine that exports subnet checkpoints and runs them. Subclass it, and hand it over by the hook
     ``amoeba_deployment_flows``.
@@ -134,6 +138,11 @@ class DeploymentFlow(ABC):
     def ways_to_run(self, export: Export) -> list[tuple[str, str, str]]:
         """Return commands that run an export where it lies: a title, the language, and the text of each."""
         return []
+
+    @contextmanager
+    def exporting(self) -> Iterator[Exporter]:
+        """Have :meth:`export` for a block of code, where several exports can share what takes long to start."""
+        yield self.export
 
     @abstractmethod
     def export(self, subnet: Path, scheme: str, directory: Path) -> Export:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
-from amoeba_plugin.deployment.flow import DeploymentFlow, Export, written
+from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Exporter, written
 from amoeba_plugin.errors import DeploymentError
 
 PYTHON = "AMOEBA_LLAMA_CPP_PYTHON"  # an environment variable: a Python that has the packages, where this one must not
@@ -51,13 +52,22 @@ class LlamaCpp(DeploymentFlow):
 
     def export(self, subnet: Path, scheme: str, directory: Path) -> Export:
         """Convert, and quantize."""
-        self.require_scheme(scheme)
+        with self.exporting() as export:
+            return export(subnet, scheme, directory)
+
+    @contextmanager
+    def exporting(self) -> Iterator[Exporter]:
+        """Keep one converter: to start it takes longer than to convert a small model."""
         with EngineProcess("llama.cpp's converter", EngineCommand(HERE / "converter.py", self._python())) as converter:
-            types = converter.ask(
-                "convert", subnet=str(subnet), scheme=scheme, file=str(directory / FILE), name=f"{subnet.name} {scheme}"
-            ).value
-        (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
-        return written(directory, FILE, types)
+
+            def export(subnet: Path, scheme: str, directory: Path) -> Export:
+                self.require_scheme(scheme)
+                file, name = directory / FILE, f"{subnet.name} {scheme}"
+                asked = converter.ask("convert", subnet=str(subnet), scheme=scheme, file=str(file), name=name)
+                (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
+                return written(directory, FILE, asked.value)
+
+            yield export
 
     def ways_to_run(self, export: Export) -> list[tuple[str, str, str]]:
         """Return llama.cpp's server, Ollama, and Python."""

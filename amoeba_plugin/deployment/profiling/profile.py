@@ -1,0 +1,166 @@
+"""The data of a profile: what was measured, of which model, by which engine, on which machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PretrainedConfig
+
+from amoeba_plugin.deployment.profiling.work import Work
+from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.runtime.files import write_atomically
+
+VERSION: Literal[1] = 1
+BUSY = 0.95  # of CPU time to wall time, at one thread: below it something else computed, too
+CPU_INFO, CPU_NAME = Path("/proc/cpuinfo"), "model name"
+NOT_OF_SIZE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Seconds(_Document):
+    """How long something took: by the clock, and of all CPUs."""
+
+    wall: float
+    cpu: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else computed on the CPU of one thread."""
+        return self.cpu < BUSY * self.wall
+
+
+class Round(_Document):
+    """One visit of one process to one shape.
+
+    Attributes:
+        load: Of the file.
+        prefill: By prompt length, of one prompt of each of the batch.
+        decode: Of one token of each.
+        peak: Bytes resident at most.
+    """
+
+    load: Seconds
+    prefill: dict[int, Seconds]
+    decode: Seconds
+    peak: int
+
+
+class ShapeCost(_Document):
+    """What a shape costs, by all rounds.
+
+    Attributes:
+        work: Its sizes: sublayers, heads, neurons.
+        bytes: Of its files.
+        rounds: Each of another process.
+    """
+
+    work: tuple[int, int, int]
+    bytes: int
+    rounds: list[Round] = Field(default_factory=list)
+
+
+class FlowProfile(_Document):
+    """What shapes cost in one flow at one scheme.
+
+    Attributes:
+        engine: Its name and version, as it says.
+        threads: That computed.
+        batch: Prompts at a time.
+        decoded: Tokens behind the longest prompt whose time is that of decoding.
+        shapes: By what they are called.
+    """
+
+    engine: dict[str, str]
+    threads: int
+    batch: int
+    decoded: int
+    shapes: dict[str, ShapeCost] = Field(default_factory=dict)
+
+    def seconds(self, of: Seconds) -> float:
+        """Return what counts: at one thread the CPU's time, which other processes do not lengthen."""
+        return of.cpu if self.threads == 1 else of.wall
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine computed something else for most of the time, so that wall times say little."""
+        told = [each.decode.busy for cost in self.shapes.values() for each in cost.rounds]
+        return self.threads == 1 and bool(told) and statistics.mean(told) > 0.5
+
+
+class Profile(_Document):
+    """What shapes of a model cost on a machine.
+
+    Attributes:
+        version: Of the document.
+        model: Its name.
+        digest: Of its configuration, without names and versions.
+        sizes: Work of every shape of the space, by its name.
+        machine: What it is; a profile of another one says nothing of this.
+        flows: By ``flow:scheme``.
+    """
+
+    version: Literal[1] = VERSION
+    model: str
+    digest: str
+    sizes: dict[str, tuple[int, int, int]]
+    machine: dict[str, str]
+    flows: dict[str, FlowProfile] = Field(default_factory=dict)
+
+    @property
+    def works(self) -> Mapping[str, Work]:
+        """Work by shape."""
+        return {shape: Work(*sizes) for shape, sizes in self.sizes.items()}
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        write_atomically(path, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, path: Path, foreign: bool = False) -> Profile:
+        """Read a profile.
+
+        Args:
+            path: Of the file.
+            foreign: It may be of another machine.
+
+        Raises:
+            ArtifactError: If it is none, of another version, or of another machine.
+        """
+        try:
+            found = cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"there is no profile {path}; amoeba profile MODEL --flow FLOW -o {path} makes it"
+            ) from error
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{path} is no profile, damaged, or of another version; make it anew") from error
+        if found.machine != this_machine() and not foreign:
+            raise ArtifactError(
+                f"{path} is of another machine ({', '.join(found.machine.values())}), and this is "
+                f"{', '.join(this_machine().values())}; profile here, or take it with --foreign"
+            )
+        return found
+
+
+def this_machine() -> dict[str, str]:
+    """Return what identifies this machine: its CPU, how many of them, its system."""
+    lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith(CPU_NAME)), platform.processor())
+    return {"cpu": named or platform.machine(), "cpus": str(os.cpu_count()), "system": platform.system()}
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """Return what identifies a model's sizes, whatever its weights are."""
+    told = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_SIZE}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
