@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from amoeba_plugin import cli_deployment
 from amoeba_plugin._version import __version__
 from amoeba_plugin.errors import AmoebaError, shortened
+from amoeba_plugin.runtime.messages import done, refuse, say, warn
 from amoeba_plugin.runtime.voice import hush, speak
 
 EXIT_REFUSED = 2  # what was asked cannot be done; the message says why
@@ -31,10 +33,10 @@ class AmoebaGroup(TyperGroup):
         except (AmoebaError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            _refuse(shortened(str(error)))  # the system's errors repeat names of files of any length
+            refuse(shortened(str(error)))  # the system's errors repeat names of files of any length
             raise typer.Exit(EXIT_REFUSED) from None
         except KeyboardInterrupt:
-            _refuse("stopped by Ctrl-C; no half-written checkpoint was left")
+            refuse("stopped by Ctrl-C; no half-written checkpoint was left")
             raise typer.Exit(EXIT_STOPPED) from None
 
 
@@ -48,6 +50,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 app.add_typer(recipes_app, name="recipes")
+for command in cli_deployment.COMMANDS:
+    app.command()(command)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecipeArgument = Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")]
@@ -65,7 +69,7 @@ def main() -> None:
         for offered in offered_commands():
             app.command(offered.name, help=offered.help, context_settings=offered.settings)(offered.function)
     except AmoebaError as error:
-        _refuse(str(error))
+        refuse(str(error))
         raise SystemExit(EXIT_REFUSED) from None
     app()
 
@@ -123,7 +127,7 @@ def run(
     options = RunOptions(split, text_column, num_calibration_samples, max_seq_length, batch_size, seed, dtype)
     result = run_recipe(recipe, model, dataset, output_dir, options)
     for line in result.in_words[: 1 if quiet else None]:
-        _done(line)
+        done(line)
 
 
 @app.command()
@@ -144,91 +148,10 @@ def check(
         table.add_row(*row)
     Console().print(table)
     for cost in checked.costs:
-        _say(cost)
+        say(cost)
     for note in checked.notes:
-        _warn(note)
-    _done(f"{checked.source} can run{f' on {model}' if model else '; add --model to check it against its sizes'}")
-
-
-@app.command()
-def loads(
-    shape: Annotated[str, typer.Argument(help="DEPTHxWIDTH, for example 24x7/8.")],
-    model: Annotated[str, typer.Option(help="Path or hub id of the whole model; only its configuration is read.")],
-    flow: Annotated[
-        str,
-        typer.Option(help="What shall load it: torch, vllm, llama-cpp or openvino, or quantized: llama-cpp:Q4_K_M."),
-    ],
-    strategy: Annotated[
-        Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")
-    ] = None,
-    portable: Annotated[
-        bool, typer.Option("--portable", help="With --strategy: as extracted with --portable.")
-    ] = False,
-    round_to: Annotated[int, typer.Option(min=1, help="Without --strategy: channels that sizes are multiples of.")] = 1,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the engine splits it over.")] = 1,
-) -> None:
-    """Tell whether an engine loads a subnet of a shape, by rules read in its sources, without loading weights."""
-    from amoeba_plugin.deployment.loads import require_loads
-
-    loading = require_loads(
-        shape, model, flow, strategy=strategy, portable=portable, round_to=round_to, devices=tensor_parallel
-    )
-    for warning in loading.warnings:
-        _warn(warning)
-    _done(f"{flow} can load it, as {loading.saved_as}, by the rules of {loading.read}")
-
-
-@app.command()
-def profile(
-    model: Annotated[str, typer.Argument(help="Path or hub id of a model, whose weights are not read; or ELASTIC.")],
-    flow: Annotated[list[str], typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0; repeatable.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a JSON file; one there is extended.")],
-    strategy: Annotated[
-        Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")
-    ] = None,
-    depths: Annotated[str, typer.Option(help="Of the space: 12,10,8. Default: down to half the layers.")] = "",
-    widths: Annotated[str, typer.Option(help="Of the space: 1,3/4,1/2. Default: by eighths down to a half.")] = "",
-    prompts: Annotated[str, typer.Option(help="Lengths of prompts, tokens: 32,128,256.")] = "",
-    decoded: Annotated[int, typer.Option(min=1, help="Tokens behind the longest prompt.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Processes that visit every shape.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads; with one, CPU time counts.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
-    shapes: Annotated[int | None, typer.Option(min=2, help="How many are measured. Default: a quarter.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")] = None,
-) -> None:
-    """Measure what shapes cost in engines on this machine: time, memory, bytes. Weights are random."""
-    from amoeba_plugin.deployment.profiling import asked, measure
-    from amoeba_plugin.reports.profile_table import notes_on, tables_of
-
-    subject = asked.subject_of(model, strategy, _listed(depths), _listed(widths), base)
-    lengths = asked.prompts_of(_listed(prompts), subject, decoded)
-    how = measure.Measuring(lengths, decoded, rounds, threads, batch, shapes)
-    found = measure.profile_model(subject, asked.flows_of(flow), output, how, model)
-    for each in tables_of(found):
-        Console().print(each)
-    for note in notes_on(found):
-        _say(note)
-    _done(f"profile of {len(found.sizes)} shapes written to {output}")
-
-
-@app.command()
-def deploy(
-    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
-    shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
-    flow: Annotated[str, typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0.")],
-    output_dir: OutputOption,
-    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
-) -> None:
-    """Cut a shape out, write it in an engine's format, and let the engine prove that it computes the same."""
-    from amoeba_plugin.deployment.deploy import deploy_shape
-
-    deployed = deploy_shape(elastic, shape, flow, output_dir, base)
-    for told in deployed.parity.mended:
-        _warn(f"mended: {told}")
-    _say(deployed.parity.in_words)
-    if deployed.generated:
-        _say(f"it says: {deployed.generated!r}")
-    _done(f"{flow} at {shape} written to {output_dir} ({deployed.export.in_words}); README.md there says how to run it")
+        warn(note)
+    done(f"{checked.source} can run{f' on {model}' if model else '; add --model to check it against its sizes'}")
 
 
 @app.command()
@@ -253,9 +176,9 @@ def extract(
     from amoeba_plugin.extraction.checkpoint import extract_checkpoint, how_to_load
 
     parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size, dtype=dtype)
-    _done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")
+    done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")
     for note in how_to_load(output_dir, portable):
-        _done(note)
+        done(note)
 
 
 @app.command()
@@ -272,7 +195,7 @@ def demo(
     from amoeba_plugin.demo.run import run_demo
 
     run_demo(output_dir, quick=quick, seed=seed)
-    _done(f"report written to {output_dir / 'report.html'}")
+    done(f"report written to {output_dir / 'report.html'}")
 
 
 @recipes_app.command("list")
@@ -302,29 +225,9 @@ def copy_recipe(
     """Copy a shipped recipe, to edit it."""
     from amoeba_plugin.recipes import files
 
-    _done(f"recipe {name} written to {files.copy_recipe(name, path)}")
-
-
-def _listed(text: str) -> list[str]:
-    return [each.strip() for each in text.split(",") if each.strip()]
+    done(f"recipe {name} written to {files.copy_recipe(name, path)}")
 
 
 def _hush_if(quiet: bool) -> None:
     if quiet:
         hush()
-
-
-def _say(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
-
-
-def _done(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="green", markup=False)
-
-
-def _warn(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False)
-
-
-def _refuse(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", style="bold red", markup=False)

@@ -12,6 +12,7 @@
     ├── AdapterError       an adapter that does not fit the model or the space it is put on
     ├── TrainingError      training that cannot go on: a loss that is not finite, no target token
     ├── DeploymentError    an engine that is missing, cannot hold a subnet, fails, crashes or does not answer
+    ├── BudgetError        a budget that is none, contradicts itself, or that no shape keeps
     └── PluginError        a name that nobody registered, or that two plugins registered
 
 Every message says what was asked, what is possible, and what to do.
@@ -90,6 +91,10 @@ class TrainingError(AmoebaError, RuntimeError):
 
 class DeploymentError(AmoebaError, RuntimeError):
     """An engine that is not installed, cannot hold a subnet, fails, crashes or does not answer."""
+
+
+class BudgetError(AmoebaError, ValueError):
+    """A budget without units, that contradicts itself, or that no shape of a space keeps."""
 
 
 class PluginError(AmoebaError, LookupError):

@@ -474,7 +474,7 @@ SHIPPED_MODELS = {
 def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyModel, name: str):
     """Only the steps, the training text and the place of the elastic checkpoint differ from what is shipped."""
     model_type, sizes = SHIPPED_MODELS[name]
-    tiny_model(model_type, intermediate_size=1024, **sizes).save_pretrained(files["model"])
+    tiny_model(model_type, intermediate_size=512, **sizes).save_pretrained(files["model"])
     recipe = yaml.safe_load(shipped_recipes()[name].read_text())
     if "finetune_stage" in recipe:
         training = recipe["finetune_stage"]["amoeba_finetune_modifiers"]["OneForAllDistillationModifier"]
@@ -491,7 +491,7 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
         groups * config.head_dim * (2 * queries + 2) + 3 * neurons
         for groups, neurons in (
             (config.num_key_value_heads, config.intermediate_size),
-            (sizes["num_key_value_heads"], 1024),
+            (sizes["num_key_value_heads"], 512),
         )
     )
     if "total" in asked:

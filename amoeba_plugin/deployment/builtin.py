@@ -1,12 +1,16 @@
-"""The flows that come with the package, through the same door as those of others."""
+"""The flows and searchers that come with the package, through the same door as those of others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from amoeba_plugin.deployment.flow import DeploymentFlow
+from amoeba_plugin.deployment.search.exhaustive import exhaustive
+from amoeba_plugin.deployment.search.hierarchical import hierarchical
+from amoeba_plugin.deployment.search.problem import Problem
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.plugins.hooks import hookimpl
+from amoeba_plugin.shape import SubnetShape
 
 
 @hookimpl
@@ -14,3 +18,9 @@ def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:
     """Return what torch computes."""
     flows = (Torch(),)
     return {flow.name: flow for flow in flows}
+
+
+@hookimpl
+def amoeba_searchers() -> Mapping[str, Callable[[Problem], SubnetShape]]:
+    """Return those that need no more than the package has."""
+    return {search.__name__: search for search in (hierarchical, exhaustive)}

@@ -1,16 +1,23 @@
-"""The hook by which engines are handed over; the built-in ones use the same door."""
+"""The hooks by which engines and searchers are handed over; the built-in ones use the same door."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
     from amoeba_plugin.deployment.flow import DeploymentFlow
+    from amoeba_plugin.deployment.search.problem import Problem
+    from amoeba_plugin.shape import SubnetShape
 
 
 @hookspec
 def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:  # type: ignore[empty-body]
     """Return flows by the name that stands in front of the scheme: ``llama-cpp``."""
+
+
+@hookspec
+def amoeba_searchers() -> Mapping[str, Callable[[Problem], SubnetShape]]:  # type: ignore[empty-body]
+    """Return searchers by the name that ``amoeba search --searcher`` takes."""

@@ -143,8 +143,8 @@ def test_a_subnet_that_cannot_be_cut_again_says_so(tiny_model: TinyModel, tmp_pa
         "2x1/2",
         "--model",
         tmp_path / "base",
-        "--target",
-        "transformers",
+        "--flow",
+        "torch",
         "--strategy",
         tmp_path / "elastic",
     ]

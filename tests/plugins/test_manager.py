@@ -14,6 +14,8 @@ from torch import Tensor
 
 from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.registry import flow_named, point_named
+from amoeba_plugin.deployment.search.problem import Problem
+from amoeba_plugin.deployment.search.registry import searcher_named
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArchitectureError, PluginError
@@ -28,6 +30,7 @@ from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.width import Repair
+from amoeba_plugin.shape import SubnetShape
 
 
 class Stranger(LlamaFamily):
@@ -121,6 +124,15 @@ def test_hook_amoeba_deployment_flows(install: Callable[..., None], monkeypatch:
         flow_named("away")
     with pytest.raises(PluginError, match=r"no deployment flow named 'nowhere'.*; not installed: away \("):
         flow_named("nowhere")
+
+
+def test_hook_amoeba_searchers(install: Callable[..., None]) -> None:
+    def theirs(problem: Problem) -> SubnetShape:
+        return problem.possible()[0]
+
+    install("their_package", amoeba_searchers=lambda: {"first": theirs})
+    assert searcher_named("first") is theirs
+    assert searcher_named("hierarchical").__name__ == "hierarchical"
 
 
 def test_hook_amoeba_commands(install: Callable[..., None]) -> None:

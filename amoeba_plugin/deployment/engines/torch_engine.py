@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Engine:
 
     def about(self) -> dict[str, str]:
         """Return what computes."""
-        return {"engine": "torch", "version": torch.__version__, "transformers": transformers.__version__}
+        return {"engine": "torch", "version": version("torch"), "transformers": version("transformers")}
 
     def load(
         self, path: str, threads: int, context: int, batch: int, dtype: str = "float32", shape: str | None = None

@@ -101,6 +101,16 @@ def profile_model(
     return profile
 
 
+def measure_shapes(
+    subject: Subject, flows: Mapping[Point, DeploymentFlow], profile: Profile, path: Path, how: Measuring,
+    shapes: Sequence[SubnetShape],
+) -> None:  # fmt: skip
+    """Measure some shapes into a profile; arguments and errors are those of :func:`profile_model`."""
+    with owning(path):
+        for point, flow in flows.items():
+            _Run(subject, profile, path, how, shapes, lambda _: None).measure(point, flow)
+
+
 def _begun(subject: Subject, path: Path, name: str) -> Profile:
     sizes = {str(shape): astuple(Work.of(subject.sizes(shape))) for shape in subject.space}
     digest = config_digest(subject.config)
@@ -155,7 +165,7 @@ class _Run:
                 "decoded tokens; measure the same, or name another file"
             )
         costs = {shape: known.shapes.get(str(shape)) for shape in self.shapes}
-        return {shape: 0 if cost is None else len(cost.rounds) for shape, cost in costs.items()}
+        return {shape: 0 if cost is None else cost.rounds_of(how.prompts) for shape, cost in costs.items()}
 
     def _begin(self, engine: EngineProcess) -> FlowProfile:
         how = self.how

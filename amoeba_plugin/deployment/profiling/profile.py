@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +68,10 @@ class ShapeCost(_Document):
     work: tuple[int, int, int]
     bytes: int
     rounds: list[Round] = Field(default_factory=list)
+
+    def rounds_of(self, prompts: Collection[int]) -> int:
+        """Return how many rounds had prompts of all these lengths."""
+        return sum(set(prompts) <= each.prefill.keys() for each in self.rounds)
 
 
 class FlowProfile(_Document):

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
 from amoeba_plugin.deployment import registry
-from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
-from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Point, written
+from amoeba_plugin.deployment.engines.process import EngineProcess
+from amoeba_plugin.deployment.flow import DeploymentFlow, Point
 from amoeba_plugin.deployment.profiling.asked import prompts_of, subject_of
 from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
 from amoeba_plugin.deployment.profiling.profile import Profile
@@ -27,48 +27,10 @@ from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.testing.flows import CONFIG
 from support.checkpoints import save_random
 from support.models import make_tiny_model
+from support.toy_flow import Toy
 
 SPACE = ShapeSpace((4, 3, 2), (Fraction(1), Fraction(3, 4), Fraction(1, 2)))
 HOW = Measuring(prompts=(4, 8), decoded=2, rounds=2)
-ENGINE = """
-import json, pathlib, time
-def work(seconds):
-    until = time.process_time() + seconds
-    while time.process_time() < until:
-        pass
-class Engine:
-    def about(self):
-        return {"engine": "toy", "version": "1"}
-    def load(self, path, threads, context, batch, **options):
-        config = json.loads(pathlib.Path(path, "config.json").read_text())
-        if options.get("fails_at") == config["num_hidden_layers"]:
-            raise MemoryError("too deep")
-        self.layers, self.neurons = config["num_hidden_layers"], config["intermediate_size"]
-        self.slow = options["slow"]
-    def prefill(self, prompts):
-        work(1e-4 + len(prompts[0]) * self.layers * (2e-5 + 1e-8 * self.neurons))
-    def decode(self, count):
-        work(count * (self.layers * 5e-4 if self.slow == "layers" else self.neurons * 5e-6))
-"""
-
-
-class Toy(DeploymentFlow):
-    name = "toy"
-    schemes = {"deep": "slow by layers", "wide": "slow by neurons"}  # noqa: RUF012
-
-    def __init__(self, directory: Path, fails_at: int | None = None) -> None:
-        self._file, self.fails_at = directory / "engine.py", fails_at
-        self._file.write_text(ENGINE)
-
-    def command(self) -> EngineCommand:
-        return EngineCommand(self._file)
-
-    def options(self, scheme: str) -> dict[str, object]:
-        return {"slow": "layers" if scheme == "deep" else "neurons", "fails_at": self.fails_at}
-
-    def export(self, subnet: Path, scheme: str, directory: Path) -> Export:
-        (directory / "config.json").write_bytes((subnet / "config.json").read_bytes())
-        return written(directory, ".", {})
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""Commands of ``amoeba`` about engines: what they load, what shapes cost there, which is best, how one gets there.
+
+Nothing heavy is imported before a command runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from amoeba_plugin.runtime.messages import done, say, warn
+
+OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where the export goes: new or empty.")]
+BaseOption = Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")]
+
+
+def loads(
+    shape: Annotated[str, typer.Argument(help="DEPTHxWIDTH, for example 24x7/8.")],
+    model: Annotated[str, typer.Option(help="Path or hub id of the whole model; only its configuration is read.")],
+    flow: Annotated[
+        str,
+        typer.Option(help="What shall load it: torch, vllm, llama-cpp or openvino, or quantized: llama-cpp:Q4_K_M."),
+    ],
+    strategy: Annotated[
+        Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="With --strategy: as extracted with --portable.")
+    ] = False,
+    round_to: Annotated[int, typer.Option(min=1, help="Without --strategy: channels that sizes are multiples of.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that the engine splits it over.")] = 1,
+) -> None:
+    """Tell whether an engine loads a subnet of a shape, by rules read in its sources, without loading weights."""
+    from amoeba_plugin.deployment.loads import require_loads
+
+    loading = require_loads(
+        shape, model, flow, strategy=strategy, portable=portable, round_to=round_to, devices=tensor_parallel
+    )
+    for warning in loading.warnings:
+        warn(warning)
+    done(f"{flow} can load it, as {loading.saved_as}, by the rules of {loading.read}")
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="Path or hub id of a model, whose weights are not read; or ELASTIC.")],
+    flow: Annotated[list[str], typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0; repeatable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a JSON file; one there is extended.")],
+    strategy: Annotated[
+        Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Of the space: 12,10,8. Default: down to half the layers.")] = "",
+    widths: Annotated[str, typer.Option(help="Of the space: 1,3/4,1/2. Default: by eighths down to a half.")] = "",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts, tokens: 32,128,256.")] = "",
+    decoded: Annotated[int, typer.Option(min=1, help="Tokens behind the longest prompt.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes that visit every shape.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads; with one, CPU time counts.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    shapes: Annotated[int | None, typer.Option(min=2, help="How many are measured. Default: a quarter.")] = None,
+    base: BaseOption = None,
+) -> None:
+    """Measure what shapes cost in engines on this machine: time, memory, bytes. Weights are random."""
+    from amoeba_plugin.deployment.profiling import asked, measure
+    from amoeba_plugin.reports.profile_table import notes_on, tables_of
+
+    subject = asked.subject_of(model, strategy, _listed(depths), _listed(widths), base)
+    lengths = asked.prompts_of(_listed(prompts), subject, decoded)
+    how = measure.Measuring(lengths, decoded, rounds, threads, batch, shapes)
+    found = measure.profile_model(subject, asked.flows_of(flow), output, how, model)
+    for each in tables_of(found):
+        Console().print(each)
+    for note in notes_on(found):
+        say(note)
+    done(f"profile of {len(found.sizes)} shapes written to {output}")
+
+
+def search(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
+    profile: Annotated[Path, typer.Option(help="What its shapes cost here; `amoeba profile ELASTIC` makes it.")],
+    budget: Annotated[str, typer.Option(help="'llama-cpp:Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
+    dataset: Annotated[str, typer.Option(help="Text that shapes are judged on, which none was chosen or trained on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="What was found, a JSON file.")],
+    searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, or a plugin's.")] = "hierarchical",
+    num_samples: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 32,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    split: Annotated[str, typer.Option(help="Split of the data set; a file is one split.")] = "train",
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Run shapes whose predicted costs straddle the budget.")
+    ] = True,
+    foreign: Annotated[bool, typer.Option("--foreign", help="The profile may be of another machine.")] = False,
+    base: BaseOption = None,
+) -> None:
+    """Find the best shape that keeps a budget: costs by a profile, losses by running the elastic model."""
+    from amoeba_plugin.deployment.search.run import Asked, search_shapes
+    from amoeba_plugin.reports.frontier_table import table_of
+
+    asked = Asked(searcher, dataset, split, num_samples, max_seq_length, measure, foreign)
+    found = search_shapes(elastic, profile, budget, asked, base)
+    found.save(output)
+    Console().print(table_of(found))
+    say(f"{found.evaluated} of {found.shapes} shapes evaluated, {found.measured} measured; all of it in {output}")
+    done(f"best within {budget}: {found.chosen}\n{found.command(elastic)}")
+
+
+def deploy(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
+    shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
+    flow: Annotated[str, typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0.")],
+    output_dir: OutputOption,
+    base: BaseOption = None,
+) -> None:
+    """Cut a shape out, write it in an engine's format, and let the engine prove that it computes the same."""
+    from amoeba_plugin.deployment.deploy import deploy_shape
+
+    deployed = deploy_shape(elastic, shape, flow, output_dir, base)
+    for told in deployed.parity.mended:
+        warn(f"mended: {told}")
+    say(deployed.parity.in_words)
+    if deployed.generated:
+        say(f"it says: {deployed.generated!r}")
+    done(f"{flow} at {shape} written to {output_dir} ({deployed.export.in_words}); README.md there says how to run it")
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",") if each.strip()]
+
+
+COMMANDS = (loads, profile, search, deploy)

@@ -1,0 +1,152 @@
+"""A device's budget: an engine at a scheme, and what may not be exceeded there, with units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+
+from amoeba_plugin.deployment.flow import Point
+from amoeba_plugin.deployment.profiling.cost_model import Prediction
+from amoeba_plugin.errors import BudgetError, DeploymentError, did_you_mean
+
+SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
+BYTES = {
+    "B": Decimal(1), "kB": Decimal(10**3), "MB": Decimal(10**6), "GB": Decimal(10**9), "KiB": Decimal(2**10),
+    "MiB": Decimal(2**20), "GiB": Decimal(2**30),
+}  # fmt: skip
+UNITS = {"prefill": SECONDS, "decode": SECONDS, "load": SECONDS, "memory": BYTES, "file": BYTES}
+SHOWN = {"prefill": "ms", "decode": "ms", "load": "ms", "memory": "MB", "file": "MB"}
+LIMIT = re.compile(r"([a-z]+)(?:\[([0-9]{1,7})\])?<=([0-9]{1,12}(?:\.[0-9]{1,12})?)([A-Za-z]*)")
+EXAMPLE = "llama-cpp:Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB"
+
+
+class Verdict(Enum):
+    """Whether costs keep a budget: beyond their intervals, or a measurement must tell."""
+
+    KEEPS = "keeps"
+    EXCEEDS = "exceeds"
+    UNSURE = "unsure"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that something may cost.
+
+    Attributes:
+        kind: "prefill", "decode" and "load" (seconds), "memory" and "file" (bytes).
+        most: In seconds or bytes.
+        tokens: Of the prompt; 0 where it does not matter.
+    """
+
+    kind: str
+    most: float
+    tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        """As a budget names it: ``prefill[256]``."""
+        return f"{self.kind}[{self.tokens}]" if self.tokens else self.kind
+
+    def __str__(self) -> str:
+        return f"{self.name}<={self.in_unit(self.most)}"
+
+    def in_unit(self, cost: float) -> str:
+        """Return a cost of this kind for people.
+
+        >>> Limit("decode", 0.012).in_unit(0.0141)
+        '14.1ms'
+        """
+        unit = SHOWN[self.kind]
+        return f"{cost / float(UNITS[self.kind][unit]):.6g}{unit}"
+
+    def verdict(self, cost: Prediction) -> Verdict:
+        """Tell whether a cost keeps it."""
+        if cost.measured:
+            return Verdict.KEEPS if cost.value <= self.most else Verdict.EXCEEDS
+        if cost.high <= self.most:
+            return Verdict.KEEPS
+        return Verdict.EXCEEDS if cost.low > self.most else Verdict.UNSURE
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits in one flow at one scheme."""
+
+    point: Point
+    limits: tuple[Limit, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read a budget.
+
+        >>> str(Budget.parse("torch:fp32 prefill[256]<=0.2s memory<=300MB"))
+        'torch:fp32 prefill[256]<=200ms memory<=300MB'
+
+        Raises:
+            BudgetError: If it is none, a unit is missing or wrong, or two limits are about the same.
+        """
+        point, *limits = text.split() or [""]
+        return cls._of(point, [_limit(each) for each in limits], text)
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> Budget:
+        """Read what a recipe says: ``{flow: "llama-cpp:Q4_0", decode: 12ms, "prefill[256]": 200ms}``.
+
+        Raises:
+            BudgetError: As :meth:`parse`.
+        """
+        if "flow" not in fields:
+            raise BudgetError(f"budget {dict(fields)} names no flow; write flow: llama-cpp:Q4_0")
+        limits = [_limit(f"{name}<={value}") for name, value in fields.items() if name != "flow"]
+        return cls._of(str(fields["flow"]), limits, str(dict(fields)))
+
+    @classmethod
+    def _of(cls, point: str, limits: Sequence[Limit], said: str) -> Budget:
+        try:
+            parsed = Point.parse(point)
+        except DeploymentError as error:
+            raise BudgetError(f"budget '{said}': {error}; a budget is written like {EXAMPLE}") from error
+        if not limits:
+            raise BudgetError(f"budget '{said}' limits nothing; a budget is written like {EXAMPLE}")
+        names = [limit.name for limit in limits]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise BudgetError(f"budget '{said}' limits {twice} twice; keep one of the two")
+        return cls(parsed, tuple(limits))
+
+    def __str__(self) -> str:
+        return " ".join([str(self.point), *map(str, self.limits)])
+
+    def verdict(self, costs: Mapping[Limit, Prediction]) -> Verdict:
+        """Tell whether costs keep every limit."""
+        verdicts = {limit.verdict(costs[limit]) for limit in self.limits}
+        if Verdict.EXCEEDS in verdicts:
+            return Verdict.EXCEEDS
+        return Verdict.UNSURE if Verdict.UNSURE in verdicts else Verdict.KEEPS
+
+
+def _limit(text: str) -> Limit:
+    found = LIMIT.fullmatch(text)
+    if found is None:
+        raise BudgetError(f"'{text}' limits nothing; write KIND<=NUMBER and a unit, such as decode<=12ms")
+    kind, tokens, number, unit = found.groups()
+    if kind not in UNITS:
+        raise BudgetError(
+            f"'{text}': there is no cost '{kind}'.{did_you_mean(kind, UNITS)} There are {', '.join(UNITS)}"
+        )
+    if unit not in UNITS[kind]:
+        what = f"'{unit}' is no unit of it" if unit else "the unit is missing"
+        raise BudgetError(f"'{text}': {what}; {kind} is in {', '.join(UNITS[kind])}")
+    if (kind == "prefill") != (tokens is not None):
+        raise BudgetError(
+            f"'{text}': how long a prompt? write prefill[256]<={number}{unit}" if kind == "prefill"
+            else f"'{text}': only prefill has a length; write {kind}<={number}{unit}"
+        )  # fmt: skip
+    most = float(Decimal(number) * UNITS[kind][unit])
+    if most <= 0 or (tokens is not None and int(tokens) < 1):
+        raise BudgetError(f"'{text}': nothing costs as little as that; write a number above 0")
+    return Limit(kind, most, int(tokens or 0))

@@ -1,0 +1,67 @@
+"""Few shapes are evaluated: those at the edge of the budget, coarsely first, then around the best.
+
+AmoebaLLM (arXiv:2411.10606) names a hierarchical search and does not describe it. More channels are hardly ever worse
+at the same depth, so of every depth the widest shape that keeps the budget is a candidate. Depths are tried at even
+distances, which are halved beside the best until they are one. Where the interval of a cost straddles the budget the
+shape is measured, which takes less than to evaluate it: what is evaluated keeps the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from amoeba_plugin.deployment.search.problem import Problem, best_kept
+from amoeba_plugin.shape import SubnetShape
+
+COARSE = 5  # depths that are tried first
+
+
+def hierarchical(problem: Problem) -> SubnetShape:
+    """Return the best shape found within the budget.
+
+    Raises:
+        BudgetError: If there is none.
+    """
+    possible = set(problem.possible())
+    edge = [_widest(problem, depth, possible) for depth in problem.space.depths]
+    candidates = [shape for shape in edge if shape is not None]
+    if not candidates:  # which tells what is nearest
+        return best_kept(problem, [])
+    tried = _coarse_then_around(problem, candidates)
+    return best_kept(problem, _inwards(problem, tried, possible))
+
+
+def _widest(problem: Problem, depth: float, possible: set[SubnetShape]) -> SubnetShape | None:
+    shapes = (SubnetShape(depth, width) for width in problem.space.widths)
+    return next((shape for shape in shapes if shape in possible and problem.keeps(shape)), None)
+
+
+def _coarse_then_around(problem: Problem, edge: list[SubnetShape]) -> list[SubnetShape]:
+    """Evaluate some shapes at even distances, and halve the distances beside the best until they are one."""
+    count = min(COARSE, len(edge))
+    tried = {index * (len(edge) - 1) // max(count - 1, 1) for index in range(count)}
+    while True:
+        best = min(tried, key=lambda index: problem.loss(edge[index]))
+        beside = {(best + other + (other < best)) // 2 for other in _neighbours(tried, best)}  # rounded to the best
+        if beside <= tried:
+            return [edge[index] for index in sorted(tried)]
+        tried |= beside
+
+
+def _neighbours(tried: Iterable[int], best: int) -> list[int]:
+    """Return the next lower and the next higher index that was tried."""
+    lower, higher = [each for each in tried if each < best], [each for each in tried if each > best]
+    return [*([max(lower)] if lower else []), *([min(higher)] if higher else [])]
+
+
+def _inwards(problem: Problem, tried: list[SubnetShape], possible: set[SubnetShape]) -> list[SubnetShape]:
+    """Evaluate the smaller neighbours of the best as well, as long as one is better: more is not always better."""
+    depths, widths, found = problem.space.depths, problem.space.widths, list(tried)
+    while True:
+        best = min(found, key=problem.loss)
+        row, column = depths.index(best.depth), widths.index(best.width)
+        places = [(row + 1, column), (row, column + 1)]
+        smaller = [SubnetShape(depths[at], widths[to]) for at, to in places if at < len(depths) and to < len(widths)]
+        found += [shape for shape in smaller if shape in possible and shape not in found]
+        if min(found, key=problem.loss) == best:
+            return found

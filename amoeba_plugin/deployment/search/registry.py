@@ -1,0 +1,17 @@
+"""Searchers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from amoeba_plugin.deployment.search.problem import Problem
+from amoeba_plugin.plugins.manager import named
+from amoeba_plugin.shape import SubnetShape
+
+Searcher = Callable[[Problem], SubnetShape]
+
+
+def searcher_named(name: str) -> Searcher:
+    """Return the searcher of that name, or raise :class:`PluginError` with the names that exist."""
+    found: Searcher = named("searcher", "amoeba_searchers", name)
+    return found

@@ -1,0 +1,141 @@
+"""A search on an elastic checkpoint: by its profile, on text, and refused where either is of something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from amoeba_plugin.cli import app
+from amoeba_plugin.data.text import load_batches
+from amoeba_plugin.deployment import registry
+from amoeba_plugin.deployment.flow import Point
+from amoeba_plugin.deployment.profiling.asked import subject_of
+from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
+from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.search.frontier import Frontier
+from amoeba_plugin.deployment.search.run import Asked, search_shapes
+from amoeba_plugin.deployment.tokenizers import shipped_texts
+from amoeba_plugin.elastic.checkpoint import save_elastic
+from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.errors import ArtifactError, BudgetError, PluginError
+from amoeba_plugin.selection.objectives import PerTokenLoss
+from amoeba_plugin.testing.flows import CONFIG, tokenizer
+from amoeba_plugin.testing.random_models import random_model, random_strategy
+from support.toy_flow import Toy
+
+HOW = Measuring((4, 8), 2, rounds=1, shapes=9)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ElasticModel]:
+    directory = tmp_path_factory.mktemp("search")
+    model = random_model(CONFIG)
+    model.save_pretrained(directory / "base")
+    tokenizer().save_pretrained(directory / "base")
+    live = ElasticModel(model, random_strategy(model))
+    save_elastic(live, None, directory / "elastic", str(directory / "base"))
+    (directory / "text.txt").write_text("\n".join(shipped_texts().passages))
+    profile_model(
+        subject_of(str(directory / "elastic"), None, [], []), {Point("toy", "deep"): Toy(directory)},
+        directory / "profile.json", HOW, "a model", progress=False,
+    )  # fmt: skip
+    return directory, live
+
+
+@pytest.fixture(autouse=True)
+def toy(files: tuple[Path, ElasticModel], monkeypatch: pytest.MonkeyPatch):
+    known = registry.flow_named
+    monkeypatch.setattr(registry, "flow_named", lambda name: Toy(files[0]) if name == "toy" else known(name))
+
+
+def found(files: tuple[Path, ElasticModel], budget: str, searcher: str = "exhaustive", **more: bool) -> Frontier:
+    directory, _ = files
+    asked = Asked(searcher, str(directory / "text.txt"), num_samples=4, max_seq_length=32, **more)
+    return search_shapes(directory / "elastic", directory / "profile.json", budget, asked, progress=False)
+
+
+def test_the_best_shape_of_the_loss_that_the_model_has(files: tuple[Path, ElasticModel]):
+    directory, live = files
+    result = found(files, "toy:deep decode<=1.8ms")  # half a millisecond a layer, of two to four
+    batches = load_batches(
+        str(directory / "text.txt"), tokenizer(), split="train", num_samples=4, max_seq_length=32, batch_size=8,
+        vocab_size=512, seed=0,
+    )  # fmt: skip
+    losses = {}
+    for shape in live.space:
+        if shape.depth <= 3:
+            with live.active(shape) as model, torch.no_grad():
+                losses[str(shape)] = PerTokenLoss().measure(model.eval(), batches).value
+    assert {each.shape: each.loss for each in result.candidates} == pytest.approx(losses)
+    assert result.chosen == min(losses, key=lambda shape: losses[shape])
+    assert (result.evaluated, result.shapes) == (6, 9)
+    assert [each.loss for each in result.candidates] == sorted(losses.values())
+    result.save(directory / "frontier.json")
+    assert Frontier.load(directory / "frontier.json") == result
+    assert result.command(Path("E")) == f"amoeba deploy E --shape {result.chosen} --flow toy:deep -o OUT"
+
+
+def test_what_dominates_what_by_brute_force(files: tuple[Path, ElasticModel]):
+    result = found(files, "toy:deep decode<=1s prefill[6]<=1s")
+    for one in result.candidates:
+        better = [
+            other for other in result.candidates
+            if other.loss < one.loss and all(other.costs[name].value <= cost.value for name, cost in one.costs.items())
+        ]  # fmt: skip
+        assert one.dominated == bool(better)
+
+
+def test_a_shape_whose_interval_straddles_the_budget_is_run(files: tuple[Path, ElasticModel], tmp_path: Path):
+    directory, _ = files
+    profile = Profile.load(directory / "profile.json")
+    for shape in [shape for shape in profile.sizes if shape not in ("4x1", "2x1/2", "4x1/2", "2x1", "3x3/4")]:
+        del profile.flows["toy:deep"].shapes[shape]
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    before = {shape: len(cost.rounds) for shape, cost in profile.flows["toy:deep"].shapes.items()}
+    asked = Asked("exhaustive", str(directory / "text.txt"), num_samples=2, max_seq_length=32)
+    straddled = profile.flows["toy:deep"].shapes["3x3/4"].rounds[0].decode.cpu * 1e3
+    result = search_shapes(directory / "elastic", path, f"toy:deep decode<={straddled:.6f}ms", asked, progress=False)
+    after = {shape: len(cost.rounds) for shape, cost in Profile.load(path).flows["toy:deep"].shapes.items()}
+    assert result.measured == len(after) - len(before)
+    kept = next(each for each in result.candidates if each.shape == result.chosen)
+    assert kept.costs["decode"].measured
+
+
+def test_profiles_and_budgets_that_do_not_fit_are_refused(files: tuple[Path, ElasticModel], tmp_path: Path):
+    directory, _ = files
+    with pytest.raises(BudgetError, match=r"keeps toy:deep decode<=0.001ms: the nearest, 2x.*, takes decode"):
+        found(files, "toy:deep decode<=1us")
+    with pytest.raises(ArtifactError, match=r"knows nothing of toy:wide, only of toy:deep; add it: amoeba profile"):
+        found(files, "toy:wide decode<=1ms")
+    with pytest.raises(BudgetError, match="has none longer than 8"):
+        found(files, "toy:deep prefill[9]<=1s")
+    with pytest.raises(PluginError, match="no searcher named 'exhausting'. Did you mean 'exhaustive'"):
+        found(files, "toy:deep decode<=1ms", "exhausting")
+    profile = Profile.load(directory / "profile.json")
+    other = tmp_path / "other.json"
+    profile.model_copy(update={"digest": "another"}).save(other)
+    asked = Asked("exhaustive", str(directory / "text.txt"))
+    with pytest.raises(ArtifactError, match="of another model"):
+        search_shapes(directory / "elastic", other, "toy:deep decode<=1ms", asked)
+    (tmp_path / "frontier.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="no result of a search"):
+        Frontier.load(tmp_path / "frontier.json")
+
+
+def test_the_command(files: tuple[Path, ElasticModel], tmp_path: Path):
+    directory, _ = files
+    out = tmp_path / "frontier.json"
+    on = ["search", str(directory / "elastic"), "--profile", str(directory / "profile.json"), "-o", str(out)]
+    text = ["--dataset", str(directory / "text.txt"), "--num-samples", "2", "--max-seq-length", "32"]
+    result = CliRunner().invoke(app, [*on, *text, "--budget", "toy:deep decode<=1.8ms"])
+    assert result.exit_code == 0, result.output
+    chosen = Frontier.load(out).chosen
+    assert chosen in result.stdout
+    assert f"--shape {chosen} --flow toy:deep" in result.stderr
+    wrong = CliRunner().invoke(app, [*on, *text, "--budget", "toy:deep decode<=1.8"])
+    assert wrong.exit_code == 2
+    assert "the unit is missing" in wrong.stderr
