@@ -123,7 +123,7 @@ def test_modules_that_moved_are_where_the_changelog_says():
 def printed_commands() -> list[list[str]]:
     """The words of every ``amoeba ...`` in a shell block of a page, without comments."""
     pages = "".join(path.read_text() for path in project_files(".md"))
-    shell = "".join(re.findall(r"^```bash\n(.*?)^```", pages, re.DOTALL | re.MULTILINE))
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", pages, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
     return [shlex.split(line, comments=True)[1:] for line in shell.splitlines() if line.startswith("amoeba ")]
 
 

@@ -29,6 +29,7 @@ from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.shape import SubnetShape
 
 SEED, ROWS_AT_ONCE = 0, 8
+ROUNDS = 3  # processes that a shape is run in whose interval straddles the budget
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,16 @@ def search_shapes(
     with tqdm(desc="search", unit="shape", disable=not progress, leave=False) as bar:
 
         def evaluate(shape: SubnetShape) -> float:
+            bar.set_postfix_str(f"judging {shape}")
             bar.update()
             return _loss(live, shape, batches)
 
+        def measure(shape: SubnetShape) -> Costs:
+            bar.set_postfix_str(f"running {shape}")
+            return costs.measure(shape)
+
         can_measure = asked.measure and not asked.foreign
-        problem = Problem(live.space, limits, costs.predict, evaluate, costs.measure if can_measure else None)
+        problem = Problem(live.space, limits, costs.predict, evaluate, measure if can_measure else None)
         chosen = search(problem)
     return Frontier.of(problem, asked.searcher, chosen)
 
@@ -115,9 +121,7 @@ class _KnownCosts:
         flow, point = point_named(str(self._budget.point))
         asked = {limit.tokens for limit in self._budget.limits if limit.tokens}
         known = {tokens for cost in self._flow.shapes.values() for each in cost.rounds for tokens in each.prefill}
-        how = Measuring(
-            tuple(sorted(asked | known)), self._flow.decoded, threads=self._flow.threads, batch=self._flow.batch
-        )
+        how = Measuring(tuple(sorted(asked | known)), self._flow.decoded, ROUNDS, self._flow.threads, self._flow.batch)
         measure_shapes(self._subject, {point: flow}, self._profile, self._path, how, [shape])
         self._models = cost_models(self._flow)
         return self.predict(shape)
