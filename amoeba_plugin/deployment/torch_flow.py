@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.deployment.engines import process
 from amoeba_plugin.deployment.engines.process import EngineCommand
@@ -63,13 +62,15 @@ class Torch(DeploymentFlow):
         """Write the checkpoint in the scheme's dtype."""
         if scheme == ELASTIC:
             raise DeploymentError("torch:elastic runs an elastic checkpoint as it is; export torch:fp32 or torch:bf16")
+        from amoeba_plugin.deployment.engines.torch_engine import (
+            load_checkpoint,
+        )  # seconds, where rules alone are asked
+
         dtype = DTYPES[scheme]
         if stored_dtype(str(subnet)) == dtype:
             shutil.copytree(subnet, directory, dirs_exist_ok=True)
         else:
-            own = (subnet / PER_LAYER_FILE).is_file()  # which extraction wrote
-            model = AutoModelForCausalLM.from_pretrained(subnet, dtype=dtype, trust_remote_code=own)
-            with_parameters_in(model, dtype).save_pretrained(directory)
+            with_parameters_in(load_checkpoint(subnet, dtype), dtype).save_pretrained(directory)
             copy_tokenizer(str(subnet), directory)
         return written(directory, ".", _types(directory))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from amoeba_plugin.deployment.profiling.cost_model import CostModel, Prediction, cost_models
+from amoeba_plugin.deployment.profiling.cost_model import Prediction, cost_models
 from amoeba_plugin.deployment.profiling.profile import Profile
 
 MB, MS = 1e6, 1e-3
@@ -86,12 +86,6 @@ def _pair(one: Mapping[str, Prediction], other: Mapping[str, Prediction]) -> tup
             if sure and ratio > best:
                 best, found = ratio, (first, second)
     return found
-
-
-def accuracy(models: Mapping[str, CostModel], kinds: Sequence[str] = ("prefill", "decode")) -> dict[str, float]:
-    """Return by kind the median error of predictions for measured shapes that the fit was made without."""
-    errors = {kind: sorted(abs(error) for error in models[kind].left_out_errors()) for kind in kinds}
-    return {kind: of[len(of) // 2] for kind, of in errors.items() if of}
 
 
 def _in(unit: float, cost: Prediction) -> Prediction:
