@@ -15,8 +15,8 @@ def tables_of(profile: Profile) -> Iterator[Table]:
     for flow, of in profile.flows.items():
         found = rows(profile, flow)
         lengths = list(found[0].prefill)
-        title = f"{flow} ({' '.join(of.engine.values())}, threads {of.threads}); ~ is predicted"
-        columns = ["shape", *(f"prefill[{each}] ms" for each in lengths), "decode ms", "memory MB", "file MB"]
+        title = f"{flow} ({' '.join(of.engine.values())}, threads {of.threads}): ms and MB; ~ is predicted"
+        columns = ["shape", *(f"prefill[{each}]" for each in lengths), "decode", "memory", "file"]
         table = Table(*columns, title=title, title_justify="left")
         for row in found:
             costs = [*(row.prefill[each] for each in lengths), row.decode, row.memory, row.file]
