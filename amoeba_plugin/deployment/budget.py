@@ -51,6 +51,12 @@ class Limit:
         """As a budget names it: ``prefill[256]``."""
         return f"{self.kind}[{self.tokens}]" if self.tokens else self.kind
 
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What it is shown in, and how many seconds or bytes that is."""
+        name = SHOWN[self.kind]
+        return name, float(UNITS[self.kind][name])
+
     def __str__(self) -> str:
         return f"{self.name}<={self.in_unit(self.most)}"
 
@@ -60,8 +66,8 @@ class Limit:
         >>> Limit("decode", 0.012).in_unit(0.0141)
         '14.1ms'
         """
-        unit = SHOWN[self.kind]
-        return f"{cost / float(UNITS[self.kind][unit]):.6g}{unit}"
+        name, size = self.unit
+        return f"{cost / size:.6g}{name}"
 
     def verdict(self, cost: Prediction) -> Verdict:
         """Tell whether a cost keeps it."""

@@ -62,9 +62,7 @@ class Torch(DeploymentFlow):
         """Write the checkpoint in the scheme's dtype."""
         if scheme == ELASTIC:
             raise DeploymentError("torch:elastic runs an elastic checkpoint as it is; export torch:fp32 or torch:bf16")
-        from amoeba_plugin.deployment.engines.torch_engine import (
-            load_checkpoint,
-        )  # seconds, where rules alone are asked
+        from amoeba_plugin.deployment.engines.torch_engine import load_checkpoint  # seconds to import
 
         dtype = DTYPES[scheme]
         if stored_dtype(str(subnet)) == dtype:

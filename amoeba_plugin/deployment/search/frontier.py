@@ -17,7 +17,7 @@ VERSION: Literal[1] = 1
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # an interval nobody knows has no end
 
 
 class Cost(_Document):

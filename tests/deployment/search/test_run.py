@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,20 @@ def test_the_best_shape_of_the_loss_that_the_model_has(files: tuple[Path, Elasti
     result.save(directory / "frontier.json")
     assert Frontier.load(directory / "frontier.json") == result
     assert result.command(Path("E")) == f"amoeba deploy E --shape {result.chosen} --flow toy:deep -o OUT"
+
+
+def test_an_interval_without_an_end_is_kept_in_the_file(files: tuple[Path, ElasticModel], tmp_path: Path):
+    profile = Profile.load(files[0] / "profile.json")
+    for shape in [shape for shape in profile.sizes if shape not in ("4x1", "2x1/2", "3x1")]:
+        del profile.flows["toy:deep"].shapes[shape]  # three do not tell how far a fourth may be off
+    profile.save(tmp_path / "profile.json")
+    asked = Asked("exhaustive", str(files[0] / "text.txt"), num_samples=2, max_seq_length=32, measure=False)
+    result = search_shapes(
+        files[0] / "elastic", tmp_path / "profile.json", "toy:deep decode<=1.8ms", asked, progress=False
+    )
+    assert any(each.costs["decode"].high == math.inf for each in result.candidates)
+    result.save(tmp_path / "frontier.json")
+    assert Frontier.load(tmp_path / "frontier.json") == result
 
 
 def test_what_dominates_what_by_brute_force(files: tuple[Path, ElasticModel]):

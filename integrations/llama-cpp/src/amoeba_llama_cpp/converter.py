@@ -24,7 +24,7 @@ from conversion.llama import LlamaModel
 WRITTEN = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 QUANTIZED = {"Q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0)}
 EMBEDDINGS = ("token_embd.weight", "output.weight")  # 8 bits, where llama.cpp's own quantizer takes 6: see README
-UNLIKE = ("LlamaForCausalLM", "MistralForCausalLM")
+UNLIKE = ("llama", "mistral")  # types of models whose layers may differ: deci has no norms of queries and keys
 # The pre-tokenizer by what tokenizer.json says of it; llama.cpp has no other way to write it down.
 LIKE = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
 
@@ -68,6 +68,8 @@ def _class_for(hparams: dict[str, Any]) -> Any:
     """Return what converts a model, its tokenizer read by its structure where its fingerprint is unknown."""
     architecture = hparams["architectures"][0]
     if hparams.get("per_layer_config"):
+        if hparams["model_type"] not in UNLIKE:
+            raise ValueError(f"layers differ in size, which llama.cpp holds of {' and '.join(UNLIKE)} alone")
         known: Any = UnlikeLlama
     else:
         known = get_model_class(architecture)
