@@ -13,11 +13,12 @@ from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.cost_model import CostModel, cost_models
 from amoeba_plugin.deployment.profiling.measure import Measuring, measure_shapes
-from amoeba_plugin.deployment.profiling.profile import FlowProfile, Profile, config_digest
+from amoeba_plugin.deployment.profiling.profile import FlowProfile, Profile
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.frontier import Frontier
+from amoeba_plugin.deployment.search.preflight import knows, require_of
 from amoeba_plugin.deployment.search.problem import Costs, Problem
 from amoeba_plugin.deployment.search.registry import searcher_named
 from amoeba_plugin.elastic.checkpoint import load_elastic
@@ -73,24 +74,33 @@ def search_shapes(
         BudgetError: If the budget is none, or no shape keeps it.
         DataError: If the text cannot be read.
     """
-    limits, search = Budget.parse(budget), searcher_named(asked.searcher)
+    limits = Budget.parse(budget)
+    searcher_named(asked.searcher)  # before the model loads
     point_named(str(limits.point))
-    known = Profile.load(profile, asked.foreign)
+    Profile.load(profile, asked.foreign)
     live, _ = load_elastic(elastic, base)
+    return search_elastic(live, profile, limits, asked, progress)
+
+
+def search_elastic(
+    live: ElasticModel, profile: Path, limits: Budget, asked: Asked, progress: bool = True,
+    batches: list[Batch] | None = None,
+) -> Frontier:  # fmt: skip
+    """Find the best shape of a live elastic model within a budget; errors are those of :func:`search_shapes`.
+
+    Batches, where they are given, are what shapes are judged on, in place of a data set.
+    """
+    search, known = searcher_named(asked.searcher), Profile.load(profile, asked.foreign)
     subject = Subject.of(live.config, live.space, live.strategy)
     flow = _flow_profile(known, profile, limits, subject)
-    tokenizer = load_tokenizer(str(live.config.name_or_path))
-    batches = load_batches(
-        asked.dataset, tokenizer, split=asked.split, num_samples=asked.num_samples,
-        max_seq_length=asked.max_seq_length, batch_size=ROWS_AT_ONCE, vocab_size=live.config.vocab_size, seed=SEED,
-    )  # fmt: skip
+    judged = _held_out(live, asked) if batches is None else batches
     costs = _KnownCosts(limits, subject, known, profile, flow)
     with tqdm(desc="search", unit="shape", disable=not progress, leave=False) as bar:
 
         def evaluate(shape: SubnetShape) -> float:
             bar.set_postfix_str(f"judging {shape}")
             bar.update()
-            return _loss(live, shape, batches)
+            return _loss(live, shape, judged)
 
         def measure(shape: SubnetShape) -> Costs:
             bar.set_postfix_str(f"running {shape}")
@@ -100,6 +110,13 @@ def search_shapes(
         problem = Problem(live.space, limits, costs.predict, evaluate, measure if can_measure else None)
         chosen = search(problem)
     return Frontier.of(problem, asked.searcher, chosen)
+
+
+def _held_out(live: ElasticModel, asked: Asked) -> list[Batch]:
+    return load_batches(
+        asked.dataset, load_tokenizer(str(live.config.name_or_path)), split=asked.split, num_samples=asked.num_samples,
+        max_seq_length=asked.max_seq_length, batch_size=ROWS_AT_ONCE, vocab_size=live.config.vocab_size, seed=SEED,
+    )  # fmt: skip
 
 
 class _KnownCosts:
@@ -112,9 +129,7 @@ class _KnownCosts:
     def predict(self, shape: SubnetShape) -> Costs:
         """Return what is known of a shape's costs, by limit."""
         work = Work.of(self._subject.sizes(shape))
-        return {
-            limit: self._models[limit.kind].predict(work, limit.tokens, str(shape)) for limit in self._budget.limits
-        }
+        return {limit: self._models[limit.kind].predict(work, limit.tokens) for limit in self._budget.limits}
 
     def measure(self, shape: SubnetShape) -> Costs:
         """Run a shape now, with the prompts that the budget names."""
@@ -128,25 +143,18 @@ class _KnownCosts:
 
 
 def _flow_profile(profile: Profile, path: Path, budget: Budget, subject: Subject) -> FlowProfile:
-    """Return what is known of a budget's flow, of this very model."""
-    sizes = {str(shape): Work.of(subject.sizes(shape)) for shape in subject.space}
-    if profile.digest != config_digest(subject.config) or any(profile.works.get(name) != sizes[name] for name in sizes):
-        raise ArtifactError(
-            f"{path} is a profile of another model, or of shapes of other sizes; `amoeba profile ELASTIC` makes one of "
-            "the checkpoint's own"
-        )
-    flow = profile.flows.get(str(budget.point))
+    """Return what is known of a budget's flow, of this model; its shapes may have been of other sizes."""
+    flow = require_of(profile, path, subject).flows.get(str(budget.point))
     if flow is None:
         raise ArtifactError(
             f"{path} knows nothing of {budget.point}, only of {', '.join(profile.flows)}; add it: amoeba profile "
             f"ELASTIC --flow {budget.point} -o {path}"
         )
-    longest = max(tokens for cost in flow.shapes.values() for each in cost.rounds for tokens in each.prefill)
     asked = max(limit.tokens for limit in budget.limits)
-    if asked > longest:
+    if not knows(profile, budget):
         raise BudgetError(
-            f"the budget is about prompts of {asked} tokens, and {path} has none longer than {longest}; profile with "
-            f"--prompts {asked}, to another file"
+            f"the budget is about prompts of {asked} tokens, and {path} has none longer than {flow.longest}; profile "
+            f"with --prompts {asked}, to another file"
         )
     return flow
 
