@@ -80,11 +80,17 @@ def search(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
     profile: Annotated[Path, typer.Option(help="What its shapes cost here; `amoeba profile ELASTIC` makes it.")],
     budget: Annotated[str, typer.Option(help="'llama-cpp:Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
-    dataset: Annotated[str, typer.Option(help="Text that shapes are judged on, which none was chosen or trained on.")],
+    dataset: Annotated[str, typer.Option(help="Text or questions to judge shapes on, not those they were chosen on.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="What was found, a JSON file.")],
     searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, or a plugin's.")] = "hierarchical",
-    num_samples: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 32,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    evaluator: Annotated[
+        str, typer.Option(help="loss, on text; accuracy, on multiple-choice questions; or a plugin's.")
+    ] = "loss",
+    letters: Annotated[
+        bool, typer.Option("--letters/--no-letters", help="Ask for a choice's letter, or for its text.")
+    ] = True,
+    num_samples: Annotated[int, typer.Option(min=1, help="Rows of text, or questions.")] = 32,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 256,
     split: Annotated[str, typer.Option(help="Split of the data set; a file is one split.")] = "train",
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Run shapes whose predicted costs straddle the budget.")
@@ -92,15 +98,17 @@ def search(
     foreign: Annotated[bool, typer.Option("--foreign", help="The profile may be of another machine.")] = False,
     base: BaseOption = None,
 ) -> None:
-    """Find the best shape that keeps a budget: costs by a profile, losses by running the elastic model."""
+    """Find the best shape that keeps a budget: costs by a profile, quality by running the elastic model."""
     from amoeba_plugin.deployment.search.run import Asked, search_shapes
-    from amoeba_plugin.reports.frontier_table import table_of
+    from amoeba_plugin.reports.frontier_table import notes_on, table_of
 
-    asked = Asked(searcher, dataset, split, num_samples, max_seq_length, measure, foreign)
+    asked = Asked(searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, letters)
     found = search_shapes(elastic, profile, budget, asked, base)
     found.save(output)
     Console().print(table_of(found))
     say(f"{found.evaluated} of {found.shapes} shapes evaluated, {found.measured} measured; all of it in {output}")
+    for note in notes_on(found):
+        say(note)
     done(f"best within {budget}: {found.chosen}\n{found.command(elastic)}")
 
 

@@ -1,10 +1,11 @@
-"""The flows and searchers that come with the package, through the same door as those of others."""
+"""The flows, searchers and evaluators that come with the package, through the same door as those of others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from amoeba_plugin.deployment.flow import DeploymentFlow
+from amoeba_plugin.deployment.search.evaluators import Evaluator, accuracy, loss
 from amoeba_plugin.deployment.search.exhaustive import exhaustive
 from amoeba_plugin.deployment.search.hierarchical import hierarchical
 from amoeba_plugin.deployment.search.problem import Problem
@@ -24,3 +25,9 @@ def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:
 def amoeba_searchers() -> Mapping[str, Callable[[Problem], SubnetShape]]:
     """Return those that need no more than the package has."""
     return {search.__name__: search for search in (hierarchical, exhaustive)}
+
+
+@hookimpl
+def amoeba_evaluators() -> Mapping[str, Evaluator]:
+    """Return held-out loss and accuracy on multiple-choice questions."""
+    return {"loss": loss, "accuracy": accuracy}

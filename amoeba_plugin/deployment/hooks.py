@@ -1,4 +1,4 @@
-"""The hooks by which engines and searchers are handed over; the built-in ones use the same door."""
+"""The hooks by which engines, searchers and evaluators are handed over; the built-in ones use the same door."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from amoeba_plugin.plugins.hooks import hookspec
 
 if TYPE_CHECKING:
     from amoeba_plugin.deployment.flow import DeploymentFlow
+    from amoeba_plugin.deployment.search.evaluators import Evaluator
     from amoeba_plugin.deployment.search.problem import Problem
     from amoeba_plugin.shape import SubnetShape
 
@@ -21,3 +22,8 @@ def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:  # type: ignore[e
 @hookspec
 def amoeba_searchers() -> Mapping[str, Callable[[Problem], SubnetShape]]:  # type: ignore[empty-body]
     """Return searchers by the name that ``amoeba search --searcher`` takes."""
+
+
+@hookspec
+def amoeba_evaluators() -> Mapping[str, Evaluator]:  # type: ignore[empty-body]
+    """Return what makes judges of shapes, by the name that ``amoeba search --evaluator`` takes."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.deployment.budget import Budget
+from amoeba_plugin.deployment.search.evaluators import LossJudge
 from amoeba_plugin.deployment.search.frontier import Frontier
 from amoeba_plugin.deployment.search.run import Asked, search_elastic
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.errors import RecipeError
+from amoeba_plugin.selection.objectives import PerTokenLoss
 
 
 class SearchOptions(BaseModel):
@@ -25,6 +28,7 @@ class SearchOptions(BaseModel):
         num_samples: Rows of it. Default 32.
         max_seq_length: Tokens of a row. Default 256.
         searcher: ``hierarchical``, ``exhaustive``, or a plugin's. Default ``hierarchical``.
+        evaluator: What judges: ``loss``, ``accuracy`` of the questions in ``dataset``, or a plugin's. Default ``loss``.
         measure: Run shapes whose predicted costs straddle the budget. Default true.
         frontier: Where to write what was found, a JSON file. Default: nowhere.
     """
@@ -37,17 +41,24 @@ class SearchOptions(BaseModel):
     num_samples: int = Field(default=32, ge=1)
     max_seq_length: int = Field(default=256, ge=2)
     searcher: str = "hierarchical"
+    evaluator: str = "loss"
     measure: bool = True
     frontier: str | None = None
+
+    @model_validator(mode="after")
+    def _questions_are_given(self) -> SearchOptions:
+        if self.evaluator != "loss" and self.dataset is None:
+            raise RecipeError(f"search: evaluator {self.evaluator} needs a dataset; name one, or take evaluator: loss")
+        return self
 
     def best(self, elastic: ElasticModel, budget: Budget, calibration: list[Batch]) -> Frontier:
         """Search the shapes of an elastic model; calibration batches are what they are judged on without a data set."""
         asked = Asked(
-            self.searcher, self.dataset or "", self.split, self.num_samples, self.max_seq_length, self.measure
-        )
-        found = search_elastic(
-            elastic, Path(self.profile), budget, asked, batches=None if self.dataset else calibration
-        )
+            self.searcher, self.dataset or "", self.split, self.num_samples, self.max_seq_length, self.measure,
+            evaluator=self.evaluator,
+        )  # fmt: skip
+        judge = None if self.dataset else LossJudge(elastic, PerTokenLoss(), calibration)
+        found = search_elastic(elastic, Path(self.profile), budget, asked, judge=judge)
         if self.frontier is not None:
             found.save(Path(self.frontier))
         return found

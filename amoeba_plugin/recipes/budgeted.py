@@ -15,7 +15,7 @@ from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.preflight import knows, profile_for, require_of, require_possible
-from amoeba_plugin.deployment.search.registry import searcher_named
+from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.recipes.expected import ExpectedDepths
 from amoeba_plugin.shape import SubnetShape, parse_width
 
@@ -88,7 +88,7 @@ def _prepare(plan: RecipePlan, model_plan: ModelPlan, model: str, budget: Budget
 def _require_known(budget: Budget, search: SearchOptions) -> None:
     flow, _ = point_named(str(budget.point))
     flow.command()  # refuses where the engine is missing
-    searcher_named(search.searcher)
+    searcher_named(search.searcher), evaluator_named(search.evaluator)
     if search.dataset is not None:
         require_file(search.dataset)
 

@@ -11,12 +11,16 @@ from typing import Any
 import pluggy
 import pytest
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.registry import flow_named, point_named
+from amoeba_plugin.deployment.search.asked import Asked
+from amoeba_plugin.deployment.search.evaluators import Judge
 from amoeba_plugin.deployment.search.problem import Problem
-from amoeba_plugin.deployment.search.registry import searcher_named
+from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.deployment.torch_flow import Torch
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import ArchitectureError, PluginError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
@@ -133,6 +137,15 @@ def test_hook_amoeba_searchers(install: Callable[..., None]) -> None:
     install("their_package", amoeba_searchers=lambda: {"first": theirs})
     assert searcher_named("first") is theirs
     assert searcher_named("hierarchical").__name__ == "hierarchical"
+
+
+def test_hook_amoeba_evaluators(install: Callable[..., None]) -> None:
+    def theirs(elastic: ElasticModel, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Judge:
+        raise NotImplementedError
+
+    install("their_package", amoeba_evaluators=lambda: {"beauty": theirs})
+    assert evaluator_named("beauty") is theirs
+    assert evaluator_named("accuracy").__name__ == "accuracy"
 
 
 def test_hook_amoeba_commands(install: Callable[..., None]) -> None:

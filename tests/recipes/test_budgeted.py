@@ -80,7 +80,7 @@ def test_the_best_shape_that_keeps_the_budget_is_cut(place: Path):
         subnet = AutoModelForCausalLM.from_pretrained(run(place, str(place / "cut.yaml"), shape.replace("/", "_")))
         with torch.no_grad():
             losses[shape] = PerTokenLoss().measure(subnet.eval(), batches).value
-    assert {each.shape: each.loss for each in found.candidates} == pytest.approx(losses, abs=1e-5)
+    assert {each.shape: each.quality.value for each in found.candidates} == pytest.approx(losses, abs=1e-5)
     best = min(losses, key=lambda shape: losses[shape])
     assert found.chosen == best
     saved = yaml.safe_load((out / "recipe.yaml").read_text())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from amoeba_plugin.deployment.budget import Budget, Limit, Verdict
 from amoeba_plugin.deployment.profiling.cost_model import Prediction
+from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.errors import BudgetError
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
@@ -21,23 +22,26 @@ class Problem:
         space: Of shapes.
         budget: That must be kept.
         predict: Returns what a shape costs, by every limit of the budget.
-        evaluate: Returns a shape's loss; takes long, and is asked once for a shape.
+        evaluate: Returns how good a shape is; takes long, and is asked once for a shape.
         measure: Returns what a shape costs, measured now; ``None``: predictions are all there is.
+        larger_is_better: Whether a larger value is a better shape; its loss is the negative then.
     """
 
     space: ShapeSpace
     budget: Budget
     predict: Callable[[SubnetShape], Costs]
-    evaluate: Callable[[SubnetShape], float]
+    evaluate: Callable[[SubnetShape], Quality]
     measure: Callable[[SubnetShape], Costs] | None = None
-    losses: dict[SubnetShape, float] = field(default_factory=dict)
+    larger_is_better: bool = False
+    qualities: dict[SubnetShape, Quality] = field(default_factory=dict)
     measured: dict[SubnetShape, Costs] = field(default_factory=dict)
 
     def loss(self, shape: SubnetShape) -> float:
-        """Return a shape's loss."""
-        if shape not in self.losses:
-            self.losses[shape] = self.evaluate(shape)
-        return self.losses[shape]
+        """Return a number that is the less, the better a shape is."""
+        if shape not in self.qualities:
+            self.qualities[shape] = self.evaluate(shape)
+        value = self.qualities[shape].value
+        return -value if self.larger_is_better else value
 
     def costs(self, shape: SubnetShape) -> Costs:
         """Return what is known of a shape's costs."""

@@ -1,15 +1,11 @@
-"""A search on an elastic checkpoint: costs from its profile, losses from running it at its shapes, on held-out text."""
+"""A search on an elastic checkpoint: costs from its profile, quality from running it at its shapes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.cost_model import CostModel, cost_models
 from amoeba_plugin.deployment.profiling.measure import Measuring, measure_shapes
@@ -17,43 +13,22 @@ from amoeba_plugin.deployment.profiling.profile import FlowProfile, Profile
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
+from amoeba_plugin.deployment.search.asked import Asked
+from amoeba_plugin.deployment.search.evaluators import Judge
 from amoeba_plugin.deployment.search.frontier import Frontier
 from amoeba_plugin.deployment.search.preflight import knows, require_of
 from amoeba_plugin.deployment.search.problem import Costs, Problem
-from amoeba_plugin.deployment.search.registry import searcher_named
+from amoeba_plugin.deployment.search.quality import Quality
+from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArtifactError, BudgetError
 from amoeba_plugin.runtime.model_files import load_tokenizer
-from amoeba_plugin.runtime.module_calls import evaluating
-from amoeba_plugin.selection.objectives import PerTokenLoss
 from amoeba_plugin.shape import SubnetShape
 
-SEED, ROWS_AT_ONCE = 0, 8
+__all__ = ["Asked", "search_elastic", "search_shapes"]
+
 ROUNDS = 3  # processes that a shape is run in whose interval straddles the budget
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How a search is to be made.
-
-    Attributes:
-        searcher: Its name.
-        dataset: Text that shapes are judged on.
-        split: Of the data set.
-        num_samples: Rows.
-        max_seq_length: Tokens of a row.
-        measure: Whether shapes whose predicted costs straddle the budget are run.
-        foreign: Whether the profile may be of another machine, on which nothing can be measured then.
-    """
-
-    searcher: str
-    dataset: str
-    split: str = "train"
-    num_samples: int = 32
-    max_seq_length: int = 256
-    measure: bool = True
-    foreign: bool = False
 
 
 def search_shapes(
@@ -72,10 +47,11 @@ def search_shapes(
     Raises:
         ArtifactError: If the profile is of another model, of shapes of other sizes, or lacks the flow.
         BudgetError: If the budget is none, or no shape keeps it.
-        DataError: If the text cannot be read.
+        DataError: If the text or the questions cannot be read.
+        PluginError: If nobody registered the searcher or the evaluator.
     """
     limits = Budget.parse(budget)
-    searcher_named(asked.searcher)  # before the model loads
+    searcher_named(asked.searcher), evaluator_named(asked.evaluator)  # before the model loads
     point_named(str(limits.point))
     Profile.load(profile, asked.foreign)
     live, _ = load_elastic(elastic, base)
@@ -83,40 +59,35 @@ def search_shapes(
 
 
 def search_elastic(
-    live: ElasticModel, profile: Path, limits: Budget, asked: Asked, progress: bool = True,
-    batches: list[Batch] | None = None,
-) -> Frontier:  # fmt: skip
+    live: ElasticModel, profile: Path, limits: Budget, asked: Asked, progress: bool = True, judge: Judge | None = None
+) -> Frontier:
     """Find the best shape of a live elastic model within a budget; errors are those of :func:`search_shapes`.
 
-    Batches, where they are given, are what shapes are judged on, in place of a data set.
+    A judge, where one is given, takes the place of the evaluator that was asked for.
     """
     search, known = searcher_named(asked.searcher), Profile.load(profile, asked.foreign)
     subject = Subject.of(live.config, live.space, live.strategy)
     flow = _flow_profile(known, profile, limits, subject)
-    judged = _held_out(live, asked) if batches is None else batches
+    if judge is None:
+        judge = evaluator_named(asked.evaluator)(live, load_tokenizer(str(live.config.name_or_path)), asked)
     costs = _KnownCosts(limits, subject, known, profile, flow)
     with tqdm(desc="search", unit="shape", disable=not progress, leave=False) as bar:
 
-        def evaluate(shape: SubnetShape) -> float:
+        def evaluate(shape: SubnetShape) -> Quality:
             bar.set_postfix_str(f"judging {shape}")
             bar.update()
-            return _loss(live, shape, judged)
+            return judge.judge(shape)
 
         def measure(shape: SubnetShape) -> Costs:
             bar.set_postfix_str(f"running {shape}")
             return costs.measure(shape)
 
         can_measure = asked.measure and not asked.foreign
-        problem = Problem(live.space, limits, costs.predict, evaluate, measure if can_measure else None)
+        problem = Problem(
+            live.space, limits, costs.predict, evaluate, measure if can_measure else None, judge.larger_is_better
+        )
         chosen = search(problem)
-    return Frontier.of(problem, asked.searcher, chosen)
-
-
-def _held_out(live: ElasticModel, asked: Asked) -> list[Batch]:
-    return load_batches(
-        asked.dataset, load_tokenizer(str(live.config.name_or_path)), split=asked.split, num_samples=asked.num_samples,
-        max_seq_length=asked.max_seq_length, batch_size=ROWS_AT_ONCE, vocab_size=live.config.vocab_size, seed=SEED,
-    )  # fmt: skip
+    return Frontier.of(problem, asked, judge.unit, chosen)
 
 
 class _KnownCosts:
@@ -157,9 +128,3 @@ def _flow_profile(profile: Profile, path: Path, budget: Budget, subject: Subject
             f"with --prompts {asked}, to another file"
         )
     return flow
-
-
-@torch.no_grad()
-def _loss(elastic: ElasticModel, shape: SubnetShape, batches: list[Batch]) -> float:
-    with elastic.active(shape) as model, evaluating(model):
-        return float(PerTokenLoss().measure(model, batches).value)

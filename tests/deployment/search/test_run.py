@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
+from amoeba_plugin.data.multiple_choice import load_questions
 from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.deployment import registry
 from amoeba_plugin.deployment.flow import Point
@@ -22,7 +25,8 @@ from amoeba_plugin.deployment.tokenizers import shipped_texts
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArtifactError, BudgetError, PluginError
-from amoeba_plugin.selection.objectives import PerTokenLoss
+from amoeba_plugin.reports.frontier_table import notes_on
+from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import random_model, random_strategy
 from support.toy_flow import Toy
@@ -52,7 +56,7 @@ def toy(files: tuple[Path, ElasticModel], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "flow_named", lambda name: Toy(files[0]) if name == "toy" else known(name))
 
 
-def found(files: tuple[Path, ElasticModel], budget: str, searcher: str = "exhaustive", **more: bool) -> Frontier:
+def found(files: tuple[Path, ElasticModel], budget: str, searcher: str = "exhaustive", **more: Any) -> Frontier:
     directory, _ = files
     asked = Asked(searcher, str(directory / "text.txt"), num_samples=4, max_seq_length=32, **more)
     return search_shapes(directory / "elastic", directory / "profile.json", budget, asked, progress=False)
@@ -70,13 +74,43 @@ def test_the_best_shape_of_the_loss_that_the_model_has(files: tuple[Path, Elasti
         if shape.depth <= 3:
             with live.active(shape) as model, torch.no_grad():
                 losses[str(shape)] = PerTokenLoss().measure(model.eval(), batches).value
-    assert {each.shape: each.loss for each in result.candidates} == pytest.approx(losses)
+    assert {each.shape: each.quality.value for each in result.candidates} == pytest.approx(losses)
     assert result.chosen == min(losses, key=lambda shape: losses[shape])
     assert (result.evaluated, result.shapes) == (6, 9)
-    assert [each.loss for each in result.candidates] == sorted(losses.values())
+    assert [each.quality.value for each in result.candidates] == pytest.approx(sorted(losses.values()))
+    assert all(each.quality.low < each.quality.value < each.quality.high for each in result.candidates)
+    assert result.runner_up is not None
+    assert result.runner_up.shape == sorted(losses, key=lambda shape: losses[shape])[1]
     result.save(directory / "frontier.json")
     assert Frontier.load(directory / "frontier.json") == result
     assert result.command(Path("E")) == f"amoeba deploy E --shape {result.chosen} --flow toy:deep -o OUT"
+
+
+def test_shapes_are_judged_by_questions(files: tuple[Path, ElasticModel], tmp_path: Path):
+    directory, live = files
+    rows = [
+        {"question": text[at : at + 20], "choices": [text[at + 20 : at + 24], "zq", "a b", ","], "answer": at % 4}
+        for at, text in enumerate(shipped_texts().passages * 5)
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = {"split": "train", "seed": 0, "letters": False, "max_seq_length": 200, "batch_size": 3, "vocab_size": 512}
+    batches = load_questions(str(tmp_path / "questions.jsonl"), tokenizer(), num_questions=len(rows), **told)
+    asked = Asked(
+        "exhaustive", str(tmp_path / "questions.jsonl"), num_samples=len(rows), max_seq_length=200,
+        evaluator="accuracy", letters=False,
+    )  # fmt: skip
+    result = search_shapes(
+        directory / "elastic", directory / "profile.json", "toy:deep decode<=1s", asked, progress=False
+    )
+    wanted = {}
+    for shape in live.space:
+        with live.active(shape) as model:
+            wanted[str(shape)] = MultipleChoiceAccuracy().measure(model, batches).value
+    assert {each.shape: each.quality.value for each in result.candidates} == pytest.approx(wanted)
+    assert len(set(wanted.values())) > 2
+    assert wanted[result.chosen] == max(wanted.values())
+    assert (result.evaluator, result.unit, result.larger_is_better) == ("accuracy", MultipleChoiceAccuracy.unit, True)
+    assert "cannot be told apart" in " ".join(notes_on(result))
 
 
 def test_an_interval_without_an_end_is_kept_in_the_file(files: tuple[Path, ElasticModel], tmp_path: Path):
@@ -98,7 +132,8 @@ def test_what_dominates_what_by_brute_force(files: tuple[Path, ElasticModel]):
     for one in result.candidates:
         better = [
             other for other in result.candidates
-            if other.loss < one.loss and all(other.costs[name].value <= cost.value for name, cost in one.costs.items())
+            if other.quality.value < one.quality.value
+            and all(other.costs[name].value <= cost.value for name, cost in one.costs.items())
         ]  # fmt: skip
         assert one.dominated == bool(better)
 
@@ -130,6 +165,8 @@ def test_profiles_and_budgets_that_do_not_fit_are_refused(files: tuple[Path, Ela
         found(files, "toy:deep prefill[9]<=1s")
     with pytest.raises(PluginError, match="no searcher named 'exhausting'. Did you mean 'exhaustive'"):
         found(files, "toy:deep decode<=1ms", "exhausting")
+    with pytest.raises(PluginError, match="no evaluator named 'lost'. Did you mean 'loss'. Known: accuracy, loss"):
+        found(files, "toy:deep decode<=1ms", evaluator="lost")
     profile = Profile.load(directory / "profile.json")
     other = tmp_path / "other.json"
     profile.model_copy(update={"digest": "another"}).save(other)

@@ -12,10 +12,12 @@ from amoeba_plugin.deployment.profiling.cost_model import Prediction
 from amoeba_plugin.deployment.search.exhaustive import exhaustive
 from amoeba_plugin.deployment.search.hierarchical import hierarchical
 from amoeba_plugin.deployment.search.problem import Costs, Problem
+from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.errors import BudgetError
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 SPACE = ShapeSpace(tuple(range(32, 18, -1)), tuple(Fraction(n, 16) for n in range(16, 8, -1)))  # 112 shapes
+BEST = Quality(-1.0, -1.0, -1.0)
 
 
 def landscape(seed: int, noise: float = 0.0, spread: float = 0.0, measurable: bool = True) -> Problem:
@@ -27,8 +29,9 @@ def landscape(seed: int, noise: float = 0.0, spread: float = 0.0, measurable: bo
     guessed = {shape: cost * (1 + draw.uniform(-spread, spread)) for shape, cost in true.items()}
     limit = Limit("decode", draw.uniform(min(true.values()), max(true.values())))
 
-    def loss(shape: SubnetShape) -> float:
-        return by_depth * (1 - shape.depth / 32) ** 1.5 + by_width * (1 - float(shape.width)) ** 2 + jitter[shape]
+    def loss(shape: SubnetShape) -> Quality:
+        value = by_depth * (1 - shape.depth / 32) ** 1.5 + by_width * (1 - float(shape.width)) ** 2 + jitter[shape]
+        return Quality(value, value, value)
 
     def predict(shape: SubnetShape) -> Costs:
         value = guessed[shape]
@@ -49,7 +52,7 @@ def test_hierarchical_is_as_good_as_all_in_a_fifth_of_the_evaluations(spread: fl
         every, few = landscape(seed, 0.003, spread), landscape(seed, 0.003, spread)
         best, found = exhaustive(every), hierarchical(few)
         near.append(few.loss(found) - every.loss(best) < 0.01)
-        evaluated.append(len(few.losses) / len(SPACE))
+        evaluated.append(len(few.qualities) / len(SPACE))
     assert sum(near) >= 0.9 * len(near)
     assert max(evaluated) <= 0.2
 
@@ -80,7 +83,7 @@ def test_the_best_is_not_always_the_largest():
         plain = problem.evaluate
         for search in (exhaustive, hierarchical):
             again = landscape(seed)
-            again.evaluate = lambda shape, plain=plain, better=better: -1.0 if shape == better else plain(shape)
+            again.evaluate = lambda shape, plain=plain, better=better: BEST if shape == better else plain(shape)
             assert search(again) == better
 
 
@@ -102,3 +105,12 @@ def test_without_an_engine_to_measure_predictions_decide():
     chosen = exhaustive(problem)
     (cost,) = problem.predict(chosen).values()
     assert cost.value <= problem.budget.limits[0].most
+
+
+def test_where_more_is_better_the_searchers_look_for_the_most():
+    for search in (exhaustive, hierarchical):
+        problem, opposite = landscape(5), landscape(5)
+        plain = problem.evaluate
+        opposite.evaluate = lambda shape, plain=plain: Quality(-plain(shape).value, 0.0, 0.0)
+        opposite.larger_is_better = True
+        assert search(opposite) == search(problem)
