@@ -137,6 +137,11 @@ class Frontier(_Document):
             runner_up=_runner_up(problem, chosen, kept[0]) if kept else None,
         )  # fmt: skip
 
+    @property
+    def point(self) -> str:
+        """The engine and scheme of the budget."""
+        return str(Budget.parse(self.budget).point)
+
     def command(self, elastic: Path) -> str:
         """Return what deploys the shape that was chosen."""
         point = Budget.parse(self.budget).point
