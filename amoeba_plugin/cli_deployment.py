@@ -122,15 +122,36 @@ def search(
 
 def deploy(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
-    shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],
-    flow: Annotated[str, typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0.")],
     output_dir: OutputOption,
+    shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")] = "",
+    flow: Annotated[str, typer.Option(help="Engine and scheme: torch:fp32, llama-cpp:Q4_0.")] = "",
+    budget: Annotated[
+        str, typer.Option(help="Instead of both, for the best shape within 'llama-cpp:Q4_0 decode<=12ms'.")
+    ] = "",
+    dataset: Annotated[str, typer.Option(help="With a budget: text that shapes are judged on.")] = "",
+    profile: Annotated[Path, typer.Option(help="With a budget: what shapes cost; made where it is not there.")] = Path(
+        "amoeba_profile.json"
+    ),
     base: BaseOption = None,
 ) -> None:
     """Cut a shape out, write it in an engine's format, and let the engine prove that it computes the same."""
     from amoeba_plugin.deployment.deploy import deploy_shape
+    from amoeba_plugin.deployment.search.asked import Asked
+    from amoeba_plugin.deployment.within import deploy_within
+    from amoeba_plugin.errors import RecipeError
+    from amoeba_plugin.reports.frontier_table import table_of
 
-    deployed = deploy_shape(elastic, shape, flow, output_dir, base)
+    if bool(budget) == bool(shape or flow) or bool(budget) != bool(dataset) or bool(shape) != bool(flow):
+        raise RecipeError(
+            "name what shall be deployed: --shape 24x7/8 --flow llama-cpp:Q4_0, or the best within a budget: --budget "
+            "'llama-cpp:Q4_0 decode<=12ms' --dataset TEXT"
+        )
+    if budget:
+        found, deployed = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
+        shape, flow = found.chosen, found.point
+        Console().print(table_of(found))
+    else:
+        deployed = deploy_shape(elastic, shape, flow, output_dir, base)
     for told in deployed.parity.mended:
         warn(f"mended: {told}")
     say(deployed.parity.in_words)

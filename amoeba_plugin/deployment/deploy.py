@@ -12,8 +12,11 @@ from amoeba_plugin.deployment.card import write_deployed_card
 from amoeba_plugin.deployment.engine_parity import CONTEXT, EngineParity, measure_engine
 from amoeba_plugin.deployment.engines.process import EngineProcess
 from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Point
+from amoeba_plugin.deployment.loads import require_loads
 from amoeba_plugin.deployment.registry import point_named
+from amoeba_plugin.deployment.rules import engine_rules
 from amoeba_plugin.deployment.tokenizers import mended, rendered
+from amoeba_plugin.elastic.record import read_record
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError, DeploymentError
 from amoeba_plugin.extraction.checkpoint import extract_checkpoint
@@ -57,6 +60,7 @@ def deploy_shape(
         base: Where the base model is now, if it moved.
 
     Raises:
+        ArchitectureError: If the engine's rules say that it cannot hold the shape.
         ArtifactError: If the output is not empty or cannot be written, or the elastic checkpoint is damaged.
         DeploymentError: If the engine is missing, cannot hold the subnet, or computes something else.
         PluginError: If nobody registered the flow.
@@ -68,7 +72,8 @@ def deploy_shape(
     flow.command()  # refuses where the engine is missing
     space = SubnetStrategy.load(elastic).space
     parsed = space.require(shape)
-    _require_output(output, elastic)
+    require_output(output, elastic)
+    _require_held(elastic, parsed, asked, base)
     exact = asked.scheme in flow.exact
     with (
         whole_or_nothing(output) as partial, scratch_directory() as scratch,
@@ -90,6 +95,13 @@ def deploy_shape(
         write_deployed_card(partial, f"{asked} at {parsed}", checkpoint, about, flow.ways_to_run(export))
         bar.update()
     return deployed
+
+
+def _require_held(elastic: Path, shape: SubnetShape, point: Point, base: str | None) -> None:
+    """Refuse what an engine cannot hold by its rules, where it has some, before anything is cut."""
+    if point.flow in engine_rules():
+        where = base or read_record(elastic).base_of(elastic)
+        require_loads(str(shape), where, str(point), strategy=elastic)
 
 
 def _extracted(elastic: Path, shape: SubnetShape, base: str | None, directory: Path) -> tuple[Path, list[str]]:
@@ -127,7 +139,12 @@ def _others(flow: DeploymentFlow) -> str:
     return f"take {' or '.join(f'{flow.name}:{each}' for each in flow.schemes if not flow.runs_elastic(each))}"
 
 
-def _require_output(output: Path, elastic: Path) -> None:
+def require_output(output: Path, elastic: Path) -> None:
+    """Refuse a directory that an export cannot be written to.
+
+    Raises:
+        ArtifactError: If it is not empty, cannot be written, or is inside the elastic checkpoint.
+    """
     if not is_vacant(output):
         what = "is not empty" if output.is_dir() else "is no directory"
         raise ArtifactError(f"{output} exists and {what}; nothing is overwritten: name another directory")

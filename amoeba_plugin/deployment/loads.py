@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def _require_effect(strategy: Path | None, portable: bool, round_to: int) -> Non
 
 
 def uniform_sizes(
-    adapter: ArchitectureAdapter, config: PretrainedConfig, shape: SubnetShape, round_to: int = 1
+    adapter: ArchitectureAdapter, config: PretrainedConfig, shape: SubnetShape, round_to: int | Mapping[str, int] = 1
 ) -> LayerSizes:
     """Return the sizes of a shape of a model, allocated uniformly, whatever layers it will keep.
 

@@ -41,6 +41,7 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
     plan, model_plan = plan_recipe(recipe), None
     costs: list[str] = []
     if model is not None:
+        from amoeba_plugin.recipes.budgeted import budget_in_words
         from amoeba_plugin.recipes.estimate import estimated, stage_costs
         from amoeba_plugin.runtime.generation_defaults import require_generation_defaults
         from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
@@ -50,7 +51,7 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
         require_generation_defaults(model)
         if has_weights(model):  # else it is a configuration alone, or on the hub
             require_weights(model, config)
-        costs = estimated(stage_costs(plan, config, samples, length), config)
+        costs = [*estimated(stage_costs(plan, config, samples, length), config), *budget_in_words(plan, model_plan)]
     rows = []
     for number, modifier in enumerate(plan.modifiers, start=1):
         given = modifier.model_dump(exclude_unset=True, exclude={"group"})

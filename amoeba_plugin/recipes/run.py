@@ -14,6 +14,7 @@ from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.extraction.checkpoint import how_to_load
 from amoeba_plugin.extraction.model_card import RECIPE_NAME, require_model_card
 from amoeba_plugin.modifiers.saving import plain_recipe, saved_in
+from amoeba_plugin.recipes.budgeted import prepare_budget
 from amoeba_plugin.recipes.execute import execute
 from amoeba_plugin.recipes.inputs import RunOptions, calibration_batches
 from amoeba_plugin.recipes.notes import notes
@@ -104,6 +105,7 @@ def run_recipe(
         batches = calibration_batches(plan, model, vocab_size, dataset, options)
         for note in notes(plan, model_plan):
             logger.warning(note)
+        prepare_budget(plan, model_plan, model)
         with whole_or_nothing(output_dir) as partial:
             with _stored(partial, options.dtype, dtype_of(model_plan.config)) as dtype:
                 execute(plan, model_plan, model, batches, partial, replace(options, dtype=dtype))

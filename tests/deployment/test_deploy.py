@@ -17,10 +17,11 @@ from amoeba_plugin.deployment import deploy, registry
 from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.engine_parity import EngineParity, compared
 from amoeba_plugin.deployment.flow import Export
+from amoeba_plugin.deployment.rules import read_rules
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.errors import ArtifactError, DeploymentError, PluginError, ShapeError
+from amoeba_plugin.errors import ArchitectureError, ArtifactError, DeploymentError, PluginError, ShapeError
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import attach_random_smol, random_model, random_strategy
 
@@ -131,6 +132,24 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(
     assert message in str(refusal.value)
     command = ["deploy", str(elastic[0]), "--shape", shape, "--flow", flow, "-o", str(tmp_path / "out")]
     assert CliRunner().invoke(app, command).exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engines_rules_are_asked_before_anything_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = random_model(CONFIG)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    save_elastic(ElasticModel(model, random_strategy(model)), None, tmp_path / "elastic", str(tmp_path / "base"))
+    rules = tmp_path / "strict.yaml"
+    rules.write_text(
+        "read: strict 1\nunquantized: [fp32]\nschemes: {}\nrules:\n  - {check: class_among, value: [Other], "
+        "level: refuse, says: it knows Other alone, source: its list}\n"
+    )
+    strict = {"torch": read_rules(rules)}
+    monkeypatch.setattr("amoeba_plugin.deployment.rules.engine_rules", lambda: strict)
+    monkeypatch.setattr(deploy, "extract_checkpoint", pytest.fail)
+    with pytest.raises(ArchitectureError, match="it knows Other alone"):
+        deploy_shape(tmp_path / "elastic", SHAPE, "torch:fp32", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

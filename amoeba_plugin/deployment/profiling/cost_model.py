@@ -67,10 +67,10 @@ class CostModel:
 
     samples: Sequence[Sample]
 
-    def predict(self, work: Work, tokens: int = 0, shape: str = "") -> Prediction:
-        """Return the cost of sizes; of a shape that was measured at so many tokens, that."""
+    def predict(self, work: Work, tokens: int = 0) -> Prediction:
+        """Return the cost of sizes; where a shape of these very sizes was measured at so many tokens, that."""
         for sample in self.samples:
-            if sample.shape == shape and sample.tokens == tokens:
+            if sample.work == work and sample.tokens == tokens:
                 width = 1 + sample.spread
                 return Prediction(sample.value, sample.value / width, sample.value * width, measured=True)
         value = float(_terms(work, tokens) @ self.weights)

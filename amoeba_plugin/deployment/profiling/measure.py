@@ -149,10 +149,19 @@ class _Run:
                     for shape in order:
                         arguments, size = files[shape]
                         visited = _visit(engine, {**arguments, **flow.options(point.scheme)}, self.subject, how)
-                        work = self.profile.sizes[str(shape)]
-                        found.shapes.setdefault(str(shape), ShapeCost(work=work, bytes=size)).rounds.append(visited)
+                        cost = ShapeCost(work=astuple(self._work(shape)), bytes=size)
+                        found.shapes.setdefault(self._name(shape), cost).rounds.append(visited)
                         self.advance(1)
                 self.profile.save(self.path)
+
+    def _work(self, shape: SubnetShape) -> Work:
+        return Work.of(self.subject.sizes(shape))
+
+    def _name(self, shape: SubnetShape) -> str:
+        """Return what a shape is called: where the profile's own has other sizes, by its own too."""
+        work = self._work(shape)
+        known = self.profile.works.get(str(shape), work)
+        return str(shape) if known == work else f"{shape} of {'/'.join(map(str, astuple(work)))}"
 
     def _done(self, point: Point) -> dict[SubnetShape, int]:
         """Return how many rounds are known of every shape."""
@@ -164,7 +173,7 @@ class _Run:
                 f"{self.path} has {point} at {known.threads} threads, batches of {known.batch} and {known.decoded} "
                 "decoded tokens; measure the same, or name another file"
             )
-        costs = {shape: known.shapes.get(str(shape)) for shape in self.shapes}
+        costs = {shape: known.shapes.get(self._name(shape)) for shape in self.shapes}
         return {shape: 0 if cost is None else cost.rounds_of(how.prompts) for shape, cost in costs.items()}
 
     def _begin(self, engine: EngineProcess) -> FlowProfile:

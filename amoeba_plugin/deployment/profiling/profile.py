@@ -91,6 +91,12 @@ class FlowProfile(_Document):
     decoded: int
     shapes: dict[str, ShapeCost] = Field(default_factory=dict)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that a shape was measured with; 0: none was measured."""
+        rounds = [each for cost in self.shapes.values() for each in cost.rounds]
+        return max((tokens for each in rounds for tokens in each.prefill), default=0)
+
     def seconds(self, of: Seconds) -> float:
         """Return what counts: at one thread the CPU's time, which other processes do not lengthen."""
         return of.cpu if self.threads == 1 else of.wall

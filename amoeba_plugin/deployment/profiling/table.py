@@ -37,8 +37,8 @@ def rows(profile: Profile, flow: str) -> list[Row]:
     found = []
     for shape, work in profile.works.items():
 
-        def cost(kind: str, unit: float, tokens: int = 0, work: object = work, shape: str = shape) -> Prediction:
-            return _in(unit, models[kind].predict(work, tokens, shape))  # type: ignore[arg-type]
+        def cost(kind: str, unit: float, tokens: int = 0, work: object = work) -> Prediction:
+            return _in(unit, models[kind].predict(work, tokens))  # type: ignore[arg-type]
 
         prefill = {tokens: cost("prefill", MS, tokens) for tokens in lengths}
         found.append(Row(shape, prefill, cost("decode", MS), cost("memory", MB), cost("file", MB)))

@@ -17,6 +17,7 @@ from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import write_atomically
 
 VERSION: Literal[1] = 1
+ELASTIC = "ELASTIC"  # in a command, for a checkpoint whose place nobody said
 
 
 class _Document(BaseModel):
@@ -135,7 +136,7 @@ class Frontier(_Document):
         return next(each for each in self.candidates if (each.shape, each.flow) == (self.chosen, self.flow))
 
     @classmethod
-    def of(cls, problem: Problem, asked: Asked, unit: str, settled: Settled, elastic: Path) -> Frontier:
+    def of(cls, problem: Problem, asked: Asked, unit: str, settled: Settled, elastic: str) -> Frontier:
         """Return what a search knows of its problem."""
         chosen = settled.finalists[0]
         order = by_quality(problem, [each for each in problem.choices() if each.shape in problem.qualities])
@@ -150,6 +151,11 @@ class Frontier(_Document):
             chosen=str(chosen.shape), flow=str(chosen.point), candidates=found,
             runner_up=_runner_up(problem, chosen, kept[0]) if kept else None,
         )  # fmt: skip
+
+    @property
+    def point(self) -> str:
+        """The engine and scheme that were chosen."""
+        return self.flow
 
     def command(self, elastic: Path) -> str:
         """Return what deploys the shape that was chosen."""
@@ -172,7 +178,7 @@ class Frontier(_Document):
             raise ArtifactError(f"{path} is no result of a search, damaged, or of another version") from error
 
 
-def _candidate(problem: Problem, choice: Choice, better: Sequence[Candidate], elastic: Path) -> Candidate:
+def _candidate(problem: Problem, choice: Choice, better: Sequence[Candidate], elastic: str) -> Candidate:
     costs = {
         limit.name: Cost(value=cost.value, low=cost.low, high=cost.high, measured=cost.measured)
         for limit, cost in problem.costs(choice).items()
@@ -192,7 +198,7 @@ def _runner_up(problem: Problem, chosen: Choice, second: Choice) -> RunnerUp:
     return RunnerUp(shape=str(second.shape), flow=str(second.point), behind=Interval.of(behind))
 
 
-def _command(elastic: Path, shape: str, flow: str) -> str:
+def _command(elastic: Path | str, shape: str, flow: str) -> str:
     engine, point = point_named(flow)
     if engine.runs_elastic(point.scheme):
         return f"nothing to deploy: {flow} runs {elastic} at {shape} as it is"

@@ -1,5 +1,5 @@
-"""A search on an elastic checkpoint: costs from its profile, quality from running it at its shapes, the last word from
-the engine."""
+"""A search on an elastic model: costs from its profile, quality from running it at its shapes, the last word from the
+engine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.costs import KnownCosts
+from amoeba_plugin.deployment.search.evaluators import Judge
 from amoeba_plugin.deployment.search.finalists import Settled, measure_schemes, settle
-from amoeba_plugin.deployment.search.frontier import Frontier
+from amoeba_plugin.deployment.search.frontier import ELASTIC, Frontier
 from amoeba_plugin.deployment.search.harm import harm_of
 from amoeba_plugin.deployment.search.problem import Choice, Costs, Problem
 from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.shape import SubnetShape
 
-__all__ = ["Asked", "ShapeSearch", "search_shapes"]
+__all__ = ["Asked", "ShapeSearch", "search_elastic", "search_shapes"]
 
 
 def search_shapes(
@@ -42,44 +44,58 @@ def search_shapes(
         progress: Show how many shapes were evaluated.
 
     Raises:
-        ArtifactError: If the profile is of another model, of shapes of other sizes, or lacks a flow.
+        ArtifactError: If the profile is of another model, or lacks a flow.
         BudgetError: If the budget is none, or no shape keeps it.
         DataError: If the text or the questions cannot be read.
         DeploymentError: If an engine cannot hold a finalist, or fails.
         PluginError: If nobody registered the flow, the searcher or the evaluator.
     """
     limits = Budget.parse(budget)
+    searcher_named(asked.searcher), evaluator_named(asked.evaluator)  # before the model loads
     for point in limits.points:
         point_named(str(point))
-    return ShapeSearch(elastic, profile, asked, base, progress).within(limits)
+    Profile.load(profile, asked.foreign)
+    live, _ = load_elastic(elastic, base)
+    return ShapeSearch(live, profile, asked, progress=progress, name=str(elastic)).within(limits)
+
+
+def search_elastic(
+    live: ElasticModel, profile: Path, limits: Budget, asked: Asked, progress: bool = True, judge: Judge | None = None
+) -> Frontier:
+    """Find the best shape of a live elastic model within a budget; errors are those of :func:`search_shapes`.
+
+    A judge, where one is given, takes the place of the evaluator that was asked for.
+    """
+    return ShapeSearch(live, profile, asked, judge, progress).within(limits)
 
 
 class ShapeSearch:
-    """Searches of one elastic checkpoint: what is evaluated or measured for one budget, is known for the next.
+    """Searches of one elastic model: what was evaluated or measured for one budget is known for the next.
 
     Args:
-        elastic: The checkpoint.
+        live: The model.
         profile: What its shapes cost.
         asked: How to search.
-        base: Where the base model is now, if it moved.
+        judge: In place of the evaluator that was asked for.
         progress: Show how many shapes were evaluated.
+        name: Of the elastic checkpoint, for commands that deploy it.
 
     Raises:
-        ArtifactError: If one of the two is none, or damaged.
+        ArtifactError: If the profile is none, damaged, or of another machine.
         DataError: If the text or the questions cannot be read.
         PluginError: If nobody registered the searcher or the evaluator.
     """
 
     def __init__(
-        self, elastic: Path, profile: Path, asked: Asked, base: str | None = None, progress: bool = True
-    ) -> None:
-        self._search, evaluator = searcher_named(asked.searcher), evaluator_named(asked.evaluator)
-        self._elastic, self._path, self._asked, self._progress = elastic, profile, asked, progress
-        self._profile = Profile.load(profile, asked.foreign)
-        live, _ = load_elastic(elastic, base)
+        self, live: ElasticModel, profile: Path, asked: Asked, judge: Judge | None = None, progress: bool = True,
+        name: str = ELASTIC,
+    ) -> None:  # fmt: skip
+        self._search, self._path, self._asked, self._progress = searcher_named(asked.searcher), profile, asked, progress
+        self._profile, self._name = Profile.load(profile, asked.foreign), name
         self._subject = Subject.of(live.config, live.space, live.strategy)
-        self._judge = evaluator(live, load_tokenizer(str(live.config.name_or_path)), asked)
-        self._harm_of = harm_of(elastic, base, self._judge)
+        if judge is None:
+            judge = evaluator_named(asked.evaluator)(live, load_tokenizer(str(live.config.name_or_path)), asked)
+        self._judge, self._harm_of = judge, harm_of(live, judge)
         self._qualities: dict[SubnetShape, Quality] = {}
         self._harms: dict[Choice, Quality] = {}
 
@@ -89,7 +105,7 @@ class ShapeSearch:
         with tqdm(desc="search", unit="shape", disable=not self._progress, leave=False) as bar:
             problem = self._problem(budget, costs, bar)
             settled = self._settled(problem)
-        return Frontier.of(problem, self._asked, self._judge.unit, settled, self._elastic)
+        return Frontier.of(problem, self._asked, self._judge.unit, settled, self._name)
 
     def _problem(self, budget: Budget, costs: KnownCosts, bar: Any) -> Problem:
         def evaluate(shape: SubnetShape) -> Quality:

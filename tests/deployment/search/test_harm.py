@@ -16,7 +16,7 @@ from amoeba_plugin.deployment.search.evaluators import ObjectiveJudge, accuracy,
 from amoeba_plugin.deployment.search.harm import harm_of
 from amoeba_plugin.deployment.search.problem import Choice
 from amoeba_plugin.deployment.tokenizers import shipped_texts
-from amoeba_plugin.elastic.checkpoint import save_elastic
+from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss
@@ -34,8 +34,10 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ElasticMode
     model = random_model(CONFIG)
     model.save_pretrained(directory / "base")
     tokenizer().save_pretrained(directory / "base")
-    live = ElasticModel(model, random_strategy(model))
-    save_elastic(live, None, directory / "elastic", str(directory / "base"))
+    save_elastic(
+        ElasticModel(model, random_strategy(model)), None, directory / "elastic", str(directory / "base")
+    )  # fmt: skip
+    live, _ = load_elastic(directory / "elastic")
     (directory / "text.txt").write_text("\n".join(shipped_texts().passages))
     rows = [
         {"question": text[at : at + 20], "choices": [text[at + 20 : at + 24], "zq", "a b", ","], "answer": at % 4}
@@ -56,9 +58,9 @@ def judge_of(elastic: tuple[Path, ElasticModel], name: str) -> ObjectiveJudge:
 
 @pytest.mark.parametrize("name", ["loss", "accuracy"])
 def test_judged_as_the_engine_computes(elastic: tuple[Path, ElasticModel], name: str, tmp_path: Path):
-    directory, live = elastic
+    _, live = elastic
     judge = judge_of(elastic, name)
-    harm = harm_of(directory / "elastic", None, judge)(CHOICE)
+    harm = harm_of(live, judge)(CHOICE)
     extract(live, SHAPE).save_pretrained(tmp_path / "subnet")
     objective = PerTokenLoss() if name == "loss" else MultipleChoiceAccuracy()
     found = {}
