@@ -82,6 +82,9 @@ def search(
     budget: Annotated[str, typer.Option(help="'llama-cpp:Q8_0,Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
     dataset: Annotated[str, typer.Option(help="Text or questions to judge shapes on, not those they were chosen on.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="What was found, a JSON file.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of it, .svg or .png: quality over costs, with intervals.")
+    ] = None,
     searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, nsga2, or a plugin's.")] = "hierarchical",
     trials: Annotated[int, typer.Option(min=1, help="Of nsga2: choices that are tried, again and again.")] = 100,
     storage: Annotated[
@@ -113,8 +116,14 @@ def search(
         searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, finalists, letters, trials,
         storage,
     )  # fmt: skip
+    if plot is not None:
+        from amoeba_plugin.reports.frontier_plot import require_picture, save_plot
+
+        require_picture(plot)
     found = search_shapes(elastic, profile, budget, asked, base)
     found.save(output)
+    if plot is not None:
+        save_plot(found, plot)
     Console().print(table_of(found))
     say(
         f"{found.evaluated} of {found.shapes} shapes evaluated, costs of {found.measured} and quality of "

@@ -14,18 +14,20 @@ SHOWN = 40  # rows: a space of a hundred shapes at three schemes fills many scre
 def table_of(found: Frontier) -> Table:
     """Return the choices whose shapes were evaluated, the best first; in bold what was chosen."""
     budget = Budget.parse(found.budget)
+    several, alike = len(budget.points) > 1, len({point.flow for point in budget.points}) == 1
+    heads = ["shape", *(["scheme" if alike else "flow"] if several else []), found.evaluator, "worse by"]
     columns = [f"{limit.name} {limit.unit[0]}" for limit in budget.limits]
-    heads = ["shape", *(["flow"] if len(budget.points) > 1 else []), found.evaluator]
-    table = Table(*heads, *columns, "keeps the budget", title=f"within {found.budget}", title_justify="left")
+    table = Table(*heads, *columns, "keeps", title=f"within {found.budget}", title_justify="left")
     for each in found.candidates[:SHOWN]:
-        mark = "" if each.harm is None else " *"
-        cells = [f"{each.quality.value:.3f} ±{_half(each.quality):.2g}{mark}"]
+        place = [each.shape, *([each.flow.partition(":")[2] if alike else each.flow] if several else [])]
+        quality = f"{each.quality.value:.3f}{'' if each.harm is None else ' *'}"
+        behind = "" if each == found.best else f"{each.behind.value:.3f} ±{_half(each.behind):.2g}"
+        cells = [*place, quality, behind]
         for limit in budget.limits:
             cost, (_, unit) = each.costs[limit.name], limit.unit
             cells.append(str(Prediction(cost.value / unit, cost.low / unit, cost.high / unit, cost.measured)))
         style = "bold green" if each == found.best else "dim" if each.dominated or not each.keeps else ""
-        place = [each.shape, *([each.flow] if len(budget.points) > 1 else [])]
-        table.add_row(*place, *cells, "yes" if each.keeps else "no", style=style)
+        table.add_row(*cells, "yes" if each.keeps else "no", style=style)
     return table
 
 

@@ -49,6 +49,33 @@ class Interval(_Document):
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
+class Candidate(_Document):
+    """A choice whose shape was tried.
+
+    Attributes:
+        shape: Its name.
+        flow: And scheme.
+        quality: How good it is, in the evaluator's unit, with what the scheme does to it.
+        behind: By how much it is worse than what was chosen, judged on the same rows or questions.
+        harm: What the scheme does to this very shape, in its engine; ``None``: not measured, or nothing. ``quality``
+            has then what it did to the first shape that was measured at it, if any was.
+        costs: By what the budget limits: ``prefill[256]``.
+        keeps: Whether it keeps the budget, as far as that is known.
+        dominated: Whether another one is better and costs no more.
+        deploy: The command that deploys it.
+    """
+
+    shape: str
+    flow: str
+    quality: Interval
+    behind: Interval
+    harm: Interval | None = None
+    costs: dict[str, Cost]
+    keeps: bool
+    dominated: bool = False
+    deploy: str
+
+
 class RunnerUp(_Document):
     """The second best within the budget.
 
@@ -67,30 +94,10 @@ class RunnerUp(_Document):
         """Whether it is surely worse."""
         return self.behind.low > 0
 
-
-class Candidate(_Document):
-    """A choice whose shape was tried.
-
-    Attributes:
-        shape: Its name.
-        flow: And scheme.
-        quality: How good it is, in the evaluator's unit, with what the scheme does to it.
-        harm: What the scheme does to this very shape, in its engine; ``None``: not measured, or nothing. ``quality``
-            has then what it did to the first shape that was measured at it, if any was.
-        costs: By what the budget limits: ``prefill[256]``.
-        keeps: Whether it keeps the budget, as far as that is known.
-        dominated: Whether another one is better and costs no more.
-        deploy: The command that deploys it.
-    """
-
-    shape: str
-    flow: str
-    quality: Interval
-    harm: Interval | None = None
-    costs: dict[str, Cost]
-    keeps: bool
-    dominated: bool = False
-    deploy: str
+    @classmethod
+    def of(cls, candidate: Candidate) -> RunnerUp:
+        """Return a candidate's."""
+        return cls(shape=candidate.shape, flow=candidate.flow, behind=candidate.behind)
 
 
 class Frontier(_Document):
@@ -142,14 +149,14 @@ class Frontier(_Document):
         order = by_quality(problem, [each for each in problem.choices() if each.shape in problem.qualities])
         found: list[Candidate] = []
         for choice in order:
-            found.append(_candidate(problem, choice, found, elastic))
-        kept = [choice for choice, each in zip(order, found, strict=True) if each.keeps and choice != chosen]
+            found.append(_candidate(problem, choice, chosen, found, elastic))
+        others = [each for choice, each in zip(order, found, strict=True) if each.keeps and choice != chosen]
         return cls(
             budget=str(problem.budget), searcher=asked.searcher, evaluator=asked.evaluator, unit=unit,
             larger_is_better=problem.larger_is_better, shapes=len(problem.space), evaluated=len(problem.qualities),
             measured=len(problem.measured), finalists=len(problem.harms), open=settled.open,
             chosen=str(chosen.shape), flow=str(chosen.point), candidates=found,
-            runner_up=_runner_up(problem, chosen, kept[0]) if kept else None,
+            runner_up=RunnerUp.of(others[0]) if others else None,
         )  # fmt: skip
 
     @property
@@ -178,7 +185,9 @@ class Frontier(_Document):
             raise ArtifactError(f"{path} is no result of a search, damaged, or of another version") from error
 
 
-def _candidate(problem: Problem, choice: Choice, better: Sequence[Candidate], elastic: str) -> Candidate:
+def _candidate(
+    problem: Problem, choice: Choice, chosen: Choice, better: Sequence[Candidate], elastic: str
+) -> Candidate:
     costs = {
         limit.name: Cost(value=cost.value, low=cost.low, high=cost.high, measured=cost.measured)
         for limit, cost in problem.costs(choice).items()
@@ -187,15 +196,17 @@ def _candidate(problem: Problem, choice: Choice, better: Sequence[Candidate], el
     dominated = any(all(each.costs[name].value <= cost.value for name, cost in costs.items()) for each in better)
     return Candidate(
         shape=str(choice.shape), flow=str(choice.point), quality=Interval.of(problem.quality(choice)),
+        behind=_behind(problem, chosen, choice),
         harm=None if harm is None else Interval.of(harm), costs=costs, keeps=problem.seems_to_keep(choice),
         dominated=dominated, deploy=_command(elastic, str(choice.shape), str(choice.point)),
     )  # fmt: skip
 
 
-def _runner_up(problem: Problem, chosen: Choice, second: Choice) -> RunnerUp:
-    better, worse = problem.quality(chosen), problem.quality(second)
-    behind = better.minus(worse) if problem.larger_is_better else worse.minus(better)
-    return RunnerUp(shape=str(second.shape), flow=str(second.point), behind=Interval.of(behind))
+def _behind(problem: Problem, chosen: Choice, other: Choice) -> Interval:
+    if chosen == other:
+        return Interval(value=0.0, low=0.0, high=0.0)
+    better, worse = problem.quality(chosen), problem.quality(other)
+    return Interval.of(better.minus(worse) if problem.larger_is_better else worse.minus(better))
 
 
 def _command(elastic: Path | str, shape: str, flow: str) -> str:
