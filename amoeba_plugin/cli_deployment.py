@@ -79,13 +79,16 @@ def profile(
 def search(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
     profile: Annotated[Path, typer.Option(help="What its shapes cost here; `amoeba profile ELASTIC` makes it.")],
-    budget: Annotated[str, typer.Option(help="'llama-cpp:Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
+    budget: Annotated[str, typer.Option(help="'llama-cpp:Q8_0,Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
     dataset: Annotated[str, typer.Option(help="Text or questions to judge shapes on, not those they were chosen on.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="What was found, a JSON file.")],
     searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, or a plugin's.")] = "hierarchical",
     evaluator: Annotated[
         str, typer.Option(help="loss, on text; accuracy, on multiple-choice questions; or a plugin's.")
     ] = "loss",
+    finalists: Annotated[
+        int, typer.Option(min=0, help="How many of the best are judged in their engine, quantized; 0: none.")
+    ] = 6,
     letters: Annotated[
         bool, typer.Option("--letters/--no-letters", help="Ask for a choice's letter, or for its text.")
     ] = True,
@@ -98,18 +101,23 @@ def search(
     foreign: Annotated[bool, typer.Option("--foreign", help="The profile may be of another machine.")] = False,
     base: BaseOption = None,
 ) -> None:
-    """Find the best shape that keeps a budget: costs by a profile, quality by running the elastic model."""
+    """Find the best shape, and scheme, within a budget: costs by a profile, quality by running it."""
     from amoeba_plugin.deployment.search.run import Asked, search_shapes
     from amoeba_plugin.reports.frontier_table import notes_on, table_of
 
-    asked = Asked(searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, letters)
+    asked = Asked(
+        searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, finalists, letters
+    )
     found = search_shapes(elastic, profile, budget, asked, base)
     found.save(output)
     Console().print(table_of(found))
-    say(f"{found.evaluated} of {found.shapes} shapes evaluated, {found.measured} measured; all of it in {output}")
+    say(
+        f"{found.evaluated} of {found.shapes} shapes evaluated, costs of {found.measured} and quality of "
+        f"{found.finalists} measured in the engine; all of it in {output}"
+    )
     for note in notes_on(found):
         say(note)
-    done(f"best within {budget}: {found.chosen}\n{found.command(elastic)}")
+    done(f"best within {budget}: {found.chosen} at {found.flow}\n{found.command(elastic)}")
 
 
 def deploy(

@@ -1,4 +1,4 @@
-"""A device's budget: an engine at a scheme, and what may not be exceeded there, with units."""
+"""A device's budget: an engine at a scheme or at several, and what may not be exceeded there, with units."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ BYTES = {
 UNITS = {"prefill": SECONDS, "decode": SECONDS, "load": SECONDS, "memory": BYTES, "file": BYTES}
 SHOWN = {"prefill": "ms", "decode": "ms", "load": "ms", "memory": "MB", "file": "MB"}
 LIMIT = re.compile(r"([a-z]+)(?:\[([0-9]{1,7})\])?<=([0-9]{1,12}(?:\.[0-9]{1,12})?)([A-Za-z]*)")
+SEPARATOR = ","  # of points
 EXAMPLE = "llama-cpp:Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB"
 
 
@@ -80,10 +81,20 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits in one flow at one scheme."""
+    """Limits that hold in each of some flows at their schemes.
 
-    point: Point
+    Attributes:
+        points: Flows at schemes that may be chosen, one at least.
+        limits: What may not be exceeded in any of them.
+    """
+
+    points: tuple[Point, ...]
     limits: tuple[Limit, ...]
+
+    @property
+    def point(self) -> Point:
+        """The first of its points: the only one of most budgets."""
+        return self.points[0]
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -91,16 +102,19 @@ class Budget:
 
         >>> str(Budget.parse("torch:fp32 prefill[256]<=0.2s memory<=300MB"))
         'torch:fp32 prefill[256]<=200ms memory<=300MB'
+        >>> [str(point) for point in Budget.parse("llama-cpp:Q8_0,Q4_0 decode<=12ms").points]
+        ['llama-cpp:Q8_0', 'llama-cpp:Q4_0']
 
         Raises:
             BudgetError: If it is none, a unit is missing or wrong, or two limits are about the same.
         """
-        point, *limits = text.split() or [""]
-        return cls._of(point, [_limit(each) for each in limits], text)
+        points, *limits = text.split() or [""]
+        return cls._of(points, [_limit(each) for each in limits], text)
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> Budget:
-        """Read what a recipe says: ``{flow: "llama-cpp:Q4_0", decode: 12ms, "prefill[256]": 200ms}``.
+        """Read what a recipe says: ``{flow: "llama-cpp:Q4_0", decode: 12ms, "prefill[256]": 200ms}``; several flows are
+        a list, or separated by commas.
 
         Raises:
             BudgetError: As :meth:`parse`.
@@ -108,24 +122,30 @@ class Budget:
         if "flow" not in fields:
             raise BudgetError(f"budget {dict(fields)} names no flow; write flow: llama-cpp:Q4_0")
         limits = [_limit(f"{name}<={value}") for name, value in fields.items() if name != "flow"]
-        return cls._of(str(fields["flow"]), limits, str(dict(fields)))
+        flow = fields["flow"]
+        points = SEPARATOR.join(map(str, flow)) if isinstance(flow, list | tuple) else str(flow)
+        return cls._of(points, limits, str(dict(fields)))
 
     @classmethod
-    def _of(cls, point: str, limits: Sequence[Limit], said: str) -> Budget:
+    def _of(cls, points: str, limits: Sequence[Limit], said: str) -> Budget:
         try:
-            parsed = Point.parse(point)
+            parsed = _points(points)
         except DeploymentError as error:
             raise BudgetError(f"budget '{said}': {error}; a budget is written like {EXAMPLE}") from error
         if not limits:
             raise BudgetError(f"budget '{said}' limits nothing; a budget is written like {EXAMPLE}")
-        names = [limit.name for limit in limits]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise BudgetError(f"budget '{said}' limits {twice} twice; keep one of the two")
+        for names in ([limit.name for limit in limits], list(map(str, parsed))):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise BudgetError(f"budget '{said}' names {twice} twice; keep one of the two")
         return cls(parsed, tuple(limits))
 
     def __str__(self) -> str:
-        return " ".join([str(self.point), *map(str, self.limits)])
+        written, flow = [], None
+        for point in self.points:
+            written.append(point.scheme if point.flow == flow else str(point))
+            flow = point.flow
+        return " ".join([SEPARATOR.join(written), *map(str, self.limits)])
 
     def verdict(self, costs: Mapping[Limit, Prediction]) -> Verdict:
         """Tell whether costs keep every limit."""
@@ -133,6 +153,15 @@ class Budget:
         if Verdict.EXCEEDS in verdicts:
             return Verdict.EXCEEDS
         return Verdict.UNSURE if Verdict.UNSURE in verdicts else Verdict.KEEPS
+
+
+def _points(text: str) -> tuple[Point, ...]:
+    """Read points; one that names a scheme alone is of the flow in front of it."""
+    found: list[Point] = []
+    for part in text.split(SEPARATOR):
+        named = found and part.strip() and ":" not in part
+        found.append(Point(found[-1].flow, part.strip()) if named else Point.parse(part))
+    return tuple(found)
 
 
 def _limit(text: str) -> Limit:

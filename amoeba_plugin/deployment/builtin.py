@@ -8,10 +8,9 @@ from amoeba_plugin.deployment.flow import DeploymentFlow
 from amoeba_plugin.deployment.search.evaluators import Evaluator, accuracy, loss
 from amoeba_plugin.deployment.search.exhaustive import exhaustive
 from amoeba_plugin.deployment.search.hierarchical import hierarchical
-from amoeba_plugin.deployment.search.problem import Problem
+from amoeba_plugin.deployment.search.problem import Choice, Problem
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.plugins.hooks import hookimpl
-from amoeba_plugin.shape import SubnetShape
 
 
 @hookimpl
@@ -22,7 +21,7 @@ def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:
 
 
 @hookimpl
-def amoeba_searchers() -> Mapping[str, Callable[[Problem], SubnetShape]]:
+def amoeba_searchers() -> Mapping[str, Callable[[Problem], Choice]]:
     """Return those that need no more than the package has."""
     return {search.__name__: search for search in (hierarchical, exhaustive)}
 

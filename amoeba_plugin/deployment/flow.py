@@ -10,6 +10,8 @@ to) which defines a class ``Engine`` with these methods; tokens are lists of ids
 - ``decode(count)``: decodes so many tokens behind them, whatever they are.
 - ``log_probabilities(tokens, behind) -> list[str]``: of the whole vocabulary, behind each number of tokens, base64 of
   little-endian fp32.
+- ``token_log_probabilities(tokens, behind) -> list[float]``: of the token that follows each number of tokens, which
+  ascend. An engine need not have it: it is picked from ``log_probabilities`` then.
 - ``tokenize(texts) -> list[list[int]]``: without special tokens added.
 - ``render(messages) -> str``: a chat as the exported template writes it, ready for an answer.
 - ``generate(prompt, count) -> str``: what follows, greedily.

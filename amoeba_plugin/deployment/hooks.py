@@ -10,8 +10,7 @@ from amoeba_plugin.plugins.hooks import hookspec
 if TYPE_CHECKING:
     from amoeba_plugin.deployment.flow import DeploymentFlow
     from amoeba_plugin.deployment.search.evaluators import Evaluator
-    from amoeba_plugin.deployment.search.problem import Problem
-    from amoeba_plugin.shape import SubnetShape
+    from amoeba_plugin.deployment.search.problem import Choice, Problem
 
 
 @hookspec
@@ -20,7 +19,7 @@ def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:  # type: ignore[e
 
 
 @hookspec
-def amoeba_searchers() -> Mapping[str, Callable[[Problem], SubnetShape]]:  # type: ignore[empty-body]
+def amoeba_searchers() -> Mapping[str, Callable[[Problem], Choice]]:  # type: ignore[empty-body]
     """Return searchers by the name that ``amoeba search --searcher`` takes."""
 
 

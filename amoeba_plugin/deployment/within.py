@@ -37,4 +37,4 @@ def deploy_within(
     if not asked.foreign:
         profile_for(limits, subject_of(str(elastic), None, [], [], base), profile, str(elastic))
     found = search_shapes(elastic, profile, budget, asked, base)
-    return found, deploy_shape(elastic, found.chosen, str(limits.point), output, base)
+    return found, deploy_shape(elastic, found.chosen, found.flow, output, base)

@@ -115,7 +115,9 @@ class SubnetExtractionModifier(Modifier):
             return self.shape
         if self.limits is not None:
             found = self.how.best(elastic, self.limits, selection.batches)
-            logger.info("within %s the best of %s shapes is %s", self.limits, found.shapes, found.chosen)
+            logger.info(
+                "within %s the best of %s shapes is %s at %s", self.limits, found.shapes, found.chosen, found.flow
+            )
             self.shape, self.budget, self.search = found.chosen, None, None  # the recipe saved names it
             return found.chosen
         assert self.total is not None

@@ -29,6 +29,7 @@ class SearchOptions(BaseModel):
         max_seq_length: Tokens of a row. Default 256.
         searcher: ``hierarchical``, ``exhaustive``, or a plugin's. Default ``hierarchical``.
         evaluator: What judges: ``loss``, ``accuracy`` of the questions in ``dataset``, or a plugin's. Default ``loss``.
+        finalists: How many of the best are judged in the budget's engine, for what its scheme does to them. Default 6.
         measure: Run shapes whose predicted costs straddle the budget. Default true.
         frontier: Where to write what was found, a JSON file. Default: nowhere.
     """
@@ -42,6 +43,7 @@ class SearchOptions(BaseModel):
     max_seq_length: int = Field(default=256, ge=2)
     searcher: str = "hierarchical"
     evaluator: str = "loss"
+    finalists: int = Field(default=6, ge=0)
     measure: bool = True
     frontier: str | None = None
 
@@ -55,7 +57,7 @@ class SearchOptions(BaseModel):
         """Search the shapes of an elastic model; calibration batches are what they are judged on without a data set."""
         asked = Asked(
             self.searcher, self.dataset or "", self.split, self.num_samples, self.max_seq_length, self.measure,
-            evaluator=self.evaluator,
+            evaluator=self.evaluator, finalists=self.finalists,
         )  # fmt: skip
         judge = None if self.dataset else LossJudge(elastic, PerTokenLoss(), calibration)
         found = search_elastic(elastic, Path(self.profile), budget, asked, judge=judge)

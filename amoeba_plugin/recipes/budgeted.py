@@ -56,8 +56,9 @@ def budget_in_words(plan: RecipePlan, model_plan: ModelPlan) -> list[str]:
         return []
     budget, path = plan.extraction.limits, Path(plan.extraction.how.profile)
     plan.asking(plan.extraction, _require_known, budget, plan.extraction.how)
+    points = " and ".join(map(str, budget.points))
     if not path.exists() or not knows(Profile.load(path), budget):
-        return [f"what shapes cost in {budget.point} is measured first, into {path}: about a minute for a small model"]
+        return [f"what shapes cost in {points} is measured first, into {path}: about a minute for a small model"]
     works = expected_works(plan, model_plan)
     possible = plan.asking(plan.extraction, require_possible, budget, Profile.load(path), works)
     return [f"{len(possible)} of {len(works)} shapes may keep {budget}, the largest {possible[0]}"]
@@ -86,8 +87,9 @@ def _prepare(plan: RecipePlan, model_plan: ModelPlan, model: str, budget: Budget
 
 
 def _require_known(budget: Budget, search: SearchOptions) -> None:
-    flow, _ = point_named(str(budget.point))
-    flow.command()  # refuses where the engine is missing
+    for point in budget.points:
+        flow, _ = point_named(str(point))
+        flow.command()  # refuses where the engine is missing
     searcher_named(search.searcher), evaluator_named(search.evaluator)
     if search.dataset is not None:
         require_file(search.dataset)

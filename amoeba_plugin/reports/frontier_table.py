@@ -8,35 +8,46 @@ from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.cost_model import Prediction
 from amoeba_plugin.deployment.search.frontier import Frontier, Interval
 
+SHOWN = 40  # rows: a space of a hundred shapes at three schemes fills many screens, and the file has them all
+
 
 def table_of(found: Frontier) -> Table:
-    """Return every shape that was evaluated, the best first; in bold the one that was chosen."""
+    """Return the choices whose shapes were evaluated, the best first; in bold what was chosen."""
     budget = Budget.parse(found.budget)
     columns = [f"{limit.name} {limit.unit[0]}" for limit in budget.limits]
-    table = Table(
-        "shape", found.evaluator, *columns, "keeps the budget", title=f"within {found.budget}", title_justify="left"
-    )
-    for each in found.candidates:
-        cells = []
+    heads = ["shape", *(["flow"] if len(budget.points) > 1 else []), found.evaluator]
+    table = Table(*heads, *columns, "keeps the budget", title=f"within {found.budget}", title_justify="left")
+    for each in found.candidates[:SHOWN]:
+        mark = "" if each.harm is None else " *"
+        cells = [f"{each.quality.value:.3f} ±{_half(each.quality):.2g}{mark}"]
         for limit in budget.limits:
             cost, (_, unit) = each.costs[limit.name], limit.unit
             cells.append(str(Prediction(cost.value / unit, cost.low / unit, cost.high / unit, cost.measured)))
-        note = "yes" if each.keeps else "no"
-        style = "bold green" if each.shape == found.chosen else "dim" if each.dominated or not each.keeps else ""
-        table.add_row(each.shape, f"{each.quality.value:.3f} ±{_half(each.quality):.2g}", *cells, note, style=style)
+        style = "bold green" if each == found.best else "dim" if each.dominated or not each.keeps else ""
+        place = [each.shape, *([each.flow] if len(budget.points) > 1 else [])]
+        table.add_row(*place, *cells, "yes" if each.keeps else "no", style=style)
     return table
 
 
 def notes_on(found: Frontier) -> list[str]:
     """Return what intervals say of the choice, in sentences."""
-    best, second = next(each for each in found.candidates if each.shape == found.chosen), found.runner_up
-    told = [f"{found.chosen}: {best.quality} {found.unit}"]
+    best, second = found.best, found.runner_up
+    told = [f"{best.shape} at {best.flow}: {best.quality} {found.unit}"]
+    if len(found.candidates) > SHOWN:
+        told.append(f"{len(found.candidates) - SHOWN} more choices, which are worse, are in the file")
+    if found.finalists:
+        told.append(f"* measured in the engine; there the scheme adds {best.harm} to the choice" if best.harm else
+                    f"* measured in the engine: {found.finalists}")  # fmt: skip
+    if found.open:
+        told.append(
+            f"{found.open} more could be better if their scheme did them no harm; --finalists measures more of them"
+        )
     if second is not None and second.is_told_apart:
-        told.append(f"the second best, {second.shape}, is worse by {second.behind}")
+        told.append(f"the second best, {second.shape} at {second.flow}, is worse by {second.behind}")
     elif second is not None:
         told.append(
-            f"the second best, {second.shape}, cannot be told apart from it: it is worse by {second.behind}, judged on "
-            "the same; --num-samples takes more"
+            f"the second best, {second.shape} at {second.flow}, cannot be told apart from it: it is worse by "
+            f"{second.behind}, judged on the same; --num-samples takes more"
         )
     return told
 

@@ -14,10 +14,12 @@ and biases are random: defaults of one and zero hide what is not read.
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -97,6 +99,13 @@ class FlowConformance:
             sizes = {"threads": 1, "context": 64, "batch": 1}
             path = str(tmp_path / "out" / export.entry)
             engine.ask("load", path=path, **sizes, **self.flow.options(scheme))
+            tokens = [each for text in shipped_texts().all for each in tokenizer()(text)["input_ids"]]
+            tokens, behind = tokens[::20][:48], list(range(1, 48, 3))  # bytes of many scripts among them
+            rows = engine.ask("log_probabilities", tokens=tokens, behind=behind).value
+            told = engine.ask("token_log_probabilities", tokens=tokens, behind=behind).value
+            whole = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+            picked = [float(row[tokens[at]]) for row, at in zip(whole, behind, strict=True)]
+            assert told == pytest.approx(picked, abs=1e-4)
             assert isinstance(engine.ask("generate", prompt="The", count=4).value, str)
             prefill = engine.ask("prefill", prompts=[[5, 6, 7, 8]])
             assert prefill.wall > 0

@@ -14,11 +14,19 @@ from amoeba_plugin.errors import BudgetError
 
 def test_a_budget_in_words_and_in_fields():
     budget = Budget.parse("llama-cpp:Q4_0 decode<=12ms prefill[256]<=0.2s memory<=300MB")
-    assert budget.point == Point("llama-cpp", "Q4_0")
+    assert budget.points == (Point("llama-cpp", "Q4_0"),)
     assert budget.limits == (Limit("decode", 0.012), Limit("prefill", 0.2, 256), Limit("memory", 3e8))
     fields = {"flow": "llama-cpp:Q4_0", "decode": "12ms", "prefill[256]": "200ms", "memory": "300MB"}
     assert Budget.of_fields(fields) == budget
     assert Budget.parse("torch:fp32 file<=1GiB").limits[0].most == 2**30
+
+
+def test_a_budget_of_several_schemes():
+    budget = Budget.parse("llama-cpp:F16,Q8_0,torch:fp32 decode<=12ms")
+    assert budget.points == (Point("llama-cpp", "F16"), Point("llama-cpp", "Q8_0"), Point("torch", "fp32"))
+    assert str(budget) == "llama-cpp:F16,Q8_0,torch:fp32 decode<=12ms"
+    for flow in (["llama-cpp:F16", "llama-cpp:Q8_0", "torch:fp32"], "llama-cpp:F16, Q8_0, torch:fp32"):
+        assert Budget.of_fields({"flow": flow, "decode": "12ms"}) == budget
 
 
 LIMITS = st.sampled_from(sorted(UNITS)).flatmap(
@@ -33,7 +41,7 @@ LIMITS = st.sampled_from(sorted(UNITS)).flatmap(
 
 @given(st.lists(LIMITS, min_size=1, unique_by=lambda limit: limit.name))
 def test_what_is_written_is_read_back(limits: list[Limit]):
-    budget = Budget(Point("torch", "fp32"), tuple(limits))
+    budget = Budget((Point("torch", "fp32"),), tuple(limits))
     again = Budget.parse(str(budget))
     assert [limit.name for limit in again.limits] == [limit.name for limit in limits]
     assert [limit.most for limit in again.limits] == pytest.approx([limit.most for limit in limits])
@@ -57,7 +65,10 @@ def test_what_is_written_is_read_back(limits: list[Limit]):
         ("torch:fp32 prefill[0]<=1ms", "a number above 0"),
         ("torch:fp32 decode<=-1ms", "write KIND<=NUMBER"),
         ("torch:fp32 decode<=nanms", "write KIND<=NUMBER"),
-        ("torch:fp32 decode<=12ms decode<=13ms", "limits decode twice"),
+        ("torch:fp32,fp32 decode<=12ms", "names torch:fp32 twice"),
+        ("torch:fp32, decode<=12ms", "names no engine at a scheme"),
+        ("fp32,torch:bf16 decode<=12ms", "names no engine at a scheme"),
+        ("torch:fp32 decode<=12ms decode<=13ms", "names decode twice"),
     ],
 )
 def test_what_is_no_budget_is_answered_with_what_is(text: str, said: str):
@@ -73,7 +84,7 @@ def test_fields_without_a_flow():
 
 def test_costs_keep_a_budget_exceed_it_or_must_be_measured():
     decode, memory = Limit("decode", 0.010), Limit("memory", 1e6)
-    budget = Budget(Point("torch", "fp32"), (decode, memory))
+    budget = Budget((Point("torch", "fp32"),), (decode, memory))
     small = Prediction(9e5, 8e5, 1e6)
     for cost, verdict in (
         (Prediction(0.009, 0.008, 0.010), Verdict.KEEPS),

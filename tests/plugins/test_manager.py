@@ -17,7 +17,7 @@ from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.registry import flow_named, point_named
 from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.evaluators import Judge
-from amoeba_plugin.deployment.search.problem import Problem
+from amoeba_plugin.deployment.search.problem import Choice, Problem
 from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.elastic.model import ElasticModel
@@ -34,7 +34,6 @@ from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.width import Repair
-from amoeba_plugin.shape import SubnetShape
 
 
 class Stranger(LlamaFamily):
@@ -131,7 +130,7 @@ def test_hook_amoeba_deployment_flows(install: Callable[..., None], monkeypatch:
 
 
 def test_hook_amoeba_searchers(install: Callable[..., None]) -> None:
-    def theirs(problem: Problem) -> SubnetShape:
+    def theirs(problem: Problem) -> Choice:
         return problem.possible()[0]
 
     install("their_package", amoeba_searchers=lambda: {"first": theirs})

@@ -32,6 +32,7 @@ class Engine:
 class Toy(DeploymentFlow):
     name = "toy"
     schemes = {"deep": "slow by layers", "wide": "slow by neurons"}  # noqa: RUF012
+    exact = frozenset({"deep", "wide"})
 
     def __init__(self, directory: Path, fails_at: int | None = None) -> None:
         self._file, self.fails_at = directory / "engine.py", fails_at

@@ -7,11 +7,13 @@ arguments; the answer has what the method returned, and the seconds it took by t
 
 from __future__ import annotations
 
+import base64
 import gc
 import importlib.util
 import json
 import os
 import resource
+import struct
 import sys
 import time
 from typing import Any
@@ -31,7 +33,7 @@ def serve(engine_file: str) -> None:
         try:
             if engine is None:
                 engine = _engine(engine_file)
-            method = {"peak": peak, "reset_peak": reset_peak}.get(asked["do"]) or getattr(engine, asked["do"])
+            method = {"peak": peak, "reset_peak": reset_peak}.get(asked["do"]) or _method(engine, asked["do"])
             value = method(**asked["with"])
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             answer = {"value": value, "wall": wall, "cpu": cpu}
@@ -60,6 +62,20 @@ def peak() -> int:
     except (OSError, IndexError):
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _method(engine: Any, name: str) -> Any:
+    if name == "token_log_probabilities" and not hasattr(engine, name):
+        return lambda tokens, behind: [
+            _picked(row, tokens[count])
+            for row, count in zip(engine.log_probabilities(tokens, behind), behind, strict=True)
+        ]
+    return getattr(engine, name)
+
+
+def _picked(row: str, token: int) -> float:
+    found: float = struct.unpack_from("<f", base64.b64decode(row), 4 * token)[0]
+    return found
 
 
 def _engine(path: str) -> Any:

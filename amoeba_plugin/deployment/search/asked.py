@@ -18,6 +18,7 @@ class Asked:
         measure: Whether shapes whose predicted costs straddle the budget are run.
         foreign: Whether the profile may be of another machine, on which nothing can be measured then.
         evaluator: What judges shapes: its name.
+        finalists: How many of the best are measured in their engine, for what the scheme does to them; 0: none.
         letters: Whether questions list their choices by letter and ask for the letter.
     """
 
@@ -29,4 +30,5 @@ class Asked:
     measure: bool = True
     foreign: bool = False
     evaluator: str = "loss"
+    finalists: int = 6
     letters: bool = True

@@ -6,6 +6,7 @@ Shapes are judged by running the elastic model at them, nothing is copied or cut
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.batch import IGNORED, Batch, target_counts
 from amoeba_plugin.data.multiple_choice import load_questions
 from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.deployment.search.asked import Asked
@@ -24,6 +25,7 @@ from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective
 from amoeba_plugin.shape import SubnetShape
 
 SEED, ROWS_AT_ONCE = 0, 8
+POSITIONS = 512  # tokens whose probabilities an engine is asked for, of text; of questions all that whole ones have
 
 
 class Judge(ABC):
@@ -33,16 +35,28 @@ class Judge(ABC):
     Attributes:
         unit: Of its values, for people.
         larger_is_better: Whether a larger value is a better shape.
+        asks_engines: Whether it can tell what a scheme does, of an engine's answers.
     """
 
     unit: str
     larger_is_better: bool = False
+    asks_engines: bool = False
 
     @abstractmethod
     def judge(self, shape: SubnetShape) -> Quality:
         """Return a shape's value; its samples, if it has some, are of the same units for every shape, in one order."""
 
+    def harm(self, shape: SubnetShape, nats: NatsInEngine) -> Quality:
+        """Return what a scheme adds to a shape's value.
 
+        Args:
+            shape: That the engine runs, at its scheme.
+            nats: Asks the engine for the nats of every row's labels.
+        """
+        raise NotImplementedError
+
+
+NatsInEngine = Callable[[Batch], Sequence[float]]
 Evaluator = Callable[[ElasticModel, PreTrainedTokenizerBase, Asked], Judge]
 
 
@@ -55,6 +69,8 @@ class ObjectiveJudge(Judge):
         batches: On what.
     """
 
+    asks_engines = True
+
     def __init__(self, elastic: ElasticModel, objective: Objective, batches: Sequence[Batch]) -> None:
         objective.check(batches)
         self.elastic, self.objective, self.batches = elastic, objective, batches
@@ -63,6 +79,19 @@ class ObjectiveJudge(Judge):
     def judge(self, shape: SubnetShape) -> Quality:
         """Run the elastic model at the shape."""
         return self.quality(self.observed(shape, self.batches))
+
+    def harm(self, shape: SubnetShape, nats: NatsInEngine) -> Quality:
+        """Compare the engine's answers with the elastic model's, unit by unit, on a part of the data."""
+        few = self.few()
+        plain = self.observed(shape, few)
+        changed = plain.clone()
+        changed[:, 0] = torch.tensor([each for batch in few for each in nats(batch)], dtype=torch.float64)
+        (before,), (after,) = self.quality(plain).samples, self.quality(changed).samples
+        return Quality.ratio([(one - other, weight) for (one, weight), (other, _) in zip(after, before, strict=True)])
+
+    @abstractmethod
+    def few(self) -> list[Batch]:
+        """Return what an engine is asked about."""
 
     @torch.no_grad()
     def observed(self, shape: SubnetShape, batches: Sequence[Batch]) -> Tensor:
@@ -82,6 +111,20 @@ class LossJudge(ObjectiveJudge):
         """Return nats by tokens."""
         return Quality.ratio([(nats, tokens) for nats, tokens in observed.tolist()])
 
+    def few(self) -> list[Batch]:
+        """Return the text with every so many a label left, in all rows."""
+        total = sum(int(target_counts(batch).sum()) for batch in self.batches)
+        step, seen, few = math.ceil(total / POSITIONS), 0, []
+        for batch in self.batches:
+            labels = batch["labels"].clone()
+            labels[:, 0] = IGNORED  # nothing predicts it
+            targets = labels != IGNORED
+            order = targets.flatten().cumsum(0).view_as(labels) + seen
+            labels[order % step != 0] = IGNORED
+            seen += int(targets.sum())
+            few.append({**batch, "labels": labels})
+        return few
+
 
 class AccuracyJudge(ObjectiveJudge):
     """Share of questions answered right; its units are questions."""
@@ -92,6 +135,23 @@ class AccuracyJudge(ObjectiveJudge):
         return Quality.share([
             self.objective.score(observed[questions == number]).value > 0 for number in questions.unique(sorted=True)
         ])  # fmt: skip
+
+    def few(self) -> list[Batch]:
+        """Return the first questions, whole."""
+        rows = torch.cat([target_counts(batch) for batch in self.batches]).tolist()
+        questions = torch.cat([batch["question"].flatten() for batch in self.batches]).tolist()
+        total, kept = 0, set[int]()
+        for number in dict.fromkeys(questions):
+            total += sum(count for count, question in zip(rows, questions, strict=True) if question == number)
+            if kept and total > POSITIONS:
+                break
+            kept.add(number)
+        masks = [torch.tensor([int(each) in kept for each in batch["question"].flatten()]) for batch in self.batches]
+        return [
+            {name: column[mask] for name, column in batch.items()}
+            for batch, mask in zip(self.batches, masks, strict=True)
+            if mask.any()
+        ]
 
 
 def loss(elastic: ElasticModel, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Judge:

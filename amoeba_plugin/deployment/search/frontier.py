@@ -1,21 +1,23 @@
-"""What a search found: every shape that was tried, how good it is and what it costs, and the best within the budget."""
+"""What a search found: every choice that was tried, its quality and costs, and the best one within the budget."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from amoeba_plugin.deployment.budget import Budget
+from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.asked import Asked
-from amoeba_plugin.deployment.search.problem import Problem
+from amoeba_plugin.deployment.search.finalists import Settled
+from amoeba_plugin.deployment.search.problem import Choice, Problem, by_quality
 from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import write_atomically
-from amoeba_plugin.shape import SubnetShape
 
 VERSION: Literal[1] = 1
+ELASTIC = "ELASTIC"  # in a command, for a checkpoint whose place nobody said
 
 
 class _Document(BaseModel):
@@ -52,10 +54,12 @@ class RunnerUp(_Document):
 
     Attributes:
         shape: Its name.
+        flow: And scheme.
         behind: By how much it is worse than what was chosen, judged on the same rows or questions.
     """
 
     shape: str
+    flow: str
     behind: Interval
 
     @property
@@ -65,21 +69,28 @@ class RunnerUp(_Document):
 
 
 class Candidate(_Document):
-    """A shape that was tried.
+    """A choice whose shape was tried.
 
     Attributes:
         shape: Its name.
-        quality: How good it is, in the evaluator's unit.
+        flow: And scheme.
+        quality: How good it is, in the evaluator's unit, with what the scheme does to it.
+        harm: What the scheme does to this very shape, in its engine; ``None``: not measured, or nothing. ``quality``
+            has then what it did to the first shape that was measured at it, if any was.
         costs: By what the budget limits: ``prefill[256]``.
         keeps: Whether it keeps the budget, as far as that is known.
         dominated: Whether another one is better and costs no more.
+        deploy: The command that deploys it.
     """
 
     shape: str
+    flow: str
     quality: Interval
+    harm: Interval | None = None
     costs: dict[str, Cost]
     keeps: bool
     dominated: bool = False
+    deploy: str
 
 
 class Frontier(_Document):
@@ -94,58 +105,61 @@ class Frontier(_Document):
         larger_is_better: Whether a larger value is a better shape.
         shapes: Of the space.
         evaluated: How many of them were judged.
-        measured: How many were run because their interval straddled the budget.
-        chosen: The best that keeps the budget.
+        measured: How many choices' costs were measured for this search.
+        finalists: How many choices were measured in their engine, for what their scheme does to them.
+        open: How many others could be better, if their scheme did them no harm.
+        chosen: The shape of the best choice that keeps the budget.
+        flow: Its flow and scheme.
         runner_up: The second best; ``None``: no other that keeps it was evaluated.
-        candidates: All that were evaluated, the best first.
+        candidates: All choices whose shapes were evaluated, the best first.
     """
 
     version: Literal[1] = VERSION
     budget: str
     searcher: str
-    evaluator: str = "loss"
+    evaluator: str
     unit: str
-    larger_is_better: bool = False
+    larger_is_better: bool
     shapes: int
     evaluated: int
     measured: int
+    finalists: int
+    open: int
     chosen: str
-    runner_up: RunnerUp | None = None
+    flow: str
+    runner_up: RunnerUp | None
     candidates: list[Candidate]
 
+    @property
+    def best(self) -> Candidate:
+        """What was chosen."""
+        return next(each for each in self.candidates if (each.shape, each.flow) == (self.chosen, self.flow))
+
     @classmethod
-    def of(cls, problem: Problem, asked: Asked, unit: str, chosen: SubnetShape) -> Frontier:
+    def of(cls, problem: Problem, asked: Asked, unit: str, settled: Settled, elastic: str) -> Frontier:
         """Return what a search knows of its problem."""
-        order = sorted(problem.qualities, key=problem.loss)
+        chosen = settled.finalists[0]
+        order = by_quality(problem, [each for each in problem.choices() if each.shape in problem.qualities])
         found: list[Candidate] = []
-        for shape in order:
-            costs = {
-                limit.name: Cost(value=cost.value, low=cost.low, high=cost.high, measured=cost.measured)
-                for limit, cost in problem.costs(shape).items()
-            }
-            keeps = all(costs[limit.name].value <= limit.most for limit in problem.budget.limits)
-            dominated = any(
-                all(better.costs[name].value <= cost.value for name, cost in costs.items()) for better in found
-            )
-            quality = Interval.of(problem.qualities[shape])
-            found.append(Candidate(shape=str(shape), quality=quality, costs=costs, keeps=keeps, dominated=dominated))
-        kept = [shape for shape, each in zip(order, found, strict=True) if each.keeps and shape != chosen]
+        for choice in order:
+            found.append(_candidate(problem, choice, found, elastic))
+        kept = [choice for choice, each in zip(order, found, strict=True) if each.keeps and choice != chosen]
         return cls(
             budget=str(problem.budget), searcher=asked.searcher, evaluator=asked.evaluator, unit=unit,
-            larger_is_better=problem.larger_is_better, shapes=len(problem.space), evaluated=len(found),
-            measured=len(problem.measured), chosen=str(chosen), candidates=found,
+            larger_is_better=problem.larger_is_better, shapes=len(problem.space), evaluated=len(problem.qualities),
+            measured=len(problem.measured), finalists=len(problem.harms), open=settled.open,
+            chosen=str(chosen.shape), flow=str(chosen.point), candidates=found,
             runner_up=_runner_up(problem, chosen, kept[0]) if kept else None,
         )  # fmt: skip
 
     @property
     def point(self) -> str:
-        """The engine and scheme of the budget."""
-        return str(Budget.parse(self.budget).point)
+        """The engine and scheme that were chosen."""
+        return self.flow
 
     def command(self, elastic: Path) -> str:
         """Return what deploys the shape that was chosen."""
-        point = Budget.parse(self.budget).point
-        return f"amoeba deploy {elastic} --shape {self.chosen} --flow {point} -o OUT"
+        return _command(elastic, self.chosen, self.flow)
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
@@ -164,7 +178,28 @@ class Frontier(_Document):
             raise ArtifactError(f"{path} is no result of a search, damaged, or of another version") from error
 
 
-def _runner_up(problem: Problem, chosen: SubnetShape, second: SubnetShape) -> RunnerUp:
-    better, worse = problem.qualities[chosen], problem.qualities[second]
+def _candidate(problem: Problem, choice: Choice, better: Sequence[Candidate], elastic: str) -> Candidate:
+    costs = {
+        limit.name: Cost(value=cost.value, low=cost.low, high=cost.high, measured=cost.measured)
+        for limit, cost in problem.costs(choice).items()
+    }
+    harm = problem.harms.get(choice)
+    dominated = any(all(each.costs[name].value <= cost.value for name, cost in costs.items()) for each in better)
+    return Candidate(
+        shape=str(choice.shape), flow=str(choice.point), quality=Interval.of(problem.quality(choice)),
+        harm=None if harm is None else Interval.of(harm), costs=costs, keeps=problem.seems_to_keep(choice),
+        dominated=dominated, deploy=_command(elastic, str(choice.shape), str(choice.point)),
+    )  # fmt: skip
+
+
+def _runner_up(problem: Problem, chosen: Choice, second: Choice) -> RunnerUp:
+    better, worse = problem.quality(chosen), problem.quality(second)
     behind = better.minus(worse) if problem.larger_is_better else worse.minus(better)
-    return RunnerUp(shape=str(second), behind=Interval.of(behind))
+    return RunnerUp(shape=str(second.shape), flow=str(second.point), behind=Interval.of(behind))
+
+
+def _command(elastic: Path | str, shape: str, flow: str) -> str:
+    engine, point = point_named(flow)
+    if engine.runs_elastic(point.scheme):
+        return f"nothing to deploy: {flow} runs {elastic} at {shape} as it is"
+    return f"amoeba deploy {elastic} --shape {shape} --flow {flow} -o OUT"

@@ -10,33 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from amoeba_plugin.deployment.search.problem import Problem, best_kept
+from amoeba_plugin.deployment.flow import Point
+from amoeba_plugin.deployment.search.problem import Choice, Problem, best_kept
 from amoeba_plugin.shape import SubnetShape
 
 COARSE = 5  # depths that are tried first
 
 
-def hierarchical(problem: Problem) -> SubnetShape:
-    """Return the best shape found within the budget.
+def hierarchical(problem: Problem) -> Choice:
+    """Return the best choice found within the budget; each point of it is searched.
 
     Raises:
         BudgetError: If there is none.
     """
-    possible = set(problem.possible())
-    edge = [_widest(problem, depth, possible) for depth in problem.space.depths]
-    candidates = [shape for shape in edge if shape is not None]
-    if not candidates:  # which tells what is nearest
-        return best_kept(problem, [])
-    tried = _coarse_then_around(problem, candidates)
-    return best_kept(problem, _inwards(problem, tried, possible))
+    possible, tried = set(problem.possible()), []
+    for point in problem.budget.points:
+        edge = [_widest(problem, depth, point, possible) for depth in problem.space.depths]
+        candidates = [choice for choice in edge if choice is not None]
+        if candidates:
+            tried += _inwards(problem, _coarse_then_around(problem, candidates), possible)
+    return best_kept(problem, tried)
 
 
-def _widest(problem: Problem, depth: float, possible: set[SubnetShape]) -> SubnetShape | None:
-    shapes = (SubnetShape(depth, width) for width in problem.space.widths)
-    return next((shape for shape in shapes if shape in possible and problem.keeps(shape)), None)
+def _widest(problem: Problem, depth: float, point: Point, possible: set[Choice]) -> Choice | None:
+    choices = (Choice(SubnetShape(depth, width), point) for width in problem.space.widths)
+    return next((choice for choice in choices if choice in possible and problem.keeps(choice)), None)
 
 
-def _coarse_then_around(problem: Problem, edge: list[SubnetShape]) -> list[SubnetShape]:
+def _coarse_then_around(problem: Problem, edge: list[Choice]) -> list[Choice]:
     """Evaluate some shapes at even distances, and halve the distances beside the best until they are one."""
     count = min(COARSE, len(edge))
     tried = {index * (len(edge) - 1) // max(count - 1, 1) for index in range(count)}
@@ -54,14 +55,15 @@ def _neighbours(tried: Iterable[int], best: int) -> list[int]:
     return [*([max(lower)] if lower else []), *([min(higher)] if higher else [])]
 
 
-def _inwards(problem: Problem, tried: list[SubnetShape], possible: set[SubnetShape]) -> list[SubnetShape]:
+def _inwards(problem: Problem, tried: list[Choice], possible: set[Choice]) -> list[Choice]:
     """Evaluate the smaller neighbours of the best as well, as long as one is better: more is not always better."""
     depths, widths, found = problem.space.depths, problem.space.widths, list(tried)
     while True:
         best = min(found, key=problem.loss)
-        row, column = depths.index(best.depth), widths.index(best.width)
+        row, column = depths.index(best.shape.depth), widths.index(best.shape.width)
         places = [(row + 1, column), (row, column + 1)]
         smaller = [SubnetShape(depths[at], widths[to]) for at, to in places if at < len(depths) and to < len(widths)]
-        found += [shape for shape in smaller if shape in possible and shape not in found]
+        beside = [Choice(shape, best.point) for shape in smaller]
+        found += [choice for choice in beside if choice in possible and choice not in found]
         if min(found, key=problem.loss) == best:
             return found

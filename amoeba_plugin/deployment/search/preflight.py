@@ -18,10 +18,10 @@ from amoeba_plugin.shape import SubnetShape
 
 
 def profile_for(budget: Budget, subject: Subject, path: Path, name: str, progress: bool = True) -> Profile:
-    """Return a profile that knows a budget's flow, at prompts as long as the budget's; what is missing is measured.
+    """Return a profile that knows a budget's flows, at prompts as long as the budget's; what is missing is measured.
 
     Args:
-        budget: Of which the flow is needed.
+        budget: Of which the flows are needed.
         subject: The model and its space, of which a quarter is measured.
         path: Of the profile; made, or extended.
         name: Of the model, for people.
@@ -32,18 +32,18 @@ def profile_for(budget: Budget, subject: Subject, path: Path, name: str, progres
         DeploymentError: If the engine is missing or fails, or the budget's prompts do not fit the model.
         PluginError: If nobody registered the flow.
     """
-    flow, point = point_named(str(budget.point))
     if path.exists() and knows(Profile.load(path), budget):
         return require_of(Profile.load(path), path, subject)
     how = Measuring()
     lengths = {limit.tokens for limit in budget.limits if limit.tokens} | set(prompts_of([], subject, how.decoded))
-    return profile_model(subject, {point: flow}, path, Measuring(tuple(sorted(lengths))), name, progress)
+    flows = {point: flow for flow, point in (point_named(str(point)) for point in budget.points)}
+    return profile_model(subject, flows, path, Measuring(tuple(sorted(lengths))), name, progress)
 
 
 def knows(profile: Profile, budget: Budget) -> bool:
-    """Tell whether a profile has a budget's flow, at prompts as long as the budget's."""
-    flow = profile.flows.get(str(budget.point))
-    return flow is not None and flow.longest >= max(limit.tokens for limit in budget.limits)
+    """Tell whether a profile has a budget's flows, at prompts as long as the budget's."""
+    flows = [profile.flows.get(str(point)) for point in budget.points]
+    return all(flow is not None and flow.longest >= max(limit.tokens for limit in budget.limits) for flow in flows)
 
 
 def require_of(profile: Profile, path: Path, subject: Subject) -> Profile:
@@ -60,26 +60,27 @@ def require_of(profile: Profile, path: Path, subject: Subject) -> Profile:
 
 
 def require_possible(budget: Budget, profile: Profile, works: Mapping[SubnetShape, Work]) -> list[SubnetShape]:
-    """Return the shapes that may keep a budget, in the order given.
+    """Return the shapes that may keep a budget at one of its points, in the order given.
 
     Args:
         budget: To be kept.
-        profile: That knows its flow.
+        profile: That knows its flows.
         works: Sizes of all shapes there will be.
 
     Raises:
         BudgetError: If none does, with the nearest and what it takes.
     """
-    models = cost_models(profile.flows[str(budget.point)])
-    costs = {
-        shape: {limit: models[limit.kind].predict(work, limit.tokens) for limit in budget.limits}
-        for shape, work in works.items()
-    }
-    possible = [shape for shape in works if budget.verdict(costs[shape]) is not Verdict.EXCEEDS]
-    if not possible:
-        nearest = min(works, key=lambda shape: max(costs[shape][limit].value / limit.most for limit in budget.limits))
+    costs = {}
+    for point in budget.points:
+        models = cost_models(profile.flows[str(point)])
+        for shape, work in works.items():
+            costs[shape, point] = {limit: models[limit.kind].predict(work, limit.tokens) for limit in budget.limits}
+    kept = {shape for (shape, _), found in costs.items() if budget.verdict(found) is not Verdict.EXCEEDS}
+    if not kept:
+        nearest = min(costs, key=lambda each: max(costs[each][limit].value / limit.most for limit in budget.limits))
         took = ", ".join(f"{limit.name} {limit.in_unit(costs[nearest][limit].value)}" for limit in budget.limits)
+        named = f"{nearest[0]}{f' at {nearest[1]}' if len(budget.points) > 1 else ''}"
         raise BudgetError(
-            f"no shape keeps {budget}: {nearest} is nearest and takes {took}; allow more, or smaller shapes"
+            f"no shape keeps {budget}: {named} is nearest and takes {took}; allow more, or smaller shapes"
         )
-    return possible
+    return [shape for shape in works if shape in kept]

@@ -1,11 +1,12 @@
-"""What a search is about: a space, what shapes cost, how good they are; and what it found."""
+"""What a search is about: a space, what choices of it cost, how good they are; and what it found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from amoeba_plugin.deployment.budget import Budget, Limit, Verdict
+from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.profiling.cost_model import Prediction
 from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.errors import BudgetError
@@ -14,86 +15,148 @@ from amoeba_plugin.shape import ShapeSpace, SubnetShape
 Costs = Mapping[Limit, Prediction]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A shape in a flow at a scheme: what a search chooses."""
+
+    shape: SubnetShape
+    point: Point
+
+    def __str__(self) -> str:
+        return f"{self.shape} at {self.point}"
+
+
 @dataclass
 class Problem:
-    """A budget, and a space to search for the best shape that keeps it.
+    """A budget, and a space to search for the best choice that keeps it.
 
     Attributes:
         space: Of shapes.
-        budget: That must be kept.
-        predict: Returns what a shape costs, by every limit of the budget.
-        evaluate: Returns how good a shape is; takes long, and is asked once for a shape.
-        measure: Returns what a shape costs, measured now; ``None``: predictions are all there is.
+        budget: That must be kept, with the points that may be chosen.
+        predict: Returns what a choice costs, by every limit of the budget.
+        evaluate: Returns how good a shape is before any scheme; takes long, and is asked once for a shape.
+        measure: Returns what a choice costs, measured now; ``None``: predictions are all there is.
         larger_is_better: Whether a larger value is a better shape; its loss is the negative then.
+        harm: Returns what a scheme adds to the value of a shape, measured in the engine; ``None``: nobody can tell.
+        exact: Points whose schemes leave values as they are.
+        qualities: Of the shapes that were evaluated.
+        harms: Of the choices that were measured in their engine.
+        measured: Costs of the choices that were measured.
     """
 
     space: ShapeSpace
     budget: Budget
-    predict: Callable[[SubnetShape], Costs]
+    predict: Callable[[Choice], Costs]
     evaluate: Callable[[SubnetShape], Quality]
-    measure: Callable[[SubnetShape], Costs] | None = None
+    measure: Callable[[Choice], Costs] | None = None
     larger_is_better: bool = False
+    harm: Callable[[Choice], Quality] | None = None
+    exact: Collection[Point] = ()
     qualities: dict[SubnetShape, Quality] = field(default_factory=dict)
-    measured: dict[SubnetShape, Costs] = field(default_factory=dict)
+    harms: dict[Choice, Quality] = field(default_factory=dict)
+    measured: dict[Choice, Costs] = field(default_factory=dict)
 
-    def loss(self, shape: SubnetShape) -> float:
-        """Return a number that is the less, the better a shape is."""
+    def loss(self, choice: Choice) -> float:
+        """Return a number that is the less, the better a choice is, as far as that is known (:meth:`quality`)."""
+        return self.loss_of(self.quality(choice))
+
+    def loss_of(self, quality: Quality) -> float:
+        """Return a number that is the less, the better a quality is."""
+        return -quality.value if self.larger_is_better else quality.value
+
+    def unharmed(self, shape: SubnetShape) -> Quality:
+        """Return how good a shape is before any scheme."""
         if shape not in self.qualities:
             self.qualities[shape] = self.evaluate(shape)
-        value = self.qualities[shape].value
-        return -value if self.larger_is_better else value
+        return self.qualities[shape]
 
-    def costs(self, shape: SubnetShape) -> Costs:
-        """Return what is known of a shape's costs."""
-        return self.measured.get(shape) or self.predict(shape)
+    def quality(self, choice: Choice) -> Quality:
+        """Return how good a choice is: with its scheme's harm, or that of the first shape measured at its point."""
+        harm = self.harms.get(choice) or next(
+            (harm for other, harm in self.harms.items() if other.point == choice.point), None
+        )
+        return self.unharmed(choice.shape) if harm is None else self.unharmed(choice.shape).plus(harm)
 
-    def verdict(self, shape: SubnetShape) -> Verdict:
-        """Tell whether a shape keeps the budget, as far as that is known."""
-        return self.budget.verdict(self.costs(shape))
+    def is_final(self, choice: Choice) -> bool:
+        """Tell whether all is known of how good a choice is: its scheme harms nothing, or was measured."""
+        return self.harm is None or choice.point in self.exact or choice in self.harms
 
-    def keeps(self, shape: SubnetShape) -> bool:
-        """Tell whether a shape keeps the budget; where its interval straddles it, by measuring."""
-        verdict = self.verdict(shape)
-        if verdict is Verdict.UNSURE and self.measure is not None:
-            self.measured[shape] = self.measure(shape)
-            verdict = self.verdict(shape)
-        if verdict is Verdict.UNSURE:
-            costs = self.costs(shape)
-            return all(costs[limit].value <= limit.most for limit in self.budget.limits)
-        return verdict is Verdict.KEEPS
+    def measure_harm(self, choice: Choice) -> None:
+        """Measure what a scheme does to a shape, where that is not known."""
+        if not self.is_final(choice):
+            assert self.harm is not None
+            self.harms[choice] = self.harm(choice)
 
-    def possible(self) -> list[SubnetShape]:
-        """Return the shapes that may keep the budget, the largest first.
+    def costs(self, choice: Choice) -> Costs:
+        """Return what is known of a choice's costs."""
+        return self.measured.get(choice) or self.predict(choice)
+
+    def verdict(self, choice: Choice) -> Verdict:
+        """Tell whether a choice keeps the budget, as far as that is known."""
+        return self.budget.verdict(self.costs(choice))
+
+    def keeps(self, choice: Choice) -> bool:
+        """Tell whether a choice keeps the budget; where its interval straddles it, by measuring."""
+        if self.verdict(choice) is Verdict.UNSURE:
+            self._measure(choice)
+        return self.seems_to_keep(choice)
+
+    def confirm(self, choice: Choice) -> bool:
+        """Tell whether a choice keeps the budget, by measuring in any case."""
+        if not all(cost.measured for cost in self.costs(choice).values()):
+            self._measure(choice)
+        return self.seems_to_keep(choice)
+
+    def seems_to_keep(self, choice: Choice) -> bool:
+        """Tell whether a choice keeps the budget by what is known, intervals aside."""
+        costs = self.costs(choice)
+        return all(costs[limit].value <= limit.most for limit in self.budget.limits)
+
+    def possible(self) -> list[Choice]:
+        """Return the choices that may keep the budget, the largest shapes first.
 
         Raises:
-            BudgetError: If none does, with the shape that is nearest.
+            BudgetError: If none does, with the choice that is nearest.
         """
-        found = [shape for shape in self.space if self.verdict(shape) is not Verdict.EXCEEDS]
+        found = [choice for choice in self.choices() if self.verdict(choice) is not Verdict.EXCEEDS]
         if not found:
             raise BudgetError(f"no shape of {self.space} keeps {self.budget}: {self.nearest()}")
         return found
 
-    def nearest(self) -> str:
-        """Return what the shape that exceeds the budget least takes."""
+    def choices(self) -> list[Choice]:
+        """Return all of them, the largest shapes first."""
+        return [Choice(shape, point) for shape in self.space for point in self.budget.points]
 
-        def excess(shape: SubnetShape) -> float:
-            costs = self.costs(shape)
+    def nearest(self) -> str:
+        """Return what the choice that exceeds the budget least takes."""
+
+        def excess(choice: Choice) -> float:
+            costs = self.costs(choice)
             return max(costs[limit].value / limit.most for limit in self.budget.limits)
 
-        shape = min(self.space, key=excess)
-        costs = self.costs(shape)
+        choice = min(self.choices(), key=excess)
+        costs = self.costs(choice)
         took = ", ".join(f"{limit.name} {limit.in_unit(costs[limit].value)}" for limit in self.budget.limits)
-        return f"the nearest, {shape}, takes {took}"
+        return f"the nearest, {choice if len(self.budget.points) > 1 else choice.shape}, takes {took}"
+
+    def _measure(self, choice: Choice) -> None:
+        if self.measure is not None:
+            self.measured[choice] = self.measure(choice)
 
 
-def best_kept(problem: Problem, tried: Sequence[SubnetShape]) -> SubnetShape:
-    """Return the best of the shapes tried that keeps the budget; equally good ones by size, the smallest.
+def best_kept(problem: Problem, tried: Sequence[Choice]) -> Choice:
+    """Return the best of the choices tried that keeps the budget; equally good ones by size, the smallest.
 
     Raises:
         BudgetError: If none does once it is measured.
     """
-    space = list(problem.space)
-    for shape in sorted(tried, key=lambda each: (problem.loss(each), -space.index(each))):
-        if problem.keeps(shape):
-            return shape
+    for choice in by_quality(problem, tried):
+        if problem.keeps(choice):
+            return choice
     raise BudgetError(f"no shape that was tried keeps {problem.budget} when it is measured: {problem.nearest()}")
+
+
+def by_quality(problem: Problem, tried: Collection[Choice]) -> list[Choice]:
+    """Return choices, the best first; equally good ones by size, the smallest first."""
+    places = {choice: place for place, choice in enumerate(problem.choices())}
+    return sorted(tried, key=lambda each: (problem.loss(each), -places[each]))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from amoeba_plugin.deployment.search.evaluators import Evaluator
-from amoeba_plugin.deployment.search.problem import Problem
+from amoeba_plugin.deployment.search.problem import Choice, Problem
 from amoeba_plugin.plugins.manager import named
-from amoeba_plugin.shape import SubnetShape
 
-Searcher = Callable[[Problem], SubnetShape]
+Searcher = Callable[[Problem], Choice]
 
 
 def searcher_named(name: str) -> Searcher:

@@ -12,11 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.multiple_choice import load_questions
 from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.deployment import registry
 from amoeba_plugin.deployment.flow import Point
-from amoeba_plugin.deployment.profiling.asked import subject_of
+from amoeba_plugin.deployment.profiling.asked import flows_of, subject_of
 from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.search.frontier import Frontier
@@ -62,14 +63,17 @@ def found(files: tuple[Path, ElasticModel], budget: str, searcher: str = "exhaus
     return search_shapes(directory / "elastic", directory / "profile.json", budget, asked, progress=False)
 
 
-def test_the_best_shape_of_the_loss_that_the_model_has(files: tuple[Path, ElasticModel]):
-    directory, live = files
-    result = found(files, "toy:deep decode<=1.8ms")  # half a millisecond a layer, of two to four
-    batches = load_batches(
+def loaded(directory: Path) -> list[Batch]:
+    return load_batches(
         str(directory / "text.txt"), tokenizer(), split="train", num_samples=4, max_seq_length=32, batch_size=8,
         vocab_size=512, seed=0,
     )  # fmt: skip
-    losses = {}
+
+
+def test_the_best_shape_of_the_loss_that_the_model_has(files: tuple[Path, ElasticModel]):
+    directory, live = files
+    result = found(files, "toy:deep decode<=1.8ms")  # half a millisecond a layer, of two to four
+    batches, losses = loaded(directory), {}
     for shape in live.space:
         if shape.depth <= 3:
             with live.active(shape) as model, torch.no_grad():
@@ -159,7 +163,9 @@ def test_profiles_and_budgets_that_do_not_fit_are_refused(files: tuple[Path, Ela
     directory, _ = files
     with pytest.raises(BudgetError, match=r"keeps toy:deep decode<=0.001ms: the nearest, 2x.*, takes decode"):
         found(files, "toy:deep decode<=1us")
-    with pytest.raises(ArtifactError, match=r"knows nothing of toy:wide, only of toy:deep; add it: amoeba profile"):
+    with pytest.raises(
+        ArtifactError, match=r"knows nothing of toy:wide, only of toy:deep; add it: .* --flow toy:wide -o"
+    ):
         found(files, "toy:wide decode<=1ms")
     with pytest.raises(BudgetError, match="has none longer than 8"):
         found(files, "toy:deep prefill[9]<=1s")
@@ -176,6 +182,39 @@ def test_profiles_and_budgets_that_do_not_fit_are_refused(files: tuple[Path, Ela
     (tmp_path / "frontier.json").write_text("{}")
     with pytest.raises(ArtifactError, match="no result of a search"):
         Frontier.load(tmp_path / "frontier.json")
+
+
+def test_shape_and_scheme_are_chosen_together(files: tuple[Path, ElasticModel], tmp_path: Path):
+    directory, live = files
+    path = tmp_path / "profile.json"
+    flows = flows_of(["torch:fp32", "torch:bf16"])
+    subject = subject_of(str(directory / "elastic"), None, [], [])
+    profile_model(subject, flows, path, Measuring((4,), 2, rounds=1, shapes=9), "a model", progress=False)
+    sizes = {
+        point: {shape: cost.bytes for shape, cost in flow.shapes.items()}
+        for point, flow in Profile.load(path).flows.items()
+    }
+    most = (sizes["torch:fp32"]["2x1"] + sizes["torch:bf16"]["4x1"]) / 2
+    asked = Asked("exhaustive", str(directory / "text.txt"), num_samples=4, max_seq_length=32, finalists=2)
+    budget = f"torch:fp32,bf16 file<={most:.0f}B"
+    result = search_shapes(directory / "elastic", path, budget, asked, progress=False)
+    for each in result.candidates:
+        assert each.costs["file"].value == sizes[each.flow][each.shape]
+        assert each.keeps == (sizes[each.flow][each.shape] <= most)
+    assert {each.flow for each in result.candidates if each.keeps} == {"torch:fp32", "torch:bf16"}
+    harmed = [each for each in result.candidates if each.harm is not None]
+    assert {each.flow for each in harmed} == {"torch:bf16"}
+    assert len(harmed) == result.finalists <= 3  # the one that tells whether bf16 is worth it, and two more
+    final = [each for each in result.candidates if each.keeps and (each.harm or each.flow == "torch:fp32")]
+    assert result.best.quality.value == min(each.quality.value for each in final)
+    batches = loaded(directory)
+    for each in harmed:
+        with live.active(each.shape) as model, torch.no_grad():
+            whole = PerTokenLoss().measure(model.eval(), batches).value
+        assert each.quality.value == pytest.approx(whole + each.harm.value)
+        assert each.deploy == f"amoeba deploy {directory / 'elastic'} --shape {each.shape} --flow torch:bf16 -o OUT"
+    assert result.command(Path("E")) == f"amoeba deploy E --shape {result.chosen} --flow {result.flow} -o OUT"
+    assert Frontier.model_validate_json(result.model_dump_json()) == result
 
 
 def test_the_command(files: tuple[Path, ElasticModel], tmp_path: Path):

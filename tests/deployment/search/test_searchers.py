@@ -11,7 +11,7 @@ from amoeba_plugin.deployment.budget import Budget, Limit
 from amoeba_plugin.deployment.profiling.cost_model import Prediction
 from amoeba_plugin.deployment.search.exhaustive import exhaustive
 from amoeba_plugin.deployment.search.hierarchical import hierarchical
-from amoeba_plugin.deployment.search.problem import Costs, Problem
+from amoeba_plugin.deployment.search.problem import Choice, Costs, Problem
 from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.errors import BudgetError
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
@@ -33,15 +33,16 @@ def landscape(seed: int, noise: float = 0.0, spread: float = 0.0, measurable: bo
         value = by_depth * (1 - shape.depth / 32) ** 1.5 + by_width * (1 - float(shape.width)) ** 2 + jitter[shape]
         return Quality(value, value, value)
 
-    def predict(shape: SubnetShape) -> Costs:
-        value = guessed[shape]
+    def predict(choice: Choice) -> Costs:
+        value = guessed[choice.shape]
         return {limit: Prediction(value, value * (1 - spread), value * (1 + spread))}
 
-    def measure(shape: SubnetShape) -> Costs:
-        return {limit: Prediction(true[shape], true[shape], true[shape], measured=True)}
+    def measure(choice: Choice) -> Costs:
+        value = true[choice.shape]
+        return {limit: Prediction(value, value, value, measured=True)}
 
     budget = Budget.parse(f"torch:fp32 decode<={limit.most * 1e3:.9f}ms")
-    budget = Budget(budget.point, (limit,))
+    budget = Budget(budget.points, (limit,))
     return Problem(SPACE, budget, predict, loss, measure if measurable else None)
 
 
@@ -76,23 +77,23 @@ def test_the_best_is_not_always_the_largest():
     for seed in range(20):
         problem = landscape(seed)
         largest = exhaustive(problem)
-        at = SPACE.depths.index(largest.depth) + 1
+        at = SPACE.depths.index(largest.shape.depth) + 1
         if at == len(SPACE.depths):
             continue
-        better = SubnetShape(SPACE.depths[at], largest.width)
+        better = SubnetShape(SPACE.depths[at], largest.shape.width)
         plain = problem.evaluate
         for search in (exhaustive, hierarchical):
             again = landscape(seed)
             again.evaluate = lambda shape, plain=plain, better=better: BEST if shape == better else plain(shape)
-            assert search(again) == better
+            assert search(again).shape == better
 
 
 def test_a_budget_that_nothing_keeps_names_the_nearest():
     problem = landscape(1)
     limit = Limit("decode", 1e-4)
-    problem.budget = Budget(problem.budget.point, (limit,))
+    problem.budget = Budget(problem.budget.points, (limit,))
     costs = {limit: Prediction(0.0141, 0.014, 0.0142)}
-    problem.predict = lambda shape: costs
+    problem.predict = lambda choice: costs
     for search in (exhaustive, hierarchical):
         with pytest.raises(
             BudgetError, match=r"no shape of depths .* keeps torch:fp32 decode<=0.1ms: the nearest, .*14.1ms"
