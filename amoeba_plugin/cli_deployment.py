@@ -148,7 +148,7 @@ def deploy(
         )
     if budget:
         found, deployed = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
-        shape, flow = found.chosen, found.point
+        shape, flow = found.chosen, found.flow
         Console().print(table_of(found))
     else:
         deployed = deploy_shape(elastic, shape, flow, output_dir, base)
@@ -197,7 +197,9 @@ def fit(
     found = fit_model(model, dataset, budget, output_dir, options)
     for part in summary_of(found, output_dir):
         Console().print(part)
-    done(f"{found.shape} for {found.budget} is in {output_dir / 'deployed'}; README.md there says how to run it")
+    done(
+        f"{found.deployed.shape} for {found.budget} is in {output_dir / 'deployed'}; README.md there says how to run it"
+    )
 
 
 def _listed(text: str) -> list[str]:

@@ -467,6 +467,7 @@ SHIPPED_MODELS = {
         {"layers": 30, "hidden_size": 72, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
     ),
     "select_only": ("llama", {"layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}),
+    "fit": ("llama", {"layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}),
 }
 
 
@@ -481,10 +482,12 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
         training |= {"max_steps": 1, "elastic_dir": str(files["elastic"])}
         if "dataset" in training:
             training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
+    asked = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
+    if "budget" in asked:
+        asked["search"] |= {"profile": str(files["out"].with_name("profile.json"))}
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
     result = invoke(*run_arguments(files), "--num-calibration-samples", "4" if name == "select_only" else "2")
     assert result.exit_code == 0, result.output
-    asked = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
     config = AutoConfig.from_pretrained(files["out"])
     queries = config.num_attention_heads // config.num_key_value_heads
     kept, whole = (  # rows of a KV group's queries, key and value, columns of its output; a neuron's of three matrices
@@ -498,7 +501,10 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
         depth, width = config.num_hidden_layers, Fraction(asked["total"]) * sizes["layers"] / config.num_hidden_layers
         assert 2 / 3 <= depth / sizes["layers"] <= 1
     else:
-        depth, width = asked["shape"].split("x")
+        ran = yaml.safe_load((files["out"] / "recipe.yaml").read_text())  # it names what a budget came to
+        cut = ran["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
+        assert asked.get("shape", cut["shape"]) == cut["shape"]
+        depth, width = cut["shape"].split("x")
     assert config.num_hidden_layers == int(depth)
     assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
     if "quantize_stage" in recipe:

@@ -29,7 +29,7 @@ def fit_recipe(values: Mapping[str, Any], budget: Budget, space: Space) -> str:
         space: The least depth, and the widths.
     """
     limits = {limit.name: limit.in_unit(limit.most) for limit in budget.limits}
-    flows = ",".join(map(str, [budget.point]))
+    flows = ",".join(map(str, budget.points))
     own = {
         "DepthShrinkingModifier.min_depth": space[0],
         "WidthShrinkingModifier.widths": space[1],

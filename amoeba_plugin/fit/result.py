@@ -17,10 +17,31 @@ class _Document(BaseModel):
 
 
 class Skipped(_Document):
-    """A shape that was better and is not taken, and why."""
+    """A choice that was better and is not taken, and why."""
 
     shape: str
+    flow: str
     why: str
+
+
+class Deployment(_Document):
+    """What was deployed.
+
+    Attributes:
+        shape: Its name.
+        flow: Engine and scheme.
+        costs: As the budget names them: what it takes, and what is allowed.
+        parity: What its engine makes of it, in a sentence.
+        mean_kl: The engine's predictions from torch's in fp32, nats per token.
+        skipped: Better choices that their engines refused.
+    """
+
+    shape: str
+    flow: str
+    costs: dict[str, str]
+    parity: str
+    mean_kl: float
+    skipped: list[Skipped]
 
 
 class Fitted(_Document):
@@ -30,28 +51,20 @@ class Fitted(_Document):
         version: Of the document.
         model: Path or hub id of the whole model.
         budget: As it is written.
-        shape: That was deployed.
-        costs: Of it, as the budget names them: what it takes and what is allowed, in words.
+        deployed: What was chosen.
         whole: Loss of the whole model on text that nothing else saw, nats per token.
         loss: Of the shape that was deployed, before its scheme.
-        mean_kl: What the engine makes of it, in nats per token from torch in fp32.
-        engine: That proved it, with its version.
         bytes: Of what was deployed.
-        skipped: Better shapes that the engine refused.
-        seconds: Wall time of every step of the run that ended it.
+        seconds: Wall time of the steps of the run that ended it.
     """
 
     version: Literal[1] = 1
     model: str
     budget: str
-    shape: str
-    costs: dict[str, str]
+    deployed: Deployment
     whole: Interval
     loss: Interval
-    mean_kl: float
-    engine: str
     bytes: int
-    skipped: list[Skipped]
     seconds: dict[str, float]
 
     def save(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from amoeba_plugin.data.text import require_file
-from amoeba_plugin.deployment.budget import Budget
+from amoeba_plugin.deployment.budget import Budget, Limit
 from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.loads import require_loads
 from amoeba_plugin.deployment.profiling.asked import subject_of
@@ -28,7 +28,7 @@ from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError, BudgetError, DeploymentError
 from amoeba_plugin.fit.data import JUDGE, REPORT, TRAIN, part_text
 from amoeba_plugin.fit.recipe import SPACES, fit_recipe
-from amoeba_plugin.fit.result import Fitted, Skipped
+from amoeba_plugin.fit.result import Deployment, Fitted, Skipped
 from amoeba_plugin.recipes.budgeted import expected_works
 from amoeba_plugin.recipes.check import check_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
@@ -38,7 +38,7 @@ from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.runtime.model_files import load_config, load_tokenizer
 from amoeba_plugin.runtime.ownership import owning
 
-ASKED, RESULT, RECIPE = "asked.json", "fit.json", "recipe.yaml"
+ASKED, DEPLOYED, RESULT, RECIPE = "asked.json", "deployed.json", "fit.json", "recipe.yaml"
 TRAINED_ON, SAVE_STEPS = 2000, 50  # rows, and steps between two checkpoints of the training
 MOST_TRIED = 3  # shapes that are deployed where the one before is refused by its engine
 
@@ -121,8 +121,9 @@ class _Fit:
             except BudgetError as error:
                 refused = error
                 continue
-            if self.budget.point.flow in engine_rules():
-                require_loads(str(largest), self.model, str(self.budget.point))
+            for point in self.budget.points:
+                if point.flow in engine_rules():
+                    require_loads(str(largest), self.model, str(point))
             return text
         assert refused is not None  # there is a recipe
         raise refused
@@ -151,26 +152,29 @@ class _Fit:
         with self.timed("recipe"):
             run_recipe(str(recipe), self.model, str(self.output / "data" / TRAIN), self.output / "subnet", options)
 
-    def deploy(self) -> tuple[str, dict[str, object], list[Skipped]]:
-        """Deploy the best shape that its engine holds; return it, the engine's parity, and those that were refused."""
-        found, skipped = Frontier.load(self.frontier), []
-        kept = [found.chosen, *(each.shape for each in found.candidates if each.keeps and each.shape != found.chosen)]
-        done = self.output / "deployed.json"
+    def deploy(self) -> Deployment:
+        """Deploy the best choice that its engine holds."""
+        done = self.output / DEPLOYED
         if done.is_file():
-            known = json.loads(done.read_bytes())
-            return known["shape"], known["parity"], [Skipped(**each) for each in known["skipped"]]
+            return Deployment.model_validate_json(done.read_bytes())
+        found, skipped = Frontier.load(self.frontier), []
+        kept = [found.best, *(each for each in found.candidates if each.keeps and each != found.best)]
         with self.timed("deploy"):
-            for shape in kept[:MOST_TRIED]:
+            for each in kept[:MOST_TRIED]:
                 try:
-                    parity = asdict(deploy_shape(self.elastic, shape, found.point, self.deployed).parity)
+                    parity = deploy_shape(self.elastic, each.shape, each.flow, self.deployed).parity
                 except DeploymentError as error:
-                    skipped.append(Skipped(shape=shape, why=str(error)))
+                    skipped.append(Skipped(shape=each.shape, flow=each.flow, why=str(error)))
                     continue
-                told = {"shape": shape, "parity": parity, "skipped": [each.model_dump() for each in skipped]}
-                write_atomically(done, json.dumps(told).encode())
-                return shape, parity, skipped
+                costs = {limit.name: _cost(limit, each.costs[limit.name].value) for limit in self.budget.limits}
+                told = Deployment(
+                    shape=each.shape, flow=each.flow, costs=costs, parity=parity.in_words, mean_kl=parity.mean_kl,
+                    skipped=skipped,
+                )  # fmt: skip
+                write_atomically(done, told.model_dump_json(indent=1).encode())
+                return told
         raise DeploymentError(
-            f"{found.point} holds none of the best shapes within the budget: {skipped[0].why} "
+            f"none of the best choices within {self.budget} can be deployed: {skipped[0].why} "
             f"The elastic checkpoint is in {self.elastic}"
         )
 
@@ -214,13 +218,11 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
             return Fitted.load(output / RESULT)
         recipe = fit.prepare()
         fit.run(recipe)
-        shape, parity, skipped = fit.deploy()
-        whole, chosen = fit.report(shape)
+        deployed = fit.deploy()
+        whole, chosen = fit.report(deployed.shape)
         result = Fitted(
-            model=model, budget=str(fit.budget), shape=shape, costs=_costs(fit, shape), whole=whole, loss=chosen,
-            mean_kl=float(str(parity["mean_kl"])), engine=str(parity["engine"]),
+            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, seconds=fit.seconds,
             bytes=sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file()),
-            skipped=skipped, seconds=fit.seconds,
         )  # fmt: skip
         result.save(output / RESULT)
     return result
@@ -229,10 +231,11 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
 def _begun(model: str, dataset: str, budget: str, output: Path, options: FitOptions) -> _Fit:
     """Return a fit whose directory is its own."""
     limits = Budget.parse(budget)
-    flow, _ = point_named(str(limits.point))
-    flow.command()  # refuses where the engine is missing
-    if flow.runs_elastic(limits.point.scheme):
-        raise DeploymentError(f"{limits.point} runs the elastic checkpoint as it is, and nothing is deployed to it")
+    for point in limits.points:
+        flow, _ = point_named(str(point))
+        flow.command()  # refuses where the engine is missing
+        if flow.runs_elastic(point.scheme):
+            raise DeploymentError(f"{point} runs the elastic checkpoint as it is, and nothing is deployed to it")
     require_file(dataset)
     load_config(model)
     asked = json.loads(json.dumps({"model": model, "dataset": dataset, "budget": str(limits), **asdict(options)}))
@@ -252,11 +255,5 @@ def _begun(model: str, dataset: str, budget: str, output: Path, options: FitOpti
     return _Fit(model, dataset, limits, output, options)
 
 
-def _costs(fit: _Fit, shape: str) -> dict[str, str]:
-    """Return what a shape takes of every limit, beside what is allowed."""
-    found = Frontier.load(fit.frontier)
-    known = next(each for each in found.candidates if each.shape == shape)
-    return {
-        limit.name: f"{limit.in_unit(known.costs[limit.name].value)} of {limit.in_unit(limit.most)}"
-        for limit in fit.budget.limits
-    }
+def _cost(limit: Limit, value: float) -> str:
+    return f"{limit.in_unit(value)} of {limit.in_unit(limit.most)}"

@@ -21,14 +21,15 @@ def summary_of(found: Fitted, output: Path) -> Iterator[RenderableType]:
     if frontier.is_file():
         yield table_of(Frontier.load(frontier))
     table = Table("", "", title=f"{found.model} within {found.budget}", title_justify="left", show_header=False)
-    table.add_row("shape", f"{found.shape}, {size(found.bytes)} in {output / 'deployed'}")
-    for name, cost in found.costs.items():
+    taken = found.deployed
+    table.add_row("taken", f"{taken.shape} at {taken.flow}, {size(found.bytes)} in {output / 'deployed'}")
+    for name, cost in taken.costs.items():
         table.add_row(name, cost)
     table.add_row("loss on text that nothing saw", f"{found.loss} nats per token; the whole model {found.whole}")
     table.add_row("perplexity", f"{math.exp(found.loss.value):.2f}; the whole model {math.exp(found.whole.value):.2f}")
-    table.add_row("by its engine", f"{found.engine}: {found.mean_kl:.2g} nats from torch in fp32 (mean KL)")
-    for each in found.skipped:
-        table.add_row(f"not {each.shape}", each.why)
+    table.add_row("by its engine", taken.parity)
+    for each in taken.skipped:
+        table.add_row(f"not {each.shape} at {each.flow}", each.why)
     table.add_row("seconds", ", ".join(f"{step} {seconds:.0f}" for step, seconds in found.seconds.items()))
     table.add_row("any other shape", f"amoeba deploy {output / 'elastic'} --shape SHAPE --flow ENGINE:SCHEME -o OUT")
     yield table
