@@ -82,7 +82,11 @@ def search(
     budget: Annotated[str, typer.Option(help="'llama-cpp:Q8_0,Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
     dataset: Annotated[str, typer.Option(help="Text or questions to judge shapes on, not those they were chosen on.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="What was found, a JSON file.")],
-    searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, or a plugin's.")] = "hierarchical",
+    searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, nsga2, or a plugin's.")] = "hierarchical",
+    trials: Annotated[int, typer.Option(min=1, help="Of nsga2: choices that are tried, again and again.")] = 100,
+    storage: Annotated[
+        Path | None, typer.Option(help="Of nsga2: file of its trials, to go on with and to share by processes.")
+    ] = None,
     evaluator: Annotated[
         str, typer.Option(help="loss, on text; accuracy, on multiple-choice questions; or a plugin's.")
     ] = "loss",
@@ -106,8 +110,9 @@ def search(
     from amoeba_plugin.reports.frontier_table import notes_on, table_of
 
     asked = Asked(
-        searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, finalists, letters
-    )
+        searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, finalists, letters, trials,
+        storage,
+    )  # fmt: skip
     found = search_shapes(elastic, profile, budget, asked, base)
     found.save(output)
     Console().print(table_of(found))

@@ -8,6 +8,7 @@ from amoeba_plugin.deployment.flow import DeploymentFlow
 from amoeba_plugin.deployment.search.evaluators import Evaluator, accuracy, loss
 from amoeba_plugin.deployment.search.exhaustive import exhaustive
 from amoeba_plugin.deployment.search.hierarchical import hierarchical
+from amoeba_plugin.deployment.search.nsga2 import nsga2
 from amoeba_plugin.deployment.search.problem import Choice, Problem
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.plugins.hooks import hookimpl
@@ -22,8 +23,8 @@ def amoeba_deployment_flows() -> Mapping[str, DeploymentFlow]:
 
 @hookimpl
 def amoeba_searchers() -> Mapping[str, Callable[[Problem], Choice]]:
-    """Return those that need no more than the package has."""
-    return {search.__name__: search for search in (hierarchical, exhaustive)}
+    """Return the three there are; the last one needs Optuna, once it is run."""
+    return {search.__name__: search for search in (hierarchical, exhaustive, nsga2)}
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Asked:
         evaluator: What judges shapes: its name.
         finalists: How many of the best are measured in their engine, for what the scheme does to them; 0: none.
         letters: Whether questions list their choices by letter and ask for the letter.
+        trials: How many choices ``nsga2`` tries.
+        storage: File in which it keeps them: the same search goes on from there, and several processes share it.
     """
 
     searcher: str
@@ -32,3 +35,5 @@ class Asked:
     evaluator: str = "loss"
     finalists: int = 6
     letters: bool = True
+    trials: int = 100
+    storage: Path | None = None

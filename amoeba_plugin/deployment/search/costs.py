@@ -15,7 +15,9 @@ from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.preflight import require_of
 from amoeba_plugin.deployment.search.problem import Choice, Costs
 from amoeba_plugin.errors import ArtifactError, BudgetError
+from amoeba_plugin.runtime.ownership import owning
 
+PATIENCE = 600.0  # seconds, for another process that measures
 ROUNDS = 3  # processes that a choice is run in, where it is measured for a search
 
 
@@ -50,10 +52,14 @@ class KnownCosts:
         flow, point = point_named(str(choice.point))
         of = self._flows[point]
         asked = {limit.tokens for limit in self._budget.limits if limit.tokens}
-        known = {tokens for cost in of.shapes.values() for each in cost.rounds for tokens in each.prefill}
-        how = Measuring(tuple(sorted(asked | known)), of.decoded, ROUNDS, of.threads, of.batch)
-        measure_shapes(self._subject, {point: flow}, self._profile, self._path, how, [choice.shape])
-        self._models[point] = cost_models(of)
+        lengths = {tokens for cost in of.shapes.values() for each in cost.rounds for tokens in each.prefill}
+        how = Measuring(tuple(sorted(asked | lengths)), of.decoded, ROUNDS, of.threads, of.batch)
+        with owning(self._path, patience=PATIENCE):  # another process may search by it too
+            for name, known in Profile.load(self._path).flows.items():
+                self._profile.flows[name] = known
+            measure_shapes(self._subject, {point: flow}, self._profile, self._path, how, [choice.shape])
+        self._flows[point] = self._profile.flows[str(point)]
+        self._models[point] = cost_models(self._flows[point])
         return self.predict(choice)
 
 

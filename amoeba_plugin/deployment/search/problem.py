@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from amoeba_plugin.deployment.budget import Budget, Limit, Verdict
 from amoeba_plugin.deployment.flow import Point
@@ -39,6 +40,9 @@ class Problem:
         larger_is_better: Whether a larger value is a better shape; its loss is the negative then.
         harm: Returns what a scheme adds to the value of a shape, measured in the engine; ``None``: nobody can tell.
         exact: Points whose schemes leave values as they are.
+        trials: How many choices a searcher tries that could go on for ever.
+        storage: File in which such a one keeps its trials, so that it can go on; ``None``: nowhere.
+        name: Of the problem, the same for the same model, judged on the same, within the same budget.
         qualities: Of the shapes that were evaluated.
         harms: Of the choices that were measured in their engine.
         measured: Costs of the choices that were measured.
@@ -52,6 +56,9 @@ class Problem:
     larger_is_better: bool = False
     harm: Callable[[Choice], Quality] | None = None
     exact: Collection[Point] = ()
+    trials: int = 100
+    storage: Path | None = None
+    name: str = "search"
     qualities: dict[SubnetShape, Quality] = field(default_factory=dict)
     harms: dict[Choice, Quality] = field(default_factory=dict)
     measured: dict[Choice, Costs] = field(default_factory=dict)

@@ -3,6 +3,7 @@ engine."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.record import ELASTIC_NAME
 from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.shape import SubnetShape
 
@@ -129,8 +131,16 @@ class ShapeSearch:
         asks = self._asked.finalists > 0 and self._judge.asks_engines
         return Problem(
             self._subject.space, budget, costs.predict, evaluate, measure if can_measure else None,
-            self._judge.larger_is_better, harm if asks else None, _exact(budget),
+            self._judge.larger_is_better, harm if asks else None, _exact(budget), self._asked.trials,
+            self._asked.storage, self._study(budget),
         )  # fmt: skip
+
+    def _study(self, budget: Budget) -> str:
+        """Return a name that only the same search has: of this checkpoint, on this data, within this budget."""
+        asked, record = self._asked, Path(self._name) / ELASTIC_NAME
+        model = record.read_text() if record.is_file() else self._name
+        told = (model, asked.evaluator, asked.dataset, asked.split, asked.num_samples, asked.max_seq_length)
+        return f"{budget} {hashlib.sha256(repr((*told, asked.letters)).encode()).hexdigest()[:16]}"
 
     def _settled(self, problem: Problem) -> Settled:
         if problem.harm is not None:
