@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
+from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.measure import Measuring
+from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.search import preflight
 from amoeba_plugin.deployment.search.frontier import Frontier
 from amoeba_plugin.deployment.tokenizers import shipped_texts
@@ -34,11 +38,6 @@ ALONE = FitOptions(steps=0, num_samples=4, max_seq_length=32)
 BUDGET = "torch:fp32 file<=3.1MB load<=9s"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preflight, "Measuring", functools.partial(Measuring, rounds=1, shapes=6))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("fit")
@@ -54,12 +53,28 @@ def fit(place: Path, output: Path, budget: str = BUDGET, options: FitOptions = A
     return fit_model(str(place / "model"), str(place / "text.jsonl"), budget, output, options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def profiled(place: Path) -> Iterator[None]:
+    """Measure the model once: every fit finds its profile."""
+    known, measure = place / "profile.json", run.profile_for
+
+    def found(budget: Budget, subject: Subject, path: Path, name: str) -> Profile:
+        if known.is_file():
+            shutil.copy(known, path)
+        result = measure(budget, subject, path, name)
+        shutil.copy(path, known)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "Measuring", functools.partial(Measuring, rounds=1, shapes=6))
+        patch.setattr(run, "profile_for", found)
+        yield
+
+
 @pytest.fixture(scope="module")
 def fitted(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("fitted") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "Measuring", functools.partial(Measuring, rounds=1, shapes=6))
-        fit(place, output, options=OPTIONS)
+    fit(place, output, options=OPTIONS)
     return output
 
 
@@ -75,7 +90,6 @@ def stopped(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     output = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "Measuring", functools.partial(Measuring, rounds=1, shapes=6))
         patch.setattr(run, "deploy_shape", stop)
         with pytest.raises(StoppedError):
             fit(place, output)
