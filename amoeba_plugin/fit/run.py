@@ -6,6 +6,7 @@ Every step leaves a result that is whole or not there, so that a run which was k
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,8 +108,13 @@ class _Fit:
             depths = [str(each) for each in range(layers, least - 1, -1)]
             profile = profile_for(self.budget, subject_of(self.model, None, depths, widths), self.profile, self.model)
         text = self._first_possible(texts, profile)
-        write_atomically(self.output / RECIPE, text.encode())
-        return self.output / RECIPE
+        path = self.output / RECIPE
+        command = ["amoeba", "run", path, "--model", self.model, "--dataset", self.output / "data" / TRAIN,
+                   "--num-calibration-samples", self.options.num_samples, "--max-seq-length",
+                   self.options.max_seq_length, "--seed", self.options.seed, "--output-dir", "OTHER"]  # fmt: skip
+        again = f"# The same subnet again:\n#   {shlex.join(map(str, command))}\n\n"
+        write_atomically(path, (again + text).encode())
+        return path
 
     def _first_possible(self, texts: list[str], profile: Profile) -> str:
         """Return the first recipe of which a shape may keep the budget, and its engine hold the largest of those."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,6 @@ from amoeba_plugin.errors import AmoebaError, ArtifactError, BudgetError, DataEr
 from amoeba_plugin.fit import run
 from amoeba_plugin.fit.data import part_text
 from amoeba_plugin.fit.run import FitOptions, fit_model, plan_fit
-from amoeba_plugin.recipes.inputs import RunOptions
-from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import random_model
 
@@ -133,14 +132,11 @@ def test_the_same_again_computes_nothing(place: Path, fitted: Path, monkeypatch:
         fit(place, fitted, "torch:fp32 file<=3MB", OPTIONS)
 
 
-def test_the_recipe_that_was_written_gives_the_same_subnet_again(place: Path, fitted: Path, tmp_path: Path):
-    text = (fitted / "recipe.yaml").read_text().replace(str(fitted), str(tmp_path))
-    for name in ("data", "profile.json"):
-        (tmp_path / name).symlink_to(fitted / name)
-    (tmp_path / "recipe.yaml").write_text(text)
-    options = RunOptions(num_samples=4, max_seq_length=32)
-    data = str(fitted / "data" / "train")
-    run_recipe(str(tmp_path / "recipe.yaml"), str(place / "model"), data, tmp_path / "subnet", options)
+def test_the_recipe_that_was_written_gives_the_same_subnet_again(fitted: Path, tmp_path: Path):
+    told = (fitted / "recipe.yaml").read_text().splitlines()[1]
+    command = shlex.split(told.removeprefix("#   amoeba ").replace("OTHER", str(tmp_path / "subnet")))
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
     again, first = (next(each.glob("*.safetensors")).read_bytes() for each in (tmp_path / "subnet", fitted / "subnet"))
     assert again == first
 
