@@ -467,11 +467,10 @@ SHIPPED_MODELS = {
         {"layers": 30, "hidden_size": 72, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
     ),
     "select_only": ("llama", {"layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}),
-    "fit": ("llama", {"layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}),
 }
 
 
-@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+@pytest.mark.parametrize("name", sorted(shipped_recipes().keys() - {"fit"}))  # which tests/fit runs
 def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyModel, name: str):
     """Only the steps, the training text and the place of the elastic checkpoint differ from what is shipped."""
     model_type, sizes = SHIPPED_MODELS[name]
@@ -483,8 +482,6 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
         if "dataset" in training:
             training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
     asked = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
-    if "budget" in asked:
-        asked["search"] |= {"profile": str(files["out"].with_name("profile.json"))}
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
     result = invoke(*run_arguments(files), "--num-calibration-samples", "4" if name == "select_only" else "2")
     assert result.exit_code == 0, result.output
@@ -501,10 +498,7 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
         depth, width = config.num_hidden_layers, Fraction(asked["total"]) * sizes["layers"] / config.num_hidden_layers
         assert 2 / 3 <= depth / sizes["layers"] <= 1
     else:
-        ran = yaml.safe_load((files["out"] / "recipe.yaml").read_text())  # it names what a budget came to
-        cut = ran["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
-        assert asked.get("shape", cut["shape"]) == cut["shape"]
-        depth, width = cut["shape"].split("x")
+        depth, width = asked["shape"].split("x")
     assert config.num_hidden_layers == int(depth)
     assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
     if "quantize_stage" in recipe:
