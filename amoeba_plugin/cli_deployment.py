@@ -162,7 +162,7 @@ def deploy(
         )
     if budget:
         found, deployed = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
-        shape, flow = found.chosen, found.point
+        shape, flow = found.chosen, found.flow
         Console().print(table_of(found))
     else:
         deployed = deploy_shape(elastic, shape, flow, output_dir, base)
@@ -174,8 +174,50 @@ def deploy(
     done(f"{flow} at {shape} written to {output_dir} ({deployed.export.in_words}); README.md there says how to run it")
 
 
+def fit(
+    model: Annotated[str, typer.Argument(help="Path or hub id of a causal LM of a supported architecture.")],
+    dataset: Annotated[
+        str, typer.Option(help="Text to select, train, judge and report on, in parts: a file or hub id.")
+    ],
+    budget: Annotated[str, typer.Option(help="'llama-cpp:Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="New, or an earlier fit's, which goes on.")],
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Without: repair alone makes up for what is cut; minutes.")
+    ] = True,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of training. Default: the shipped recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop behind the recipe, with what it will cost.")] = False,
+    num_calibration_samples: Annotated[int, typer.Option(min=1, help="Rows that selection sees.")] = 64,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the text; default: text, or the only one.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set; a file is one split.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")] = 42,
+) -> None:
+    """From a model to the best subnet within a budget of this machine, deployed: one command for the whole way."""
+    from amoeba_plugin.errors import RecipeError
+    from amoeba_plugin.fit.run import FitOptions, fit_model, plan_fit
+    from amoeba_plugin.fit.summary import summary_of
+
+    if not training and steps:
+        raise RecipeError("--no-training takes no steps; leave out one of --no-training and --steps")
+    options = FitOptions(steps if training else 0, num_calibration_samples, max_seq_length, split, text_column, seed)
+    if dry_run:
+        planned = plan_fit(model, dataset, budget, output_dir, options)
+        for line in planned.told:
+            say(line)
+        done(f"{planned.recipe} is what would run; without --dry-run the same command runs it")
+        return
+    found = fit_model(model, dataset, budget, output_dir, options)
+    for part in summary_of(found, output_dir):
+        Console().print(part)
+    done(
+        f"{found.deployed.shape} for {found.budget} is in {output_dir / 'deployed'}; README.md there says how to run it"
+    )
+
+
 def _listed(text: str) -> list[str]:
     return [each.strip() for each in text.split(",") if each.strip()]
 
 
-COMMANDS = (loads, profile, search, deploy)
+COMMANDS = (fit, loads, profile, search, deploy)

@@ -103,11 +103,11 @@ def load_questions(
             f"{shots} shots need a split of their own, that of the questions is '{split}': else a question would be "
             "answered in its own prompt; name another in shots_split, such as dev or train"
         )
-    chosen = stratified(_questions(dataset, split, columns), num_questions, seed)
+    chosen = stratified(read_questions(dataset, split, columns), num_questions, seed)
     if len(chosen) < num_questions:
         logger.warning("data set %s, split %s, has %d questions where %d were asked for", dataset, split, len(chosen),
                        num_questions)  # fmt: skip
-    examples = _questions(dataset, str(shots_split), columns) if shots else []
+    examples = read_questions(dataset, str(shots_split), columns) if shots else []
     rng = random.Random(seed)
     rows = []
     for number, question in enumerate(chosen):
@@ -145,7 +145,12 @@ def stratified(questions: Sequence[Question], count: int, seed: int) -> list[Que
     return [question for question in in_turn if question is not None][:count]
 
 
-def _questions(dataset: str, split: str, columns: QuestionColumns) -> list[Question]:
+def read_questions(dataset: str, split: str, columns: QuestionColumns) -> list[Question]:
+    """Return all questions of a split, in their order.
+
+    Raises:
+        DataError: If a column is missing, or an answer is none of its choices.
+    """
     rows = read_rows(dataset, split)
     missing = [name for name in (columns.question, columns.choices, columns.answer) if name not in rows.column_names]
     if missing or not len(rows):

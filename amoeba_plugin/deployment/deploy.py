@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from amoeba_plugin.deployment.card import write_deployed_card
+from amoeba_plugin.deployment.deployed import KEY, Opening
 from amoeba_plugin.deployment.engine_parity import CONTEXT, EngineParity, measure_engine
 from amoeba_plugin.deployment.engines.process import EngineProcess
 from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Point
@@ -89,7 +90,8 @@ def deploy_shape(
         parity.require_close(exact)
         bar.update()
         deployed = Deployed(export, parity, _smoke(flow, asked, export, partial, checkpoint))
-        record = {**asdict(parity), "tensor_types": export.tensor_types, "files": export.files}
+        opening = {KEY: Opening.of(checkpoint, export.entry, str(parsed)).model_dump()}
+        record = {**asdict(parity), **opening, "tensor_types": export.tensor_types, "files": export.files}
         write_atomically(partial / PARITY_NAME, json.dumps(record, indent=1).encode())
         about = {"deployed as": f"`{asked}`, {export.in_words}", "engine": parity.in_words, **_mended_row(told)}
         write_deployed_card(partial, f"{asked} at {parsed}", checkpoint, about, flow.ways_to_run(export))

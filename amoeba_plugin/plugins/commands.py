@@ -26,7 +26,9 @@ class Integration:
 
 
 #: By command; an integration that comes with a command adds its line.
-INTEGRATIONS: Mapping[str, Integration] = {}
+INTEGRATIONS: Mapping[str, Integration] = {
+    "evaluate": Integration("./integrations/lm-eval", "Score models, shapes and deployed subnets by lm_eval's tasks."),
+}
 
 
 @dataclass(frozen=True)

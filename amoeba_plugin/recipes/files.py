@@ -45,7 +45,7 @@ def require_shipped(name: str) -> Path:
         raise RecipeError(
             f"no recipe '{name}': {there}, and the shipped recipes are {', '.join(shipped)}."
             f"{did_you_mean(name, shipped)} 'amoeba recipes copy NAME PATH' gives you one to edit; whether something "
-            "loads a shape, such as 24x7/8, tells 'amoeba loads SHAPE --model MODEL --target TARGET'"
+            "loads a shape, such as 24x7/8, tells 'amoeba loads SHAPE --model MODEL --flow ENGINE'"
         )
     return shipped[name]
 

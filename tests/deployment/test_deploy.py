@@ -142,8 +142,8 @@ def test_an_engines_rules_are_asked_before_anything_is_cut(tmp_path: Path, monke
     save_elastic(ElasticModel(model, random_strategy(model)), None, tmp_path / "elastic", str(tmp_path / "base"))
     rules = tmp_path / "strict.yaml"
     rules.write_text(
-        "read: strict 1\nunquantized: [fp32]\nschemes: {}\nrules:\n  - {check: class_among, value: [Other], "
-        "level: refuse, says: it knows Other alone, source: its list}\n"
+        "read: strict 1\nunquantized: [fp32]\nschemes: {}\nrules:\n  - {check: class_among, value: [Other], level: "
+        "refuse, says: it knows Other alone, source: its list}\n"
     )
     strict = {"torch": read_rules(rules)}
     monkeypatch.setattr("amoeba_plugin.deployment.rules.engine_rules", lambda: strict)

@@ -33,6 +33,7 @@ MODELS = {
     "small-llama": SMOLLM2,
     "smollm2": SMOLLM2,
     "select_only": SMOLLM2,
+    "fit": SMOLLM2,
     "qwen3": config_of(
         "qwen3",
         num_hidden_layers=28,

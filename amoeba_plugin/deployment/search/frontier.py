@@ -159,11 +159,6 @@ class Frontier(_Document):
             runner_up=RunnerUp.of(others[0]) if others else None,
         )  # fmt: skip
 
-    @property
-    def point(self) -> str:
-        """The engine and scheme that were chosen."""
-        return self.flow
-
     def command(self, elastic: Path) -> str:
         """Return what deploys the shape that was chosen."""
         return _command(elastic, self.chosen, self.flow)

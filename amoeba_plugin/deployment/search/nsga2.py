@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from amoeba_plugin.deployment.flow import Point
@@ -144,8 +145,8 @@ def _quietly(optuna: Any) -> Iterator[None]:
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise PluginError("the searcher nsga2 needs Optuna: pip install 'amoeba-plugin[search]'") from error
+    if find_spec("optuna") is None:
+        raise PluginError("the searcher nsga2 needs Optuna: pip install 'amoeba-plugin[search]'")
+    import optuna
+
     return optuna

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +19,7 @@ from support.shared_search import search_in_steps, watched
 
 
 def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("amoeba_plugin.deployment.search.nsga2.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"needs Optuna: pip install 'amoeba-plugin\[search\]'"):
         nsga2(landscape(0)[0])
 

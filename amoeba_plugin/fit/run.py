@@ -1,0 +1,265 @@
+"""``amoeba fit``: profile, write the recipe, run it, deploy what it chose, and say how good that is.
+
+Every step leaves a result that is whole or not there, so that a run which was killed goes on by being started again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from amoeba_plugin.data.text import require_file
+from amoeba_plugin.deployment.budget import Budget, Limit
+from amoeba_plugin.deployment.deploy import deploy_shape
+from amoeba_plugin.deployment.loads import require_loads
+from amoeba_plugin.deployment.profiling.asked import subject_of
+from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.registry import point_named
+from amoeba_plugin.deployment.rules import engine_rules
+from amoeba_plugin.deployment.search.asked import Asked
+from amoeba_plugin.deployment.search.evaluators import loss
+from amoeba_plugin.deployment.search.frontier import Frontier, Interval
+from amoeba_plugin.deployment.search.preflight import profile_for, require_possible
+from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.errors import ArtifactError, BudgetError, DeploymentError
+from amoeba_plugin.fit.data import JUDGE, REPORT, TRAIN, part_text
+from amoeba_plugin.fit.recipe import SPACES, fit_recipe
+from amoeba_plugin.fit.result import Deployment, Fitted, Skipped
+from amoeba_plugin.recipes.budgeted import expected_works
+from amoeba_plugin.recipes.check import check_recipe
+from amoeba_plugin.recipes.inputs import RunOptions
+from amoeba_plugin.recipes.read import plan_recipe
+from amoeba_plugin.recipes.run import run_recipe
+from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.model_files import load_config, load_tokenizer
+from amoeba_plugin.runtime.ownership import owning
+
+ASKED, DEPLOYED, RESULT, RECIPE = "asked.json", "deployed.json", "fit.json", "recipe.yaml"
+TRAINED_ON, SAVE_STEPS = 2000, 50  # rows, and steps between two checkpoints of the training
+MOST_TRIED = 3  # shapes that are deployed where the one before is refused by its engine
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a fit is made.
+
+    Attributes:
+        steps: Of training; 0: none, repair alone makes up for what is cut; ``None``: as the shipped recipe has it.
+        num_samples: Rows that selection sees.
+        max_seq_length: Tokens of a row, everywhere.
+        split: Of the data set.
+        text_column: Where the text is; ``None``: ``text``, or the only column of strings.
+        seed: Of everything random.
+    """
+
+    steps: int | None = None
+    num_samples: int = 64
+    max_seq_length: int = 256
+    split: str = "train"
+    text_column: str | None = None
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a fit will do.
+
+    Attributes:
+        recipe: Written, and not run.
+        told: What its stages cost, and what the budget leaves, in sentences.
+    """
+
+    recipe: Path
+    told: list[str]
+
+
+class _Fit:
+    """One fit: where everything lies, and how long steps took."""
+
+    def __init__(self, model: str, dataset: str, budget: Budget, output: Path, options: FitOptions) -> None:
+        self.model, self.dataset, self.budget, self.output, self.options = model, dataset, budget, output, options
+        self.seconds: dict[str, float] = {}
+        self.elastic, self.frontier = output / "elastic", output / "frontier.json"
+        self.profile, self.deployed = output / "profile.json", output / "deployed"
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note the wall time of a step."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - begun
+
+    def prepare(self) -> Path:
+        """Part the text, profile the model, and write the recipe that will run."""
+        with self.timed("text"):
+            data = part_text(self.dataset, self.options.split, self.options.text_column, self.output / "data")
+        texts = [fit_recipe(self._values(data), self.budget, space) for space in SPACES]
+        for text in texts:
+            plan_recipe(text).against(load_config(self.model))  # refuses what does not fit, before anything is measured
+        with self.timed("profile"):
+            depth, widths = SPACES[-1]
+            layers = load_config(self.model).num_hidden_layers
+            least = -(-layers * int(depth[0]) // int(depth[2]))
+            depths = [str(each) for each in range(layers, least - 1, -1)]
+            profile = profile_for(self.budget, subject_of(self.model, None, depths, widths), self.profile, self.model)
+        text = self._first_possible(texts, profile)
+        path = self.output / RECIPE
+        command = ["amoeba", "run", path, "--model", self.model, "--dataset", self.output / "data" / TRAIN,
+                   "--num-calibration-samples", self.options.num_samples, "--max-seq-length",
+                   self.options.max_seq_length, "--seed", self.options.seed, "--output-dir", "OTHER"]  # fmt: skip
+        again = f"# The same subnet again:\n#   {shlex.join(map(str, command))}\n\n"
+        write_atomically(path, (again + text).encode())
+        return path
+
+    def _first_possible(self, texts: list[str], profile: Profile) -> str:
+        """Return the first recipe of which a shape may keep the budget, and its engine hold the largest of those."""
+        refused: BudgetError | None = None
+        for text in texts:
+            plan = plan_recipe(text)
+            works = expected_works(plan, plan.against(load_config(self.model)))
+            try:
+                largest = require_possible(self.budget, profile, works)[0]
+            except BudgetError as error:
+                refused = error
+                continue
+            for point in self.budget.points:
+                if point.flow in engine_rules():
+                    require_loads(str(largest), self.model, str(point))
+            return text
+        assert refused is not None  # there is a recipe
+        raise refused
+
+    def _values(self, data: dict[str, Path]) -> dict[str, object]:
+        tokens = self.options.max_seq_length
+        train, extract = "OneForAllDistillationModifier", "SubnetExtractionModifier"
+        values: dict[str, object] = {
+            f"{train}.dataset": str(data[TRAIN]), f"{train}.max_seq_length": tokens, f"{train}.seed": self.options.seed,
+            f"{train}.elastic_dir": str(self.elastic), f"{train}.num_samples": TRAINED_ON,
+            f"{extract}.profile": str(self.profile), f"{extract}.dataset": str(data[JUDGE]),
+            f"{extract}.frontier": str(self.frontier),
+        }  # fmt: skip
+        if self.options.steps == 0:
+            return values | {f"{train}.max_steps": 0}
+        steps = {} if self.options.steps is None else {f"{train}.max_steps": self.options.steps}
+        checkpoints = {f"{train}.checkpoint_dir": str(self.output / "checkpoints"), f"{train}.save_steps": SAVE_STEPS}
+        return values | steps | checkpoints
+
+    def run(self, recipe: Path) -> None:
+        """Select, train, search and cut, by the recipe alone."""
+        options = RunOptions(
+            num_samples=self.options.num_samples, max_seq_length=self.options.max_seq_length, seed=self.options.seed,
+            text_column=self.options.text_column,
+        )  # fmt: skip
+        with self.timed("recipe"):
+            run_recipe(str(recipe), self.model, str(self.output / "data" / TRAIN), self.output / "subnet", options)
+
+    def deploy(self) -> Deployment:
+        """Deploy the best choice that its engine holds."""
+        done = self.output / DEPLOYED
+        if done.is_file():
+            return Deployment.model_validate_json(done.read_bytes())
+        found, skipped = Frontier.load(self.frontier), []
+        kept = [found.best, *(each for each in found.candidates if each.keeps and each != found.best)]
+        with self.timed("deploy"):
+            for each in kept[:MOST_TRIED]:
+                try:
+                    parity = deploy_shape(self.elastic, each.shape, each.flow, self.deployed).parity
+                except DeploymentError as error:
+                    skipped.append(Skipped(shape=each.shape, flow=each.flow, why=str(error)))
+                    continue
+                costs = {limit.name: _cost(limit, each.costs[limit.name].value) for limit in self.budget.limits}
+                told = Deployment(
+                    shape=each.shape, flow=each.flow, costs=costs, parity=parity.in_words, mean_kl=parity.mean_kl,
+                    skipped=skipped,
+                )  # fmt: skip
+                write_atomically(done, told.model_dump_json(indent=1).encode())
+                return told
+        raise DeploymentError(
+            f"none of the best choices within {self.budget} can be deployed: {skipped[0].why} "
+            f"The elastic checkpoint is in {self.elastic}"
+        )
+
+    def report(self, shape: str) -> tuple[Interval, Interval]:
+        """Return the loss of the whole model and of a shape, on text that nothing else saw."""
+        with self.timed("report"):
+            live, _ = load_elastic(self.elastic)
+            asked = Asked("", str(self.output / "data" / REPORT), max_seq_length=self.options.max_seq_length)
+            judge = loss(live, load_tokenizer(self.model), asked)
+            whole, chosen = (judge.judge(live.space.require(each)) for each in (live.space.largest, shape))
+        return Interval.of(whole), Interval.of(chosen)
+
+
+def plan_fit(model: str, dataset: str, budget: str, output: Path, options: FitOptions | None = None) -> Planned:
+    """Write the recipe that a fit will run, and say what it will cost; errors are those of :func:`fit_model`."""
+    fit = _begun(model, dataset, budget, output, options or FitOptions())
+    with owning(output / RESULT):
+        recipe = fit.prepare()
+    told = check_recipe(str(recipe), model, fit.options.num_samples, fit.options.max_seq_length).costs
+    return Planned(recipe, list(told))
+
+
+def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitOptions | None = None) -> Fitted:
+    """Make of a model what its budget of this machine allows: the best subnet, deployed for the budget's engine.
+
+    Args:
+        model: Path or hub id of a causal LM.
+        dataset: Text: what it is selected and trained on, judged and reported on, in parts.
+        budget: As it is written.
+        output: New, or an earlier call's with the same arguments, which goes on. Holds in the end ``recipe.yaml``,
+            ``profile.json``, ``frontier.json``, ``elastic/``, ``subnet/``, ``deployed/`` and ``fit.json``.
+        options: How it is made.
+
+    Raises:
+        AmoebaError: If the budget is none or no shape can keep it, the engine is missing or cannot hold the model, the
+            text cannot be read, or the directory holds something else.
+    """
+    fit = _begun(model, dataset, budget, output, options or FitOptions())
+    with owning(output / RESULT):
+        if (output / RESULT).is_file():
+            return Fitted.load(output / RESULT)
+        recipe = fit.prepare()
+        fit.run(recipe)
+        deployed = fit.deploy()
+        whole, chosen = fit.report(deployed.shape)
+        result = Fitted(
+            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, seconds=fit.seconds,
+            bytes=sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file()),
+        )  # fmt: skip
+        result.save(output / RESULT)
+    return result
+
+
+def _begun(model: str, dataset: str, budget: str, output: Path, options: FitOptions) -> _Fit:
+    """Return a fit whose directory is its own."""
+    limits = Budget.parse(budget)
+    for point in limits.points:
+        flow, _ = point_named(str(point))
+        flow.command()  # refuses where the engine is missing
+        if flow.runs_elastic(point.scheme):
+            raise DeploymentError(f"{point} runs the elastic checkpoint as it is, and nothing is deployed to it")
+    require_file(dataset)
+    load_config(model)
+    asked = json.loads(json.dumps({"model": model, "dataset": dataset, "budget": str(limits), **asdict(options)}))
+    record = output / ASKED
+    if record.is_file():
+        known = json.loads(record.read_bytes())
+        other = [name for name in asked if known.get(name) != asked[name]]
+        if other:
+            raise ArtifactError(
+                f"{output} is of another fit ({', '.join(f'{name} {known.get(name)}' for name in other)}); name "
+                "another directory, or empty this one"
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(asked, indent=1).encode())
+    return _Fit(model, dataset, limits, output, options)
+
+
+def _cost(limit: Limit, value: float) -> str:
+    return f"{limit.in_unit(value)} of {limit.in_unit(limit.most)}"
