@@ -144,9 +144,9 @@ def deploy(
     from amoeba_plugin.deployment.search.asked import Asked
     from amoeba_plugin.deployment.within import deploy_within
     from amoeba_plugin.errors import RecipeError
-    from amoeba_plugin.reports.frontier_table import table_of
+    from amoeba_plugin.reports.frontier_table import notes_on, table_of
 
-    if bool(budget) == bool(shape or flow) or bool(budget) != bool(dataset) or bool(shape) != bool(flow):
+    if [*map(bool, (shape, flow, budget, dataset))] not in ([True, True, False, False], [False, False, True, True]):
         raise RecipeError(
             "name what shall be deployed: --shape 24x7/8 --flow llama-cpp:Q4_0, or the best within a budget: --budget "
             "'llama-cpp:Q4_0 decode<=12ms' --dataset TEXT"
@@ -155,6 +155,8 @@ def deploy(
         found, deployed = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
         shape, flow = found.chosen, found.flow
         Console().print(table_of(found))
+        for note in notes_on(found):
+            say(note)
     else:
         deployed = deploy_shape(elastic, shape, flow, output_dir, base)
     for told in deployed.parity.mended:
@@ -187,7 +189,8 @@ def fit(
 ) -> None:
     """From a model to the best subnet within a budget of this machine, deployed: one command for the whole way."""
     from amoeba_plugin.errors import RecipeError
-    from amoeba_plugin.fit.run import FitOptions, fit_model, plan_fit
+    from amoeba_plugin.fit.result import FitOptions
+    from amoeba_plugin.fit.run import fit_model, plan_fit
     from amoeba_plugin.fit.summary import summary_of
 
     if not training and steps:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import ClassVar, Literal
 
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.finalists import Settled
 from amoeba_plugin.deployment.search.problem import Choice, Problem, by_quality
 from amoeba_plugin.deployment.search.quality import Quality
-from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.documents import Document, Part
 
-VERSION: Literal[1] = 1
 ELASTIC = "ELASTIC"  # in a command, for a checkpoint whose place nobody said
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # an interval nobody knows has no end
-
-
-class Cost(_Document):
+class Cost(Part):
     """A cost, in seconds or bytes, between the ends of its interval."""
 
     value: float
@@ -33,7 +25,7 @@ class Cost(_Document):
     measured: bool
 
 
-class Interval(_Document):
+class Interval(Part):
     """A value, in the evaluator's unit, between the ends of its interval."""
 
     value: float
@@ -49,7 +41,7 @@ class Interval(_Document):
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-class RunnerUp(_Document):
+class RunnerUp(Part):
     """The second best within the budget.
 
     Attributes:
@@ -68,7 +60,7 @@ class RunnerUp(_Document):
         return self.behind.low > 0
 
 
-class Candidate(_Document):
+class Candidate(Part):
     """A choice whose shape was tried.
 
     Attributes:
@@ -93,7 +85,7 @@ class Candidate(_Document):
     deploy: str
 
 
-class Frontier(_Document):
+class Frontier(Document):
     """What a search found.
 
     Attributes:
@@ -114,7 +106,8 @@ class Frontier(_Document):
         candidates: All choices whose shapes were evaluated, the best first.
     """
 
-    version: Literal[1] = VERSION
+    what: ClassVar[str] = "a result of a search"
+    version: Literal[1] = 1
     budget: str
     searcher: str
     evaluator: str
@@ -155,22 +148,6 @@ class Frontier(_Document):
     def command(self, elastic: Path) -> str:
         """Return what deploys the shape that was chosen."""
         return _command(elastic, self.chosen, self.flow)
-
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Frontier:
-        """Read it.
-
-        Raises:
-            ArtifactError: If it is none, damaged, or of another version.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{path} is no result of a search, damaged, or of another version") from error
 
 
 def _candidate(problem: Problem, choice: Choice, better: Sequence[Candidate], elastic: str) -> Candidate:

@@ -158,7 +158,7 @@ def test_results_of_something_else_are_refused(files: Any, tmp_path: Path):
         scored(files.elastic, output, [other], "3x1/2", limit=3)
     assert output.read_bytes() == before
     output.write_text("{}")
-    with pytest.raises(ArtifactError, match="has no results of `amoeba evaluate`"):
+    with pytest.raises(ArtifactError, match="is not a file of `amoeba evaluate`"):
         scored(files.elastic, output, [files.questions], "3x1/2", limit=3)
 
 

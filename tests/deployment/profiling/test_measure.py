@@ -110,7 +110,7 @@ def test_profiles_of_others_are_refused(subject: Subject, toy: Mapping[Point, De
         Profile.load(path)
     assert Profile.load(path, foreign=True).machine["cpu"] == "Another CPU"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ArtifactError, match="is no profile, damaged"):
+    with pytest.raises(ArtifactError, match="is not a profile, damaged"):
         Profile.load(path)
     with pytest.raises(ArtifactError, match="there is no profile"):
         Profile.load(tmp_path / "nothing.json")
