@@ -7,9 +7,8 @@ a profile and a training go on from what they had, a selection begins anew.
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.loads import require_loads
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.rules import engine_rules
 from amoeba_plugin.deployment.search.asked import Asked
@@ -38,6 +38,8 @@ from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.runtime.files import is_vacant, write_atomically
 from amoeba_plugin.runtime.model_files import load_config, load_tokenizer
 from amoeba_plugin.runtime.ownership import owning
+from amoeba_plugin.runtime.stages import Stages
+from amoeba_plugin.shape import SubnetShape
 
 ASKED, DEPLOYED, RESULT, RECIPE = "asked.json", "deployed.json", "fit.json", "recipe.yaml"
 TRAINED_ON, SAVE_STEPS = 2000, 50  # rows, and steps between two checkpoints of the training
@@ -62,28 +64,22 @@ class _Fit:
 
     def __init__(self, model: str, dataset: str, budget: Budget, output: Path, options: FitOptions) -> None:
         self.model, self.dataset, self.budget, self.output, self.options = model, dataset, budget, output, options
-        self.seconds: dict[str, float] = {}
+        self.stages = Stages()
         self.elastic, self.frontier = output / "elastic", output / "frontier.json"
         self.profile, self.deployed = output / "profile.json", output / "deployed"
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Note the wall time of a step."""
-        begun = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - begun
-
     def prepare(self) -> Path:
         """Part the text, profile the model, and write the recipe that will run."""
-        with self.timed("text"):
+        with self.stages.timed("text"):
             data = part_text(self.dataset, self.options.split, self.options.text_column, self.output / "data")
-        texts, config = fit_recipes(self._values(data), self.budget), load_config(self.model)
-        for text in texts:
-            plan_recipe(text).against(config)  # refuses what does not fit, before anything is measured
-        with self.timed("profile"):
+        config, works = load_config(self.model), {}
+        for text in fit_recipes(self._values(data), self.budget):
+            plan = plan_recipe(text)  # refuses what does not fit the model, before anything is measured
+            works[text] = expected_works(plan, plan.against(config))
+        with self.stages.timed("profile"):
             subject = subject_of(self.model, None, *smallest_space(config.num_hidden_layers))
             profile = profile_for(self.budget, subject, self.profile, self.model)
-        text = self._first_possible(texts, profile)
+        text = self._first_possible(works, profile)
         path = self.output / RECIPE
         command = ["amoeba", "run", path, "--model", self.model, "--dataset", self.output / "data" / TRAIN,
                    "--num-calibration-samples", self.options.num_samples, "--max-seq-length",
@@ -92,23 +88,19 @@ class _Fit:
         write_atomically(path, (again + text).encode())
         return path
 
-    def _first_possible(self, texts: list[str], profile: Profile) -> str:
-        """Return the first recipe of which a shape may keep the budget, and its engine hold the largest of those."""
-        refused: BudgetError | None = None
-        for text in texts:
-            plan = plan_recipe(text)
-            works = expected_works(plan, plan.against(load_config(self.model)))
-            try:
-                largest = require_possible(self.budget, profile, works)[0]
-            except BudgetError as error:
-                refused = error
-                continue
-            for point in self.budget.points:
-                if point.flow in engine_rules():
-                    require_loads(str(largest), self.model, str(point))
-            return text
-        assert refused is not None  # there is a recipe
-        raise refused
+    def _first_possible(self, works: Mapping[str, Mapping[SubnetShape, Work]], profile: Profile) -> str:
+        """Return the first recipe of which a shape may keep the budget, and its engines hold the largest of those."""
+        *others, last = works
+        for text in others:
+            with suppress(BudgetError):
+                return self._held(text, require_possible(self.budget, profile, works[text])[0])
+        return self._held(last, require_possible(self.budget, profile, works[last])[0])
+
+    def _held(self, text: str, largest: SubnetShape) -> str:
+        for point in self.budget.points:
+            if point.flow in engine_rules():
+                require_loads(str(largest), self.model, str(point))
+        return text
 
     def _values(self, data: dict[str, Path]) -> dict[str, object]:
         tokens = self.options.max_seq_length
@@ -131,7 +123,7 @@ class _Fit:
             num_samples=self.options.num_samples, max_seq_length=self.options.max_seq_length, seed=self.options.seed,
             text_column=self.options.text_column,
         )  # fmt: skip
-        with self.timed("recipe"):
+        with self.stages.timed("recipe"):
             run_recipe(str(recipe), self.model, str(self.output / "data" / TRAIN), self.output / "subnet", options)
 
     def deploy(self) -> Deployment:
@@ -141,7 +133,7 @@ class _Fit:
             return Deployment.load(done)
         found, skipped = Frontier.load(self.frontier), []
         kept = [found.best, *(each for each in found.candidates if each.keeps and each != found.best)]
-        with self.timed("deploy"):
+        with self.stages.timed("deploy"):
             for each in kept[:MOST_TRIED]:
                 try:
                     parity = deploy_shape(self.elastic, each.shape, each.flow, self.deployed).parity
@@ -162,7 +154,7 @@ class _Fit:
 
     def report(self, shape: str) -> tuple[Interval, Interval]:
         """Return the loss of the whole model and of a shape, on text that nothing else saw."""
-        with self.timed("report"):
+        with self.stages.timed("report"):
             live, _ = load_elastic(self.elastic)
             asked = Asked("", str(self.output / "data" / REPORT), max_seq_length=self.options.max_seq_length)
             judge = loss(live, load_tokenizer(self.model), asked)
@@ -203,8 +195,8 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
         deployed = fit.deploy()
         whole, chosen = fit.report(deployed.shape)
         result = Fitted(
-            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, seconds=fit.seconds,
-            bytes=sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file()),
+            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen,
+            seconds=fit.stages.seconds, bytes=sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file()),
         )  # fmt: skip
         result.save(output / RESULT)
     return result
