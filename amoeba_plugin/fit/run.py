@@ -194,9 +194,10 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
         fit.run(recipe)
         deployed = fit.deploy()
         whole, chosen = fit.report(deployed.shape)
+        size = sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file())
         result = Fitted(
-            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen,
-            seconds=fit.stages.seconds, bytes=sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file()),
+            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, bytes=size,
+            seconds=fit.stages.seconds,
         )  # fmt: skip
         result.save(output / RESULT)
     return result
