@@ -6,14 +6,18 @@ Nothing heavy is imported before a command runs, so that help comes at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from amoeba_plugin.runtime.messages import done, say, warn
 
+if TYPE_CHECKING:
+    from amoeba_plugin.deployment.search.frontier import Frontier
+
 OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where the export goes: new or empty.")]
+PlotOption = Annotated[Path | None, typer.Option(help="A picture of it, .svg or .png.")]
 BaseOption = Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")]
 
 
@@ -59,16 +63,21 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="Threads; with one, CPU time counts.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     shapes: Annotated[int | None, typer.Option(min=2, help="How many are measured. Default: a quarter.")] = None,
+    plot: PlotOption = None,
     base: BaseOption = None,
 ) -> None:
     """Measure what shapes cost in engines on this machine: time, memory, bytes. Weights are random."""
     from amoeba_plugin.deployment.profiling import asked, measure
+    from amoeba_plugin.reports.picture import require_picture, save_figure
+    from amoeba_plugin.reports.profile_plot import drawn
     from amoeba_plugin.reports.profile_table import notes_on, tables_of
 
+    require_picture(plot)
     subject = asked.subject_of(model, strategy, _listed(depths), _listed(widths), base)
     lengths = asked.prompts_of(_listed(prompts), subject, decoded)
     how = measure.Measuring(lengths, decoded, rounds, threads, batch, shapes)
     found = measure.profile_model(subject, asked.flows_of(flow), output, how, model)
+    save_figure(lambda: drawn(found), plot, "profile")
     for each in tables_of(found):
         Console().print(each)
     for note in notes_on(found):
@@ -82,9 +91,7 @@ def search(
     budget: Annotated[str, typer.Option(help="'llama-cpp:Q8_0,Q4_0 decode<=12ms prefill[256]<=200ms memory<=300MB'.")],
     dataset: Annotated[str, typer.Option(help="Text or questions to judge shapes on, not those they were chosen on.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="What was found, a JSON file.")],
-    plot: Annotated[
-        Path | None, typer.Option(help="Picture of it, .svg or .png: quality over costs, with intervals.")
-    ] = None,
+    plot: PlotOption = None,
     searcher: Annotated[str, typer.Option(help="hierarchical, exhaustive, nsga2, or a plugin's.")] = "hierarchical",
     trials: Annotated[int, typer.Option(min=1, help="Of nsga2: choices that are tried, again and again.")] = 100,
     storage: Annotated[
@@ -110,28 +117,31 @@ def search(
 ) -> None:
     """Find the best shape, and scheme, within a budget: costs by a profile, quality by running it."""
     from amoeba_plugin.deployment.search.run import Asked, search_shapes
-    from amoeba_plugin.reports.frontier_table import notes_on, table_of
+    from amoeba_plugin.reports.frontier_plot import drawn
+    from amoeba_plugin.reports.picture import require_picture, save_figure
 
     asked = Asked(
         searcher, dataset, split, num_samples, max_seq_length, measure, foreign, evaluator, finalists, letters, trials,
         storage,
     )  # fmt: skip
-    if plot is not None:
-        from amoeba_plugin.reports.frontier_plot import require_picture, save_plot
-
-        require_picture(plot)
+    require_picture(plot)
     found = search_shapes(elastic, profile, budget, asked, base)
     found.save(output)
-    if plot is not None:
-        save_plot(found, plot)
-    Console().print(table_of(found))
+    save_figure(lambda: drawn(found), plot, "frontier")
+    _tell(found)
     say(
         f"{found.evaluated} of {found.shapes} shapes evaluated, costs of {found.measured} and quality of "
         f"{found.finalists} measured in the engine; all of it in {output}"
     )
+    done(f"best within {budget}: {found.chosen} at {found.flow}\n{found.command(elastic)}")
+
+
+def _tell(found: Frontier) -> None:
+    from amoeba_plugin.reports.frontier_table import notes_on, table_of
+
+    Console().print(table_of(found))
     for note in notes_on(found):
         say(note)
-    done(f"best within {budget}: {found.chosen} at {found.flow}\n{found.command(elastic)}")
 
 
 def deploy(
@@ -153,9 +163,8 @@ def deploy(
     from amoeba_plugin.deployment.search.asked import Asked
     from amoeba_plugin.deployment.within import deploy_within
     from amoeba_plugin.errors import RecipeError
-    from amoeba_plugin.reports.frontier_table import table_of
 
-    if bool(budget) == bool(shape or flow) or bool(budget) != bool(dataset) or bool(shape) != bool(flow):
+    if [*map(bool, (shape, flow, budget, dataset))] not in ([True, True, False, False], [False, False, True, True]):
         raise RecipeError(
             "name what shall be deployed: --shape 24x7/8 --flow llama-cpp:Q4_0, or the best within a budget: --budget "
             "'llama-cpp:Q4_0 decode<=12ms' --dataset TEXT"
@@ -163,7 +172,7 @@ def deploy(
     if budget:
         found, deployed = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
         shape, flow = found.chosen, found.flow
-        Console().print(table_of(found))
+        _tell(found)
     else:
         deployed = deploy_shape(elastic, shape, flow, output_dir, base)
     for told in deployed.parity.mended:
@@ -196,7 +205,8 @@ def fit(
 ) -> None:
     """From a model to the best subnet within a budget of this machine, deployed: one command for the whole way."""
     from amoeba_plugin.errors import RecipeError
-    from amoeba_plugin.fit.run import FitOptions, fit_model, plan_fit
+    from amoeba_plugin.fit.result import FitOptions
+    from amoeba_plugin.fit.run import fit_model, plan_fit
     from amoeba_plugin.fit.summary import summary_of
 
     if not training and steps:

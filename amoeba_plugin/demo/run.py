@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,23 +34,10 @@ from amoeba_plugin.reports.report import REPORT_JSON, Provenance, Report
 from amoeba_plugin.reports.terminal import print_report
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import peak_memory
+from amoeba_plugin.runtime.stages import Stages
 from amoeba_plugin.shape import SubnetShape
 
 VERSIONED = ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors", "torch-pruning")
-
-
-@dataclass
-class Stages:
-    """Seconds by stage, in the order in which they ran."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Note how many seconds of wall clock a block of code takes, if it ends well."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
 
 
 def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:

@@ -91,11 +91,6 @@ class Budget:
     points: tuple[Point, ...]
     limits: tuple[Limit, ...]
 
-    @property
-    def point(self) -> Point:
-        """The first of its points: the only one of most budgets."""
-        return self.points[0]
-
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read a budget.

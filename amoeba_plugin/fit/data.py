@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from amoeba_plugin.data.text import read_text
 from amoeba_plugin.errors import DataError
@@ -54,11 +55,11 @@ def part_text(dataset: str, split: str, text_column: str | None, directory: Path
     return parts
 
 
-def _pieces(rows: object, column: str) -> object:
+def _pieces(rows: Any, column: str) -> Any:
     from datasets import Dataset
 
     pieces: list[str] = []
-    for text in rows[column]:  # type: ignore[index]
+    for text in rows[column]:
         piece = ""
         for line in (text or "").splitlines(keepends=True):
             piece += line

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from amoeba_plugin.deployment.budget import Budget
@@ -12,30 +14,30 @@ from amoeba_plugin.recipes.files import require_shipped
 
 MODIFIER = re.compile(r"^    (\w+Modifier):")
 FIELD = re.compile(r"^(?P<name> +\w+: +)(?P<value>.*?)(?P<comment> *  #.*)?$")
-Space = tuple[str, list[str]]
-#: Least depths and widths; the second where no shape of the first, the shipped recipe's, can keep the budget.
-SPACES: tuple[Space, ...] = (
-    ("2/3", ["1", "7/8", "3/4", "5/8", "1/2"]),
-    ("1/2", ["1", "3/4", "1/2", "3/8", "1/4"]),
-)
+#: Of the space, where no shape of the shipped recipe's can keep the budget.
+LEAST_DEPTH, WIDTHS = Fraction(1, 2), ("1", "3/4", "1/2", "3/8", "1/4")
 
 
-def fit_recipe(values: Mapping[str, Any], budget: Budget, space: Space) -> str:
-    """Return the recipe as a text.
+def fit_recipes(values: Mapping[str, Any], budget: Budget) -> list[str]:
+    """Return the recipes that a fit may run, as texts: with the shipped space, and with smaller shapes.
 
     Args:
         values: By "Modifier.field"; a field of a field has only its own name.
         budget: That shall be kept.
-        space: The least depth, and the widths.
     """
     limits = {limit.name: limit.in_unit(limit.most) for limit in budget.limits}
     flows = ",".join(map(str, budget.points))
-    own = {
-        "DepthShrinkingModifier.min_depth": space[0],
-        "WidthShrinkingModifier.widths": space[1],
-        "SubnetExtractionModifier.budget": {"flow": flows, **limits},
-    }
-    return filled(require_shipped("fit").read_text(encoding="utf-8"), {**own, **values})
+    shipped = require_shipped("fit").read_text(encoding="utf-8")
+    given = {**values, "SubnetExtractionModifier.budget": {"flow": flows, **limits}}
+    smaller = {
+        "DepthShrinkingModifier.min_depth": str(LEAST_DEPTH), "WidthShrinkingModifier.widths": list(WIDTHS),
+    }  # fmt: skip
+    return [filled(shipped, given), filled(shipped, {**given, **smaller})]
+
+
+def smallest_space(layers: int) -> tuple[list[str], list[str]]:
+    """Return the depths and widths of the space with the smallest shapes: one profile serves both."""
+    return [str(depth) for depth in range(layers, math.ceil(LEAST_DEPTH * layers) - 1, -1)], list(WIDTHS)
 
 
 def filled(text: str, values: Mapping[str, Any]) -> str:

@@ -1,22 +1,58 @@
-"""What a fit leaves beside its directories: ``fit.json``."""
+"""What a fit leaves beside its directories: what was asked, what was deployed, and the result."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
 
 from amoeba_plugin.deployment.search.frontier import Interval
-from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.documents import Document, Part
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+@dataclass(frozen=True)
+class FitOptions:
+    """How a fit is made.
+
+    Attributes:
+        steps: Of training; 0: none, repair alone makes up for what is cut; ``None``: as the shipped recipe has it.
+        num_samples: Rows that selection sees.
+        max_seq_length: Tokens of a row, everywhere.
+        split: Of the data set.
+        text_column: Where the text is; ``None``: ``text``, or the only column of strings.
+        seed: Of everything random.
+    """
+
+    steps: int | None = None
+    num_samples: int = 64
+    max_seq_length: int = 256
+    split: str = "train"
+    text_column: str | None = None
+    seed: int = 42
 
 
-class Skipped(_Document):
+class Request(Document):
+    """What was asked for: the same again goes on, anything else is another fit.
+
+    Attributes:
+        model: Path or hub id.
+        dataset: Path or hub id.
+        budget: As it is written.
+        options: How the fit is made.
+    """
+
+    what: ClassVar[str] = "a record of what a fit was asked"
+    model: str
+    dataset: str
+    budget: str
+    options: FitOptions
+
+    def differs_from(self, other: Request) -> list[str]:
+        """Return in what another one differs, with its values."""
+        mine, its = ({**each.model_dump(exclude={"options"}), **asdict(each.options)} for each in (self, other))
+        return [f"{name} {its[name]}" for name in mine if mine[name] != its[name]]
+
+
+class Skipped(Part):
     """A choice that was better and is not taken, and why."""
 
     shape: str
@@ -24,7 +60,7 @@ class Skipped(_Document):
     why: str
 
 
-class Deployment(_Document):
+class Deployment(Document):
     """What was deployed.
 
     Attributes:
@@ -36,6 +72,7 @@ class Deployment(_Document):
         skipped: Better choices that their engines refused.
     """
 
+    what: ClassVar[str] = "a record of what a fit deployed"
     shape: str
     flow: str
     costs: dict[str, str]
@@ -44,7 +81,7 @@ class Deployment(_Document):
     skipped: list[Skipped]
 
 
-class Fitted(_Document):
+class Fitted(Document):
     """What a fit found and made.
 
     Attributes:
@@ -58,6 +95,7 @@ class Fitted(_Document):
         seconds: Wall time of the steps of the run that ended it.
     """
 
+    what: ClassVar[str] = "a result of a fit"
     version: Literal[1] = 1
     model: str
     budget: str
@@ -66,19 +104,3 @@ class Fitted(_Document):
     loss: Interval
     bytes: int
     seconds: dict[str, float]
-
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Fitted:
-        """Read it.
-
-        Raises:
-            ArtifactError: If it is none, damaged, or of another version.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{path} is no result of a fit, damaged, or of another version") from error

@@ -1,16 +1,15 @@
 """``amoeba fit``: profile, write the recipe, run it, deploy what it chose, and say how good that is.
 
-Every step leaves a result that is whole or not there, so that a run which was killed goes on by being started again.
+Every step leaves a result that is whole or not there, so that a run which was killed goes on by being started again;
+a profile and a training go on from what they had, a selection begins anew.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from amoeba_plugin.data.text import require_file
@@ -19,6 +18,7 @@ from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.loads import require_loads
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.rules import engine_rules
 from amoeba_plugin.deployment.search.asked import Asked
@@ -28,41 +28,22 @@ from amoeba_plugin.deployment.search.preflight import profile_for, require_possi
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError, BudgetError, DeploymentError
 from amoeba_plugin.fit.data import JUDGE, REPORT, TRAIN, part_text
-from amoeba_plugin.fit.recipe import SPACES, fit_recipe
-from amoeba_plugin.fit.result import Deployment, Fitted, Skipped
+from amoeba_plugin.fit.recipe import fit_recipes, smallest_space
+from amoeba_plugin.fit.result import Deployment, FitOptions, Fitted, Request, Skipped
 from amoeba_plugin.recipes.budgeted import expected_works
 from amoeba_plugin.recipes.check import check_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.files import is_vacant, write_atomically
 from amoeba_plugin.runtime.model_files import load_config, load_tokenizer
 from amoeba_plugin.runtime.ownership import owning
+from amoeba_plugin.runtime.stages import Stages
+from amoeba_plugin.shape import SubnetShape
 
 ASKED, DEPLOYED, RESULT, RECIPE = "asked.json", "deployed.json", "fit.json", "recipe.yaml"
 TRAINED_ON, SAVE_STEPS = 2000, 50  # rows, and steps between two checkpoints of the training
 MOST_TRIED = 3  # shapes that are deployed where the one before is refused by its engine
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How a fit is made.
-
-    Attributes:
-        steps: Of training; 0: none, repair alone makes up for what is cut; ``None``: as the shipped recipe has it.
-        num_samples: Rows that selection sees.
-        max_seq_length: Tokens of a row, everywhere.
-        split: Of the data set.
-        text_column: Where the text is; ``None``: ``text``, or the only column of strings.
-        seed: Of everything random.
-    """
-
-    steps: int | None = None
-    num_samples: int = 64
-    max_seq_length: int = 256
-    split: str = "train"
-    text_column: str | None = None
-    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -83,31 +64,22 @@ class _Fit:
 
     def __init__(self, model: str, dataset: str, budget: Budget, output: Path, options: FitOptions) -> None:
         self.model, self.dataset, self.budget, self.output, self.options = model, dataset, budget, output, options
-        self.seconds: dict[str, float] = {}
+        self.stages = Stages()
         self.elastic, self.frontier = output / "elastic", output / "frontier.json"
         self.profile, self.deployed = output / "profile.json", output / "deployed"
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Note the wall time of a step."""
-        begun = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - begun
-
     def prepare(self) -> Path:
         """Part the text, profile the model, and write the recipe that will run."""
-        with self.timed("text"):
+        with self.stages.timed("text"):
             data = part_text(self.dataset, self.options.split, self.options.text_column, self.output / "data")
-        texts = [fit_recipe(self._values(data), self.budget, space) for space in SPACES]
-        for text in texts:
-            plan_recipe(text).against(load_config(self.model))  # refuses what does not fit, before anything is measured
-        with self.timed("profile"):
-            depth, widths = SPACES[-1]
-            layers = load_config(self.model).num_hidden_layers
-            least = -(-layers * int(depth[0]) // int(depth[2]))
-            depths = [str(each) for each in range(layers, least - 1, -1)]
-            profile = profile_for(self.budget, subject_of(self.model, None, depths, widths), self.profile, self.model)
-        text = self._first_possible(texts, profile)
+        config, works = load_config(self.model), {}
+        for text in fit_recipes(self._values(data), self.budget):
+            plan = plan_recipe(text)  # refuses what does not fit the model, before anything is measured
+            works[text] = expected_works(plan, plan.against(config))
+        with self.stages.timed("profile"):
+            subject = subject_of(self.model, None, *smallest_space(config.num_hidden_layers))
+            profile = profile_for(self.budget, subject, self.profile, self.model)
+        text = self._first_possible(works, profile)
         path = self.output / RECIPE
         command = ["amoeba", "run", path, "--model", self.model, "--dataset", self.output / "data" / TRAIN,
                    "--num-calibration-samples", self.options.num_samples, "--max-seq-length",
@@ -116,23 +88,19 @@ class _Fit:
         write_atomically(path, (again + text).encode())
         return path
 
-    def _first_possible(self, texts: list[str], profile: Profile) -> str:
-        """Return the first recipe of which a shape may keep the budget, and its engine hold the largest of those."""
-        refused: BudgetError | None = None
-        for text in texts:
-            plan = plan_recipe(text)
-            works = expected_works(plan, plan.against(load_config(self.model)))
-            try:
-                largest = require_possible(self.budget, profile, works)[0]
-            except BudgetError as error:
-                refused = error
-                continue
-            for point in self.budget.points:
-                if point.flow in engine_rules():
-                    require_loads(str(largest), self.model, str(point))
-            return text
-        assert refused is not None  # there is a recipe
-        raise refused
+    def _first_possible(self, works: Mapping[str, Mapping[SubnetShape, Work]], profile: Profile) -> str:
+        """Return the first recipe of which a shape may keep the budget, and its engines hold the largest of those."""
+        *others, last = works
+        for text in others:
+            with suppress(BudgetError):
+                return self._held(text, require_possible(self.budget, profile, works[text])[0])
+        return self._held(last, require_possible(self.budget, profile, works[last])[0])
+
+    def _held(self, text: str, largest: SubnetShape) -> str:
+        for point in self.budget.points:
+            if point.flow in engine_rules():
+                require_loads(str(largest), self.model, str(point))
+        return text
 
     def _values(self, data: dict[str, Path]) -> dict[str, object]:
         tokens = self.options.max_seq_length
@@ -155,17 +123,17 @@ class _Fit:
             num_samples=self.options.num_samples, max_seq_length=self.options.max_seq_length, seed=self.options.seed,
             text_column=self.options.text_column,
         )  # fmt: skip
-        with self.timed("recipe"):
+        with self.stages.timed("recipe"):
             run_recipe(str(recipe), self.model, str(self.output / "data" / TRAIN), self.output / "subnet", options)
 
     def deploy(self) -> Deployment:
         """Deploy the best choice that its engine holds."""
         done = self.output / DEPLOYED
         if done.is_file():
-            return Deployment.model_validate_json(done.read_bytes())
+            return Deployment.load(done)
         found, skipped = Frontier.load(self.frontier), []
         kept = [found.best, *(each for each in found.candidates if each.keeps and each != found.best)]
-        with self.timed("deploy"):
+        with self.stages.timed("deploy"):
             for each in kept[:MOST_TRIED]:
                 try:
                     parity = deploy_shape(self.elastic, each.shape, each.flow, self.deployed).parity
@@ -177,16 +145,16 @@ class _Fit:
                     shape=each.shape, flow=each.flow, costs=costs, parity=parity.in_words, mean_kl=parity.mean_kl,
                     skipped=skipped,
                 )  # fmt: skip
-                write_atomically(done, told.model_dump_json(indent=1).encode())
+                told.save(done)
                 return told
         raise DeploymentError(
-            f"none of the best choices within {self.budget} can be deployed: {skipped[0].why} "
-            f"The elastic checkpoint is in {self.elastic}"
+            f"none of the best choices within {self.budget} can be deployed: {skipped[0].why}. The elastic checkpoint "
+            f"is in {self.elastic}: deploy another shape of it, or at another scheme"
         )
 
     def report(self, shape: str) -> tuple[Interval, Interval]:
         """Return the loss of the whole model and of a shape, on text that nothing else saw."""
-        with self.timed("report"):
+        with self.stages.timed("report"):
             live, _ = load_elastic(self.elastic)
             asked = Asked("", str(self.output / "data" / REPORT), max_seq_length=self.options.max_seq_length)
             judge = loss(live, load_tokenizer(self.model), asked)
@@ -226,9 +194,10 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
         fit.run(recipe)
         deployed = fit.deploy()
         whole, chosen = fit.report(deployed.shape)
+        size = sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file())
         result = Fitted(
-            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, seconds=fit.seconds,
-            bytes=sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file()),
+            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, bytes=size,
+            seconds=fit.stages.seconds,
         )  # fmt: skip
         result.save(output / RESULT)
     return result
@@ -244,20 +213,17 @@ def _begun(model: str, dataset: str, budget: str, output: Path, options: FitOpti
             raise DeploymentError(f"{point} runs the elastic checkpoint as it is, and nothing is deployed to it")
     require_file(dataset)
     load_config(model)
-    asked = json.loads(json.dumps({"model": model, "dataset": dataset, "budget": str(limits), **asdict(options)}))
-    record = output / ASKED
+    asked, record = Request(model=model, dataset=dataset, budget=str(limits), options=options), output / ASKED
     if record.is_file():
-        known = json.loads(record.read_bytes())
-        other = [name for name in asked if known.get(name) != asked[name]]
+        other = asked.differs_from(Request.load(record))
         if other:
             raise ArtifactError(
-                f"{output} is of another fit ({', '.join(f'{name} {known.get(name)}' for name in other)}); name "
-                "another directory, or empty this one"
+                f"{output} is of another fit ({', '.join(other)}); name another directory, or empty this one"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif not is_vacant(output):
         raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(asked, indent=1).encode())
+    asked.save(record)
     return _Fit(model, dataset, limits, output, options)
 
 

@@ -77,7 +77,8 @@ class SubnetExtractionModifier(Modifier):
             )
         if self.budget is None and self.search is not None:
             raise RecipeError("search says how the best shape within a budget is found; give a budget, or leave it out")
-        self.limits  # noqa: B018  refuses a budget that is none
+        if self.budget is not None:
+            Budget.of_fields(self.budget)  # refuses one that is none
         return self
 
     @property

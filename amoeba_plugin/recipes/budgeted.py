@@ -14,7 +14,7 @@ from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
-from amoeba_plugin.deployment.search.preflight import knows, profile_for, require_of, require_possible
+from amoeba_plugin.deployment.search.preflight import knows, profile_for, require_possible
 from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
 from amoeba_plugin.recipes.expected import ExpectedDepths
 from amoeba_plugin.shape import SubnetShape, parse_width
@@ -57,10 +57,11 @@ def budget_in_words(plan: RecipePlan, model_plan: ModelPlan) -> list[str]:
     budget, path = plan.extraction.limits, Path(plan.extraction.how.profile)
     plan.asking(plan.extraction, _require_known, budget, plan.extraction.how)
     points = " and ".join(map(str, budget.points))
-    if not path.exists() or not knows(Profile.load(path), budget):
+    profile = Profile.load(path) if path.exists() else None
+    if profile is None or not knows(profile, budget):
         return [f"what shapes cost in {points} is measured first, into {path}: about a minute for a small model"]
     works = expected_works(plan, model_plan)
-    possible = plan.asking(plan.extraction, require_possible, budget, Profile.load(path), works)
+    possible = plan.asking(plan.extraction, require_possible, budget, profile, works)
     return [f"{len(possible)} of {len(works)} shapes may keep {budget}, the largest {possible[0]}"]
 
 
@@ -81,8 +82,7 @@ def _prepare(plan: RecipePlan, model_plan: ModelPlan, model: str, budget: Budget
     asked = [str(width) for width in widths if width >= narrowest - EIGHTH]
     subject = subject_of(model, None, [str(depth) for depth in depths], asked)
     path = Path(search.profile)
-    profile = require_of(profile_for(budget, subject, path, model), path, subject)
-    possible = require_possible(budget, profile, works)
+    possible = require_possible(budget, profile_for(budget, subject, path, model), works)
     logger.info("%d of %d shapes may keep %s, the largest %s", len(possible), len(works), budget, possible[0])
 
 

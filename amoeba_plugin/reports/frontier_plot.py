@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
-from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from amoeba_plugin.deployment.budget import Budget, Limit
 from amoeba_plugin.deployment.search.frontier import Candidate, Frontier
-from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
 
-FORMATS = (".svg", ".png")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe, Ito)
 BUDGET, INK = "#8a8a8a", "#222222"
 NAMED = 8  # shapes that are named in a panel, of those that none is better than at no more cost
-
-
-def require_picture(path: Path) -> None:
-    """Refuse a name that says of no picture how it is written.
-
-    Raises:
-        ArtifactError: If so.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise ArtifactError(f"{path} is no name of a picture; end it with {' or '.join(FORMATS)}")
-
-
-def save_plot(found: Frontier, path: Path) -> None:
-    """Write the picture of what a search found.
-
-    Raises:
-        ArtifactError: If the name is none of a picture.
-    """
-    require_picture(path)
-    buffer, kind = io.BytesIO(), path.suffix[1:].lower()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.family": "sans-serif"}):
-        drawn(found).savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    write_atomically(path, buffer.getvalue())
 
 
 def drawn(found: Frontier) -> Figure:

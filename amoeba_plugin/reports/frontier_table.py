@@ -44,7 +44,7 @@ def notes_on(found: Frontier) -> list[str]:
         told.append(
             f"{found.open} more could be better if their scheme did them no harm; --finalists measures more of them"
         )
-    if second is not None and second.is_told_apart:
+    if second is not None and second.is_surely_worse:
         told.append(f"the second best, {second.shape} at {second.flow}, is worse by {second.behind}")
     elif second is not None:
         told.append(

@@ -27,7 +27,8 @@ from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import AmoebaError, ArtifactError, BudgetError, DataError, DeploymentError
 from amoeba_plugin.fit import run
 from amoeba_plugin.fit.data import part_text
-from amoeba_plugin.fit.run import FitOptions, fit_model, plan_fit
+from amoeba_plugin.fit.result import FitOptions
+from amoeba_plugin.fit.run import fit_model, plan_fit
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import random_model
 
@@ -185,7 +186,7 @@ def test_a_smaller_space_is_taken_where_the_first_holds_nothing(place: Path, tmp
         str(place / "model"), str(place / "text.jsonl"), "torch:fp32 file<=1.5MB", tmp_path / "out", ALONE
     )
     assert 'min_depth: "1/2"' in planned.recipe.read_text()
-    with pytest.raises(BudgetError, match="no shape keeps torch:fp32 file<=0.1MB: 2x1/4 is nearest"):
+    with pytest.raises(BudgetError, match="no shape keeps torch:fp32 file<=0.1MB: the nearest, 2x1/4, takes file"):
         plan_fit(str(place / "model"), str(place / "text.jsonl"), "torch:fp32 file<=0.1MB", tmp_path / "other", ALONE)
 
 

@@ -107,7 +107,7 @@ def test_without_text_of_its_own_calibration_rows_judge(place: Path):
 def test_a_budget_that_no_shape_keeps_is_refused_before_the_model_loads(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("amoeba_plugin.recipes.run.execute", None)
     with pytest.raises(
-        BudgetError, match=r"recipe.yaml, line \d+: .*: no shape keeps .*: 2x1.* is nearest and takes decode 1"
+        BudgetError, match=r"recipe.yaml, line \d+: .*: no shape keeps .*: the nearest, 2x1.*, takes decode 1"
     ):
         run(place, budgeted(place, decode="0.2ms"))
     assert not (place / "out").exists()

@@ -9,26 +9,21 @@ import platform
 import statistics
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from transformers import PretrainedConfig
 
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.documents import Document, Part
 
-VERSION: Literal[1] = 1
 BUSY = 0.95  # of CPU time to wall time, at one thread: below it something else computed, too
 CPU_INFO, CPU_NAME = Path("/proc/cpuinfo"), "model name"
 NOT_OF_SIZE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Seconds(_Document):
+class Seconds(Part):
     """How long something took: by the clock, and of all CPUs."""
 
     wall: float
@@ -40,7 +35,7 @@ class Seconds(_Document):
         return self.cpu < BUSY * self.wall
 
 
-class Round(_Document):
+class Round(Part):
     """One visit of one process to one shape.
 
     Attributes:
@@ -56,7 +51,7 @@ class Round(_Document):
     peak: int
 
 
-class ShapeCost(_Document):
+class ShapeCost(Part):
     """What a shape costs, by all rounds.
 
     Attributes:
@@ -74,7 +69,7 @@ class ShapeCost(_Document):
         return sum(set(prompts) <= each.prefill.keys() for each in self.rounds)
 
 
-class FlowProfile(_Document):
+class FlowProfile(Part):
     """What shapes cost in one flow at one scheme.
 
     Attributes:
@@ -108,7 +103,7 @@ class FlowProfile(_Document):
         return self.threads == 1 and bool(told) and statistics.mean(told) > 0.5
 
 
-class Profile(_Document):
+class Profile(Document):
     """What shapes of a model cost on a machine.
 
     Attributes:
@@ -120,7 +115,8 @@ class Profile(_Document):
         flows: By ``flow:scheme``.
     """
 
-    version: Literal[1] = VERSION
+    what: ClassVar[str] = "a profile"
+    version: Literal[1] = 1
     model: str
     digest: str
     sizes: dict[str, tuple[int, int, int]]
@@ -131,10 +127,6 @@ class Profile(_Document):
     def works(self) -> Mapping[str, Work]:
         """Work by shape."""
         return {shape: Work(*sizes) for shape, sizes in self.sizes.items()}
-
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, path: Path, foreign: bool = False) -> Profile:
@@ -147,14 +139,9 @@ class Profile(_Document):
         Raises:
             ArtifactError: If it is none, of another version, or of another machine.
         """
-        try:
-            found = cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise ArtifactError(
-                f"there is no profile {path}; amoeba profile MODEL --flow FLOW -o {path} makes it"
-            ) from error
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{path} is no profile, damaged, or of another version; make it anew") from error
+        if not path.exists():
+            raise ArtifactError(f"there is no profile {path}; amoeba profile MODEL --flow FLOW -o {path} makes it")
+        found = super().load(path)
         if found.machine != this_machine() and not foreign:
             raise ArtifactError(
                 f"{path} is of another machine ({', '.join(found.machine.values())}), and this is "

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import ClassVar, Literal
 
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.finalists import Settled
 from amoeba_plugin.deployment.search.problem import Choice, Problem, by_quality
 from amoeba_plugin.deployment.search.quality import Quality
-from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
+from amoeba_plugin.runtime.documents import Document, Part
 
-VERSION: Literal[1] = 1
 ELASTIC = "ELASTIC"  # in a command, for a checkpoint whose place nobody said
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # an interval nobody knows has no end
-
-
-class Cost(_Document):
+class Cost(Part):
     """A cost, in seconds or bytes, between the ends of its interval."""
 
     value: float
@@ -33,7 +25,7 @@ class Cost(_Document):
     measured: bool
 
 
-class Interval(_Document):
+class Interval(Part):
     """A value, in the evaluator's unit, between the ends of its interval."""
 
     value: float
@@ -49,7 +41,7 @@ class Interval(_Document):
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-class Candidate(_Document):
+class Candidate(Part):
     """A choice whose shape was tried.
 
     Attributes:
@@ -75,32 +67,13 @@ class Candidate(_Document):
     dominated: bool = False
     deploy: str
 
-
-class RunnerUp(_Document):
-    """The second best within the budget.
-
-    Attributes:
-        shape: Its name.
-        flow: And scheme.
-        behind: By how much it is worse than what was chosen, judged on the same rows or questions.
-    """
-
-    shape: str
-    flow: str
-    behind: Interval
-
     @property
-    def is_told_apart(self) -> bool:
-        """Whether it is surely worse."""
+    def is_surely_worse(self) -> bool:
+        """Whether it can be told apart from what was chosen."""
         return self.behind.low > 0
 
-    @classmethod
-    def of(cls, candidate: Candidate) -> RunnerUp:
-        """Return a candidate's."""
-        return cls(shape=candidate.shape, flow=candidate.flow, behind=candidate.behind)
 
-
-class Frontier(_Document):
+class Frontier(Document):
     """What a search found.
 
     Attributes:
@@ -117,11 +90,11 @@ class Frontier(_Document):
         open: How many others could be better, if their scheme did them no harm.
         chosen: The shape of the best choice that keeps the budget.
         flow: Its flow and scheme.
-        runner_up: The second best; ``None``: no other that keeps it was evaluated.
         candidates: All choices whose shapes were evaluated, the best first.
     """
 
-    version: Literal[1] = VERSION
+    what: ClassVar[str] = "a result of a search"
+    version: Literal[1] = 1
     budget: str
     searcher: str
     evaluator: str
@@ -134,13 +107,17 @@ class Frontier(_Document):
     open: int
     chosen: str
     flow: str
-    runner_up: RunnerUp | None
     candidates: list[Candidate]
 
     @property
     def best(self) -> Candidate:
         """What was chosen."""
         return next(each for each in self.candidates if (each.shape, each.flow) == (self.chosen, self.flow))
+
+    @property
+    def runner_up(self) -> Candidate | None:
+        """The second best within the budget; ``None``: no other that keeps it was evaluated."""
+        return next((each for each in self.candidates if each.keeps and each != self.best), None)
 
     @classmethod
     def of(cls, problem: Problem, asked: Asked, unit: str, settled: Settled, elastic: str) -> Frontier:
@@ -150,34 +127,16 @@ class Frontier(_Document):
         found: list[Candidate] = []
         for choice in order:
             found.append(_candidate(problem, choice, chosen, found, elastic))
-        others = [each for choice, each in zip(order, found, strict=True) if each.keeps and choice != chosen]
         return cls(
             budget=str(problem.budget), searcher=asked.searcher, evaluator=asked.evaluator, unit=unit,
             larger_is_better=problem.larger_is_better, shapes=len(problem.space), evaluated=len(problem.qualities),
             measured=len(problem.measured), finalists=len(problem.harms), open=settled.open,
             chosen=str(chosen.shape), flow=str(chosen.point), candidates=found,
-            runner_up=RunnerUp.of(others[0]) if others else None,
         )  # fmt: skip
 
     def command(self, elastic: Path) -> str:
         """Return what deploys the shape that was chosen."""
         return _command(elastic, self.chosen, self.flow)
-
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Frontier:
-        """Read it.
-
-        Raises:
-            ArtifactError: If it is none, damaged, or of another version.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{path} is no result of a search, damaged, or of another version") from error
 
 
 def _candidate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from amoeba_plugin.deployment.budget import Budget, Verdict
+from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.asked import prompts_of
 from amoeba_plugin.deployment.profiling.cost_model import cost_models
 from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
@@ -13,7 +13,8 @@ from amoeba_plugin.deployment.profiling.profile import Profile, config_digest
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
-from amoeba_plugin.errors import ArtifactError, BudgetError
+from amoeba_plugin.deployment.search.problem import Choice, possible_within
+from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.shape import SubnetShape
 
 
@@ -32,8 +33,10 @@ def profile_for(budget: Budget, subject: Subject, path: Path, name: str, progres
         DeploymentError: If the engine is missing or fails, or the budget's prompts do not fit the model.
         PluginError: If nobody registered the flow.
     """
-    if path.exists() and knows(Profile.load(path), budget):
-        return require_of(Profile.load(path), path, subject)
+    if path.exists():
+        known = require_of(Profile.load(path), path, subject)
+        if knows(known, budget):
+            return known
     how = Measuring()
     lengths = {limit.tokens for limit in budget.limits if limit.tokens} | set(prompts_of([], subject, how.decoded))
     flows = {point: flow for flow, point in (point_named(str(point)) for point in budget.points)}
@@ -70,17 +73,10 @@ def require_possible(budget: Budget, profile: Profile, works: Mapping[SubnetShap
     Raises:
         BudgetError: If none does, with the nearest and what it takes.
     """
-    costs = {}
-    for point in budget.points:
-        models = cost_models(profile.flows[str(point)])
-        for shape, work in works.items():
-            costs[shape, point] = {limit: models[limit.kind].predict(work, limit.tokens) for limit in budget.limits}
-    kept = {shape for (shape, _), found in costs.items() if budget.verdict(found) is not Verdict.EXCEEDS}
-    if not kept:
-        nearest = min(costs, key=lambda each: max(costs[each][limit].value / limit.most for limit in budget.limits))
-        took = ", ".join(f"{limit.name} {limit.in_unit(costs[nearest][limit].value)}" for limit in budget.limits)
-        named = f"{nearest[0]}{f' at {nearest[1]}' if len(budget.points) > 1 else ''}"
-        raise BudgetError(
-            f"no shape keeps {budget}: {named} is nearest and takes {took}; allow more, or smaller shapes"
-        )
-    return [shape for shape in works if shape in kept]
+    models = {point: cost_models(profile.flows[str(point)]) for point in budget.points}
+    costs = {
+        Choice(shape, point): {limit: models[point][limit.kind].predict(work, limit.tokens) for limit in budget.limits}
+        for shape, work in works.items()
+        for point in budget.points
+    }
+    return list(dict.fromkeys(choice.shape for choice in possible_within(budget, costs)))

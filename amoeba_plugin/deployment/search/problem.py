@@ -125,30 +125,38 @@ class Problem:
         Raises:
             BudgetError: If none does, with the choice that is nearest.
         """
-        found = [choice for choice in self.choices() if self.verdict(choice) is not Verdict.EXCEEDS]
-        if not found:
-            raise BudgetError(f"no shape of {self.space} keeps {self.budget}: {self.nearest()}")
-        return found
+        return possible_within(self.budget, {choice: self.costs(choice) for choice in self.choices()})
 
     def choices(self) -> list[Choice]:
         """Return all of them, the largest shapes first."""
         return [Choice(shape, point) for shape in self.space for point in self.budget.points]
 
-    def nearest(self) -> str:
-        """Return what the choice that exceeds the budget least takes."""
-
-        def excess(choice: Choice) -> float:
-            costs = self.costs(choice)
-            return max(costs[limit].value / limit.most for limit in self.budget.limits)
-
-        choice = min(self.choices(), key=excess)
-        costs = self.costs(choice)
-        took = ", ".join(f"{limit.name} {limit.in_unit(costs[limit].value)}" for limit in self.budget.limits)
-        return f"the nearest, {choice if len(self.budget.points) > 1 else choice.shape}, takes {took}"
-
     def _measure(self, choice: Choice) -> None:
         if self.measure is not None:
             self.measured[choice] = self.measure(choice)
+
+
+def possible_within(budget: Budget, costs: Mapping[Choice, Costs]) -> list[Choice]:
+    """Return the choices that may keep a budget, in the order given.
+
+    Raises:
+        BudgetError: If none does, with the choice that is nearest.
+    """
+    found = [choice for choice in costs if budget.verdict(costs[choice]) is not Verdict.EXCEEDS]
+    if not found:
+        raise BudgetError(f"no shape keeps {budget}: {_nearest(budget, costs)}; allow more, or smaller shapes")
+    return found
+
+
+def _nearest(budget: Budget, costs: Mapping[Choice, Costs]) -> str:
+    """Return what the choice that exceeds a budget least takes."""
+
+    def excess(choice: Choice) -> float:
+        return max(costs[choice][limit].value / limit.most for limit in budget.limits)
+
+    choice = min(costs, key=excess)
+    took = ", ".join(f"{limit.name} {limit.in_unit(costs[choice][limit].value)}" for limit in budget.limits)
+    return f"the nearest, {choice if len(budget.points) > 1 else choice.shape}, takes {took}"
 
 
 def best_kept(problem: Problem, tried: Sequence[Choice]) -> Choice:
@@ -160,7 +168,8 @@ def best_kept(problem: Problem, tried: Sequence[Choice]) -> Choice:
     for choice in by_quality(problem, tried):
         if problem.keeps(choice):
             return choice
-    raise BudgetError(f"no shape that was tried keeps {problem.budget} when it is measured: {problem.nearest()}")
+    nearest = _nearest(problem.budget, {choice: problem.costs(choice) for choice in problem.choices()})
+    raise BudgetError(f"no shape that was tried keeps {problem.budget} when it is measured: {nearest}")
 
 
 def by_quality(problem: Problem, tried: Collection[Choice]) -> list[Choice]:

@@ -158,7 +158,7 @@ def test_results_of_something_else_are_refused(files: Any, tmp_path: Path):
         scored(files.elastic, output, [other], "3x1/2", limit=3)
     assert output.read_bytes() == before
     output.write_text("{}")
-    with pytest.raises(ArtifactError, match="has no results of `amoeba evaluate`"):
+    with pytest.raises(ArtifactError, match="is not a file of `amoeba evaluate`"):
         scored(files.elastic, output, [files.questions], "3x1/2", limit=3)
 
 
@@ -219,6 +219,14 @@ def test_a_task_of_the_harness_scores_as_its_file_does_and_what_has_no_interval_
     one, other = (found.of_task(name)[0].metrics["acc"] for name in ("local", "questions"))
     assert one == other
     assert "local: no interval can be had of mcc, which are left out" in printed(found)
+
+
+def test_whether_a_choice_is_the_likeliest_is_asked_where_a_metric_may_say_so(files: Any, tmp_path: Path):
+    (tmp_path / "local.yaml").write_text(TASK.format(file=files.questions).replace("mcc", "exact_match"))
+    tasks = load_tasks([str(files.questions), str(files.text), str(tmp_path / "local.yaml")], len)
+    assert {name: run._needs_likeliest(task) for name, task in tasks.items()} == {
+        "questions": False, "text": True, "local": True
+    }  # fmt: skip
 
 
 def test_examples_are_the_same_at_every_shape_and_never_the_question_itself(files: Any, tmp_path: Path):

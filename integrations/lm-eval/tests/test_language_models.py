@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from amoeba_lm_eval import language_models
 from amoeba_lm_eval.subjects import Deployed, Elastic, subject_of
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -68,31 +67,34 @@ def test_a_deployed_subnet_scores_in_its_engine_as_the_checkpoint_does(deployed:
     with subject.opened(LENGTH, 4, 1) as (lm, at), at(SHAPE):
         found, rolling = lm.loglikelihood(asked(pairs)), lm.loglikelihood_rolling(asked(TEXTS))
     require_same(found, witness.loglikelihood(asked(pairs)))
-    assert any(greedy for _, greedy in found) == any(greedy for _, greedy in witness.loglikelihood(asked(pairs)))
     assert rolling == pytest.approx(witness.loglikelihood_rolling(asked(TEXTS)), abs=1e-3)
 
 
-def test_positions_are_asked_in_parts_that_an_answer_can_hold(
-    deployed: Path, witness: HFLM, monkeypatch: pytest.MonkeyPatch
+def test_the_likeliest_continuation_is_told_to_be_it_where_that_counts(
+    deployed: Path, files: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(language_models, "LONGEST_ANSWER", 20_000)  # seven rows of 512 tokens
-    with subject_of(str(deployed)).opened(LENGTH, 4, 1) as (lm, _):
-        found = lm.loglikelihood_rolling(asked(TEXTS))
-    assert found == pytest.approx(witness.loglikelihood_rolling(asked(TEXTS)), abs=1e-3)
-
-
-def test_the_likeliest_continuation_is_told_to_be_it(deployed: Path, files: Any):
     model, words = AutoModelForCausalLM.from_pretrained(files.subnet), AutoTokenizer.from_pretrained(files.subnet)
-    context = next(each for (each,) in TEXTS)[:40]
-    ids = words(context, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        best = next(
-            words.decode([token]) for token in model(ids).logits[0, -1].argsort(descending=True).tolist()
-            if words(context + words.decode([token]))["input_ids"] == [*ids[0].tolist(), token]
-        )  # fmt: skip
-        greedy = words.decode([model(ids).logits[0, -1].argmax().item()]) == best
+    best, second = [], []
+    for length in range(10, 60):
+        context = TEXTS[0][0][:length].rstrip()
+        ids = words(context)["input_ids"]
+        with torch.no_grad():
+            ranked = model(torch.tensor([ids])).logits[0, -1].argsort(descending=True).tolist()
+        for place, found in ((0, best), (1, second)):
+            text = words.decode([ranked[place]])
+            if words(context + text)["input_ids"] == [*ids, ranked[place]]:
+                found.append((context, text))
+    assert best
+    assert second
     with subject_of(str(deployed)).opened(LENGTH, 4, 1) as (lm, _):
-        assert lm.loglikelihood(asked([(context, best)]))[0][1] == greedy
+        assert {likeliest for _, likeliest in lm.loglikelihood(asked(best))} == {True}
+        told = lm.loglikelihood(asked(second))
+        assert {likeliest for _, likeliest in told} == {False}
+        lm.needs_likeliest = False
+        monkeypatch.setattr(lm, "_are_likeliest", pytest.fail)  # takes an engine long
+        assert lm.loglikelihood(asked(second)) == told
+        lm.needs_likeliest = True
+        assert lm.loglikelihood_rolling(asked(TEXTS[:1]))
 
 
 def test_the_likelihood_of_a_text_is_what_a_loop_of_five_lines_finds(files: Any, deployed: Path):
@@ -123,6 +125,7 @@ def test_a_gguf_is_scored_by_llama_cpp_as_torch_scores_the_subnet(files: Any, tm
         found, rolling = lm.loglikelihood(asked(pairs)), lm.loglikelihood_rolling(asked(TEXTS))
     with subject_of(str(files.plain)).opened(LENGTH, 1, 1) as (lm, at), at(SHAPE):
         wanted, whole = lm.loglikelihood(asked(pairs)), lm.loglikelihood_rolling(asked(TEXTS))
+    assert sum(one[1] == other[1] for one, other in zip(found, wanted, strict=True)) >= len(wanted) - 1
     worst = max(abs(one - other) for (one, _), (other, _) in zip(found, wanted, strict=True))
     assert 0 < worst < 0.05  # it is another program: keys and values in half precision, as it runs
     assert rolling == pytest.approx(whole, rel=2e-3)

@@ -22,6 +22,7 @@ from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.table import disagreements, rows
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError, DeploymentError, RecipeError, ShapeError
+from amoeba_plugin.reports.profile_plot import drawn
 from amoeba_plugin.reports.profile_table import notes_on, tables_of
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.testing.flows import CONFIG
@@ -63,6 +64,29 @@ def test_some_shapes_are_measured_and_all_are_told(
     assert "toy:deep decode is faster at" in told  # the one goes by layers, the other by neurons
     assert {pair[0] for pair in disagreements(found)} >= {"toy:deep decode"}
     assert [len(table.rows) for table in tables_of(found)] == [9, 9]
+    _shows_what_was_found(found)
+
+
+def _shows_what_was_found(found: Profile) -> None:
+    """Every shape is in its row and column, with its share of the whole model's time, in bold where it was measured."""
+    panels = drawn(found).axes
+    assert [each.get_title() for each in panels] == [
+        f"toy:{scheme} {phase}" for scheme in ("deep", "wide") for phase in ("prefill[8]", "decode")
+    ]
+    for axes in panels:
+        flow, _, phase = axes.get_title().partition(" ")
+        depths, widths = ([label.get_text() for label in of] for of in (axes.get_yticklabels(), axes.get_xticklabels()))
+        told = {
+            f"{depths[round(y)]}x{widths[round(x)]}": (text.get_text(), text.get_fontweight())
+            for text in axes.texts for x, y in [text.get_position()]
+        }  # fmt: skip
+        costs = {row.shape: row.decode if phase == "decode" else row.prefill[8] for row in rows(found, flow)}
+        assert told == {
+            shape: (f"{cost.value / costs['4x1'].value:.0%}", "bold" if cost.measured else "normal")
+            for shape, cost in costs.items()
+        }
+        framed = {f"{depths[round(y + 0.44)]}x{widths[round(x + 0.46)]}" for x, y in (box.xy for box in axes.patches)}
+        assert framed == {shape for pair in disagreements(found) for shape in (pair[1], pair[3])}
 
 
 def test_what_is_known_is_not_measured_again_and_what_is_missing_is(
@@ -110,7 +134,7 @@ def test_profiles_of_others_are_refused(subject: Subject, toy: Mapping[Point, De
         Profile.load(path)
     assert Profile.load(path, foreign=True).machine["cpu"] == "Another CPU"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ArtifactError, match="is no profile, damaged"):
+    with pytest.raises(ArtifactError, match="is not a profile, damaged"):
         Profile.load(path)
     with pytest.raises(ArtifactError, match="there is no profile"):
         Profile.load(tmp_path / "nothing.json")
@@ -133,12 +157,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "flow_named", lambda name: Toy(tmp_path) if name == "toy" else known(name))
     make_tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "base")
     model = ("profile", str(tmp_path / "base"))
-    on = (*model, "-o", str(tmp_path / "profile.json"))
+    on = (*model, "-o", str(tmp_path / "profile.json"), "--plot", str(tmp_path / "profile.svg"))
     small = ("--prompts", "4,8", "--decoded", "2", "--rounds", "1")
     result = CliRunner().invoke(app, [*on, "--flow", "toy:deep", "--depths", "4,2", "--widths", "1,1/2", *small])
     assert result.exit_code == 0, result.output
     assert "2x1/2" in result.stdout
     assert "profile of 4 shapes" in result.stderr
+    assert ">toy:deep decode<" in (tmp_path / "profile.svg").read_text()
     for wrong, said in (
         (["--flow", "toy"], "names no scheme"),
         (["--flow", "toy:deep", "--prompts", "many"], "'many' is no length of a prompt"),

@@ -16,13 +16,13 @@ from amoeba_plugin.deployment.search.evaluators import ObjectiveJudge, accuracy,
 from amoeba_plugin.deployment.search.harm import harm_of
 from amoeba_plugin.deployment.search.problem import Choice
 from amoeba_plugin.deployment.tokenizers import shipped_texts
-from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
+from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.testing.flows import CONFIG, tokenizer
-from amoeba_plugin.testing.random_models import random_model, random_strategy
+from amoeba_plugin.testing.flows import tokenizer
+from support.elastic_files import write_elastic
 
 SHAPE = SubnetShape.parse("3x1/2")
 CHOICE = Choice(SHAPE, Point("torch", "bf16"))
@@ -31,14 +31,8 @@ CHOICE = Choice(SHAPE, Point("torch", "bf16"))
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ElasticModel]:
     directory = tmp_path_factory.mktemp("harm")
-    model = random_model(CONFIG)
-    model.save_pretrained(directory / "base")
-    tokenizer().save_pretrained(directory / "base")
-    save_elastic(
-        ElasticModel(model, random_strategy(model)), None, directory / "elastic", str(directory / "base")
-    )  # fmt: skip
+    write_elastic(directory)
     live, _ = load_elastic(directory / "elastic")
-    (directory / "text.txt").write_text("\n".join(shipped_texts().passages))
     rows = [
         {"question": text[at : at + 20], "choices": [text[at + 20 : at + 24], "zq", "a b", ","], "answer": at % 4}
         for at, text in enumerate(shipped_texts().passages * 2)

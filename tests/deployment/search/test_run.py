@@ -23,13 +23,12 @@ from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.search.frontier import Frontier
 from amoeba_plugin.deployment.search.run import Asked, search_shapes
 from amoeba_plugin.deployment.tokenizers import shipped_texts
-from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArtifactError, BudgetError, PluginError
 from amoeba_plugin.reports.frontier_table import notes_on
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss
-from amoeba_plugin.testing.flows import CONFIG, tokenizer
-from amoeba_plugin.testing.random_models import random_model, random_strategy
+from amoeba_plugin.testing.flows import tokenizer
+from support.elastic_files import write_elastic
 from support.toy_flow import Toy
 
 HOW = Measuring((4, 8), 2, rounds=1, shapes=9)
@@ -38,12 +37,7 @@ HOW = Measuring((4, 8), 2, rounds=1, shapes=9)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ElasticModel]:
     directory = tmp_path_factory.mktemp("search")
-    model = random_model(CONFIG)
-    model.save_pretrained(directory / "base")
-    tokenizer().save_pretrained(directory / "base")
-    live = ElasticModel(model, random_strategy(model))
-    save_elastic(live, None, directory / "elastic", str(directory / "base"))
-    (directory / "text.txt").write_text("\n".join(shipped_texts().passages))
+    live = write_elastic(directory)
     profile_model(
         subject_of(str(directory / "elastic"), None, [], []), {Point("toy", "deep"): Toy(directory)},
         directory / "profile.json", HOW, "a model", progress=False,
@@ -180,7 +174,7 @@ def test_profiles_and_budgets_that_do_not_fit_are_refused(files: tuple[Path, Ela
     with pytest.raises(ArtifactError, match="of another model"):
         search_shapes(directory / "elastic", other, "toy:deep decode<=1ms", asked)
     (tmp_path / "frontier.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="no result of a search"):
+    with pytest.raises(ArtifactError, match="is not a result of a search"):
         Frontier.load(tmp_path / "frontier.json")
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,14 +11,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from numpy.typing import NDArray
 
 from amoeba_plugin.deployment.deployed import Opening
 from amoeba_plugin.deployment.engines.process import EngineProcess
 from amoeba_plugin.errors import DataError
 
+CERTAIN = -0.69  # nats: a token of more than half of the probability is the likeliest
 Encoded = tuple[Any, list[int], list[int]]  # text, tokens of the context, and of what is scored behind it
-LONGEST_ANSWER = 64_000_000  # bytes of log-probabilities that an engine sends at a time
 
 
 class CountsCut(TemplateLM):
@@ -28,9 +25,10 @@ class CountsCut(TemplateLM):
 
     Attributes:
         cut: How many were cut so far.
+        needs_likeliest: Whether it has to be told if a continuation is the likeliest; engines take long to find out.
     """
 
-    cut = 0
+    cut, needs_likeliest = 0, True
     max_length: int
 
     def _loglikelihood_tokens(
@@ -59,7 +57,7 @@ class TransformersLM(CountsCut, HFLM):
 
 
 class _Engine(TemplateLM):
-    """A deployed subnet, by the log-probabilities of its own engine.
+    """A deployed subnet, by the likelihoods that its own engine gives tokens.
 
     Args:
         engine: With the subnet loaded.
@@ -71,7 +69,6 @@ class _Engine(TemplateLM):
         super().__init__()
         self._engine, self._opening, self.max_length = engine, opening, max_length
         self._ids: dict[str, list[int]] = {}
-        self._positions = 1  # asked at a time; more once it is known how large a vocabulary is
 
     @property
     def eot_token_id(self) -> int:
@@ -113,38 +110,28 @@ class _Engine(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = True, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # choices of one token differ in nothing else
-        for index, (_, context, scored) in enumerate(requests):
-            alike[tuple([*context, *scored][-(self.max_length + 1) : -1])].append(index)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for tokens in sorted(alike):  # one after another with the same beginning, which an engine may keep
-            longest = max(len(requests[index][2]) for index in alike[tokens])
-            behind = range(len(tokens) - longest + 1, len(tokens) + 1)
-            targets = {index: requests[index][2] for index in alike[tokens]}
-            logs: dict[int, list[float]] = {index: [] for index in targets}
-            greedy = dict.fromkeys(targets, True)
-            for position, row in zip(behind, self._rows(tokens, behind), strict=True):
-                for index, scored in targets.items():
-                    place = position - (len(tokens) - len(scored) + 1)
-                    if place >= 0:
-                        logs[index].append(float(row[scored[place]]))
-                        greedy[index] &= int(row.argmax()) == scored[place]
-            for index in targets:
-                found[index] = (float(np.sum(logs[index])), greedy[index])
-                if requests[index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+        rows = [[*context, *scored][-(self.max_length + 1) :] for _, context, scored in requests]
+        for index in sorted(range(len(rows)), key=rows.__getitem__):  # an engine may keep what two begin with
+            text, _, scored = requests[index]
+            tokens, behind = rows[index], list(range(len(rows[index]) - len(scored), len(rows[index])))
+            told = self._engine.ask("token_log_probabilities", tokens=tokens, behind=behind).value
+            wanted = self.needs_likeliest and text is not None  # of windows of a text nobody asks it
+            likeliest = wanted and self._are_likeliest(tokens, behind, told)
+            found[index] = (sum(told), likeliest)
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, found[index])
         return found
 
-    def _rows(self, tokens: Sequence[int], behind: Sequence[int]) -> Iterable[NDArray[np.float64]]:
-        """Yield the log-probabilities of the vocabulary behind each number of tokens; an engine's sums are not quite
-        1."""
-        asked = iter(behind)
-        while part := list(islice(asked, self._positions)):
-            answer = self._engine.ask("log_probabilities", tokens=list(tokens[: part[-1]]), behind=part).value
-            self._positions = max(1, LONGEST_ANSWER // len(answer[0]))
-            for each in answer:
-                row = np.frombuffer(base64.b64decode(each), "<f4").astype(np.float64)
-                yield row - np.logaddexp.reduce(row)
+    def _are_likeliest(self, tokens: list[int], behind: list[int], told: list[float]) -> bool:
+        """Tell whether every token was the likeliest; the vocabulary is asked where that is not plain."""
+        for count, likelihood in zip(behind, told, strict=True):
+            if likelihood > CERTAIN:
+                continue
+            (row,) = self._engine.ask("log_probabilities", tokens=tokens[:count], behind=[count]).value
+            if np.frombuffer(base64.b64decode(row), "<f4").argmax() != tokens[count]:
+                return False
+        return True
 
     def _read(self, texts: Iterable[str]) -> None:
         ordered = sorted(texts)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from amoeba_lm_eval.bootstrap import (
     Array,
@@ -17,17 +16,10 @@ from amoeba_lm_eval.bootstrap import (
     interval,
     resampled,
 )
-from amoeba_plugin.errors import ArtifactError
-from amoeba_plugin.runtime.files import write_atomically
-
-VERSION: Literal[1] = 1
+from amoeba_plugin.runtime.documents import Document, Part
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-
-
-class Metric(_Document):
+class Metric(Part):
     """One metric of every document.
 
     Attributes:
@@ -43,7 +35,7 @@ class Metric(_Document):
     weights: list[float] | None = None
 
 
-class Score(_Document):
+class Score(Part):
     """A task at a shape.
 
     Attributes:
@@ -61,7 +53,7 @@ class Score(_Document):
     cut: int = 0
 
 
-class Estimate(_Document):
+class Estimate(Part):
     """A metric of a task at a shape, with its interval of 95 %, and how far it is from the first shape's."""
 
     task: str
@@ -73,7 +65,7 @@ class Estimate(_Document):
     difference_interval: tuple[float, float] | None = None
 
 
-class Unranked(_Document):
+class Unranked(Part):
     """Shapes of which no two differ for sure: the interval of every paired difference holds 0."""
 
     task: str
@@ -82,7 +74,7 @@ class Unranked(_Document):
     shapes: list[str]
 
 
-class About(_Document):
+class About(Part):
     """What was scored and how: what makes results comparable.
 
     Attributes:
@@ -116,7 +108,7 @@ class About(_Document):
         )
 
 
-class Results(_Document):
+class Results(Document):
     """All scores of a model.
 
     Attributes:
@@ -129,7 +121,8 @@ class Results(_Document):
         unranked: What the documents cannot tell apart.
     """
 
-    version: Literal[1] = VERSION
+    what: ClassVar[str] = "a file of `amoeba evaluate`"
+    version: Literal[1] = 1
     about: About
     shapes: list[str]
     tasks: dict[str, str]
@@ -160,24 +153,6 @@ class Results(_Document):
                 estimates += found
                 unranked += groups
         return self.model_copy(update={"scores": scores, "estimates": estimates, "unranked": unranked})
-
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        """Read it.
-
-        Raises:
-            ArtifactError: If it is none, damaged, or of another version.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(
-                f"{path} has no results of `amoeba evaluate`, is damaged, or of another version; name another file"
-            ) from error
 
 
 def _concluded(name: str, scores: list[Score], seed: int) -> tuple[list[Estimate], list[Unranked]]:

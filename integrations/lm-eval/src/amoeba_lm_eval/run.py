@@ -138,6 +138,7 @@ def _merged(known: Sequence[str], asked: Sequence[str]) -> list[str]:
 
 def _score(lm: CountsCut, shape: str, name: str, task: Task, how: How) -> Score:
     task.set_fewshot_seed(how.seed)  # the same examples at every shape
+    lm.needs_likeliest = _needs_likeliest(task)
     before = lm.cut
     try:
         with quiet():
@@ -153,6 +154,12 @@ def _score(lm: CountsCut, shape: str, name: str, task: Task, how: How) -> Score:
             f"task {name} has no metric that is a mean over documents or a perplexity, only {', '.join(left_out)}"
         )
     return Score(shape=shape, task=name, metrics=metrics, left_out=left_out, cut=lm.cut - before)
+
+
+def _needs_likeliest(task: Task) -> bool:
+    """Tell whether a score may depend on a continuation being the likeliest one; that of choices does seldom."""
+    plain = task.OUTPUT_TYPE == "multiple_choice" and task.get_config("process_results") is None
+    return not plain or "exact_match" in task.aggregation()
 
 
 def _metrics(task: Task, samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Metric], list[str]]:
