@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from amoeba_plugin.reports.picture import inline_svg
 from amoeba_plugin.reports.plots import gap_plot
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def described(drawn: list[tuple[str, float, float, float | None]]) -> str:
 def picture(page: str) -> str:
     """Return the picture as a file of its own."""
     drawn = points(page)
-    svg = gap_plot(drawn)
+    svg = inline_svg(lambda: gap_plot(drawn), "gap", "Loss gap to the dense model over block parameters")
     for name, colour in COLOURS.items():
         svg = svg.replace(f"var(--{name})", colour)
     desc = f"<desc>Nats per token above the dense model, before and after training: {described(drawn)}</desc>"

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from amoeba_plugin.deployment.budget import Budget, Limit
 from amoeba_plugin.deployment.search.frontier import Candidate, Frontier
+from amoeba_plugin.reports.picture import FAINT, INK, PAPER
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe, Ito)
-BUDGET, INK = "#8a8a8a", "#222222"
+BUDGET = "#8a8a8a"
 NAMED = 8  # shapes that are named in a panel, of those that none is better than at no more cost
 
 
@@ -57,11 +58,11 @@ def _draw(axes: Axes, found: Frontier, limit: Limit) -> None:
         axes.annotate(
             each.shape, (each.costs[limit.name].value / unit, each.quality.value), (0, 11), ha="center", fontsize=8,
             textcoords="offset points", color=INK, fontweight="bold" if each == best else "normal", zorder=6,
-            bbox={"boxstyle": "round,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.6},
+            bbox={"boxstyle": "round,pad=0.05", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.6},
         )  # fmt: skip
     axes.set_xlabel(f"{limit.name}, {name}", color=INK)
     axes.tick_params(colors=INK, length=0)
-    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.grid(color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -1,6 +1,8 @@
-"""What a search found, in the terminal: a table, and what its intervals say."""
+"""What a search found as a table, and what its intervals say in sentences."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -11,23 +13,55 @@ from amoeba_plugin.deployment.search.frontier import Frontier, Interval
 SHOWN = 40  # rows: a space of a hundred shapes at three schemes fills many screens, and the file has them all
 
 
-def table_of(found: Frontier) -> Table:
-    """Return the choices whose shapes were evaluated, the best first; in bold what was chosen."""
+@dataclass(frozen=True)
+class Line:
+    """A choice as it is shown.
+
+    Attributes:
+        cells: Its figures, one for every heading.
+        is_chosen: Whether it was.
+        is_behind: Whether it breaks the budget, or another one is better and costs no more.
+    """
+
+    cells: list[str]
+    is_chosen: bool
+    is_behind: bool
+
+
+def headings_of(found: Frontier) -> list[str]:
+    """Return what is told of every choice."""
     budget = Budget.parse(found.budget)
-    several, alike = len(budget.points) > 1, len({point.flow for point in budget.points}) == 1
-    heads = ["shape", *(["scheme" if alike else "flow"] if several else []), found.evaluator, "worse by"]
-    columns = [f"{limit.name} {limit.unit[0]}" for limit in budget.limits]
-    table = Table(*heads, *columns, "keeps", title=f"within {found.budget}", title_justify="left")
+    place = {0: [], 1: ["scheme"], 2: ["flow"]}[_told(budget)]
+    costs = [f"{limit.name} {limit.unit[0]}" for limit in budget.limits]
+    return ["shape", *place, found.evaluator, "worse by", *costs, "keeps"]
+
+
+def lines_of(found: Frontier) -> list[Line]:
+    """Return the choices whose shapes were evaluated, the best first, as far as they are shown."""
+    budget, lines = Budget.parse(found.budget), []
     for each in found.candidates[:SHOWN]:
-        place = [each.shape, *([each.flow.partition(":")[2] if alike else each.flow] if several else [])]
+        place = {0: [], 1: [each.flow.partition(":")[2]], 2: [each.flow]}[_told(budget)]
         quality = f"{each.quality.value:.3f}{'' if each.harm is None else ' *'}"
         behind = "" if each == found.best else f"{each.behind.value:.3f} ±{_half(each.behind):.2g}"
-        cells = [*place, quality, behind]
+        cells = [each.shape, *place, quality, behind]
         for limit in budget.limits:
             cost, (_, unit) = each.costs[limit.name], limit.unit
             cells.append(str(Prediction(cost.value / unit, cost.low / unit, cost.high / unit, cost.measured)))
-        style = "bold green" if each == found.best else "dim" if each.dominated or not each.keeps else ""
-        table.add_row(*cells, "yes" if each.keeps else "no", style=style)
+        cells.append("yes" if each.keeps else "no")
+        lines.append(Line(cells, each == found.best, each.dominated or not each.keeps))
+    return lines
+
+
+def _told(budget: Budget) -> int:
+    """Return how much of a point tells choices apart: nothing, its scheme, or its flow too."""
+    return 0 if len(budget.points) == 1 else 1 if len({point.flow for point in budget.points}) == 1 else 2
+
+
+def table_of(found: Frontier) -> Table:
+    """Return the choices as a table, in bold what was chosen."""
+    table = Table(*headings_of(found), title=f"within {found.budget}", title_justify="left")
+    for line in lines_of(found):
+        table.add_row(*line.cells, style="bold green" if line.is_chosen else "dim" if line.is_behind else "")
     return table
 
 

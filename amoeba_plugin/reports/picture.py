@@ -1,8 +1,9 @@
-"""Figures as files: SVG or PNG, the same bytes for the same figure."""
+"""Figures as files, SVG or PNG, and in a page, where they take their colours from its style sheet."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.files import write_atomically
 
 FORMATS = (".svg", ".png")
+# In a page these become variables of its style sheet, so that one file is right in light and in dark.
+INK, FAINT, PAPER, BEFORE, AFTER = "#222222", "#dcdddf", "#ffffff", "#c8772e", "#2f6fb3"
+PAGE_COLOURS = {
+    INK: "var(--ink)", FAINT: "var(--line)", PAPER: "var(--card)", BEFORE: "var(--before)", AFTER: "var(--after)",
+}  # fmt: skip
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
 def require_picture(path: Path | None) -> None:
@@ -40,6 +47,34 @@ def save_figure(draw: Callable[[], Figure], path: Path | None, name: str) -> Non
     if path is None:
         return
     buffer, kind = io.BytesIO(), path.suffix[1:].lower()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    with mpl.rc_context(_settings(name)):
         draw().savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_atomically(path, buffer.getvalue())
+
+
+def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
+    """Return a figure as an ``<svg>`` element with the page's colours.
+
+    Args:
+        draw: Makes it.
+        name: Of what it shows: its ids begin with it, so that figures of one page do not share them.
+        title: For readers who do not see it.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(_settings(name)):
+        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head = rf'<svg viewBox="\1" role="img" aria-label="{title}">'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', head, text, count=1)
+    text = re.sub(r"(font: [^;\"]*?px )[^;\"]*", rf"\1{FONT.replace(chr(39), '')}", text)
+    text = re.sub(r'id="(?![mp][0-9a-f]{10}")', f'id="{name}-', text)
+    for drawn, wanted in PAGE_COLOURS.items():
+        text = text.replace(drawn, wanted)
+    return text
+
+
+def _settings(name: str) -> dict[str, object]:
+    """Return what makes files the same in every run, and text of a page text."""
+    return {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}

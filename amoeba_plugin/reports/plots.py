@@ -1,31 +1,23 @@
-"""Plots as inline SVG that takes its colours from the page, so that one file is right in light and in dark."""
+"""Plots of a report: what shapes lose, and how long they take."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Drawn in these colours, then replaced by variables of the page's style sheet.
-INK, FAINT, BEFORE, AFTER = "#010203", "#040506", "#070809", "#0a0b0c"
-PAGE_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", BEFORE: "var(--before)", AFTER: "var(--after)"}
+from amoeba_plugin.reports.picture import AFTER, BEFORE, FAINT, INK
+
 NAME_WIDTH, NAME_HEIGHT = 34, 10  # of a shape's name in a plot, in points
 DOT = 7  # across, in points
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
-def gap_plot(points: Sequence[tuple[str, float, float, float | None]]) -> str:
+def gap_plot(points: Sequence[tuple[str, float, float, float | None]]) -> Figure:
     """Draw the loss gap to the dense model over block parameters, before and after one-for-all training.
 
     Args:
         points: (shape, share of block parameters, gap before, gap after or ``None``), gaps in nats per token.
-
-    Returns:
-        An ``<svg>`` element.
     """
     figure = Figure(figsize=(8.2, 4.0))
     axes = _axes(figure, 111, "share of the dense model's block parameters", "loss above dense, nats/token")
@@ -54,17 +46,14 @@ def gap_plot(points: Sequence[tuple[str, float, float, float | None]]) -> str:
     figure.set_layout_engine("tight")
     figure.draw_without_rendering()
     _label(axes, [(shape, 100 * share, before) for shape, share, before, _ in points])
-    return _svg(figure, "gap", "Loss gap to the dense model over block parameters, before and after training")
+    return figure
 
 
-def latency_plot(points: Sequence[tuple[str, float, float, float]]) -> str:
-    """Draw measured latency, prefill and decoding side by side, over block parameters.
+def latency_plot(points: Sequence[tuple[str, float, float, float]]) -> Figure:
+    """Draw measured latency, prefill and decoding side by side and from zero, over block parameters.
 
     Args:
         points: (name, share of block parameters, prefill in ms, decode in ms per token).
-
-    Returns:
-        An ``<svg>`` element with two panels, both from zero.
     """
     figure = Figure(figsize=(8.2, 3.4))
     panels = ((121, "prefill, ms", 2), (122, "decode, ms per token", 3))
@@ -84,7 +73,7 @@ def latency_plot(points: Sequence[tuple[str, float, float, float]]) -> str:
     figure.draw_without_rendering()
     for axes, (_, _, column) in zip(figure.axes, panels, strict=True):
         _label(axes, [(point[0], 100 * point[1], float(point[column])) for point in points])
-    return _svg(figure, "latency", "Prefill and decode latency over block parameters")
+    return figure
 
 
 def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -117,22 +106,3 @@ def _axes(figure: Figure, position: int, x_label: str, y_label: str) -> Axes:
     for spine in axes.spines.values():
         spine.set_visible(False)
     return axes
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """Return a figure as SVG with the page's colours; ids are distinct per figure and the same in every run."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.set_layout_engine("tight")
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text, count=1
-    )
-    text = re.sub(r"(font: [^;\"]*?px )[^;\"]*", rf"\1{FONT.replace(chr(39), '')}", text)
-    text = re.sub(r'id="(?![mp][0-9a-f]{10}")', f'id="{name}-', text)
-    for drawn, wanted in PAGE_COLOURS.items():
-        text = text.replace(drawn, wanted)
-    return text

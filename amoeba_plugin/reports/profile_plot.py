@@ -12,9 +12,10 @@ from matplotlib.patches import Rectangle
 from amoeba_plugin.deployment.profiling.cost_model import Prediction
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.profiling.table import disagreements, rows
+from amoeba_plugin.reports.picture import INK
 from amoeba_plugin.shape import SubnetShape
 
-INK, MARK, DARK = "#222222", "#d55e00", "#111111"
+MARK, DARK, LIGHT_INK = "#d55e00", "#111111", "#fdfdfd"
 LIGHT = 0.85  # share of the whole model's time: below it, dark ink can be read
 
 
@@ -46,7 +47,7 @@ def drawn(profile: Profile) -> Figure:
     notes = "% of the whole model's time; bold: measured" + (
         "; framed: ranked the other way round elsewhere" * bool(odd)
     )
-    figure.suptitle(f"{profile.model}\n{notes}", fontsize=10, color=INK)
+    figure.suptitle(f"{profile.model}\n{notes}", fontsize=10, color=INK, parse_math=False)
     figure.set_layout_engine("constrained")
     return figure
 
@@ -57,13 +58,15 @@ def _heat(axes: Axes, costs: Mapping[str, Prediction], places: Mapping[str, Sequ
     grid = np.full([max(of) + 1 for of in zip(*places.values(), strict=True)], np.nan)
     for name, cost in costs.items():
         grid[tuple(places[name])] = cost.value / largest
-    axes.imshow(grid, cmap="Blues", vmin=0, vmax=1.35, aspect="auto")
+    rows_at, columns_at = (np.arange(count + 1) - 0.5 for count in grid.shape)
+    axes.pcolormesh(columns_at, rows_at, grid, cmap="Blues", vmin=0, vmax=1.35)
+    axes.invert_yaxis()
     for name, cost in costs.items():
         row, column = places[name]
         share = cost.value / largest
         axes.text(
             column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
-            color=DARK if share < LIGHT else "white", fontweight="bold" if cost.measured else "normal",
+            color=DARK if share < LIGHT else LIGHT_INK, fontweight="bold" if cost.measured else "normal",
         )  # fmt: skip
         if name in framed:
             axes.add_patch(

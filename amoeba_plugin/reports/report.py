@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.search.frontier import Frontier
+
 REPORT_JSON = "report.json"
 LEAST_GAP = 1e-6  # nats per token; what is less is rounding
 
@@ -98,6 +101,38 @@ class QuantizedRow(_Row):
     mean_kl_divergence: float | None = None
 
 
+class DeployedRow(_Row):
+    """A subnet as its engine runs it.
+
+    Attributes:
+        shape: DEPTHxWIDTH.
+        flow: Engine and scheme.
+        bytes: Of all its files.
+        parity: What its engine makes of it, in words.
+        directory: Where it lies.
+        ways: To run it there: a title, the language, and the text of each.
+    """
+
+    shape: str
+    flow: str
+    bytes: int
+    parity: str
+    directory: str
+    ways: list[tuple[str, str, str]]
+
+
+class BudgetRow(_Row):
+    """What a search within a budget found, and what was made of it.
+
+    Attributes:
+        frontier: Every choice that was tried, and the best.
+        deployed: That was deployed, and proved by its engine.
+    """
+
+    frontier: Frontier
+    deployed: DeployedRow
+
+
 class Provenance(_Row):
     """How the figures came about, so that somebody else can come to them.
 
@@ -133,6 +168,8 @@ class Report(_Row):
         objective: What the dynamic program optimised, with its unit.
         larger_is_better: Whether a larger objective is a better model.
         quantized: ``None`` where nothing was quantized.
+        budgets: The best subnets within budgets of this machine.
+        profile: What shapes cost on it; ``None`` where that was not measured.
         provenance: How the figures came about.
     """
 
@@ -145,6 +182,8 @@ class Report(_Row):
     objective: str = "loss, nats per token"
     larger_is_better: bool = False
     quantized: QuantizedRow | None = None
+    budgets: list[BudgetRow] = Field(default_factory=list)
+    profile: Profile | None = None
     provenance: Provenance
 
     def gap_before(self, row: ShapeRow) -> float:

@@ -21,11 +21,11 @@ class Engine:
         if options.get("fails_at") == config["num_hidden_layers"]:
             raise MemoryError("too deep")
         self.layers, self.neurons = config["num_hidden_layers"], config["intermediate_size"]
-        self.slow = options["slow"]
+        self.slow, self.slower = options["slow"], options.get("slower", 1)
     def prefill(self, prompts):
-        work(1e-4 + len(prompts[0]) * self.layers * (2e-5 + 1e-8 * self.neurons))
+        work(self.slower * (1e-4 + len(prompts[0]) * self.layers * (2e-5 + 1e-8 * self.neurons)))
     def decode(self, count):
-        work(count * (self.layers * 5e-4 if self.slow == "layers" else self.neurons * 5e-6))
+        work(self.slower * count * (self.layers * 5e-4 if self.slow == "layers" else self.neurons * 5e-6))
 """
 
 
@@ -35,14 +35,14 @@ class Toy(DeploymentFlow):
     exact = frozenset({"deep", "wide"})
 
     def __init__(self, directory: Path, fails_at: int | None = None) -> None:
-        self._file, self.fails_at = directory / "engine.py", fails_at
+        self._file, self.fails_at, self.slower = directory / "engine.py", fails_at, 1
         self._file.write_text(ENGINE)
 
     def command(self) -> EngineCommand:
         return EngineCommand(self._file)
 
     def options(self, scheme: str) -> dict[str, object]:
-        return {"slow": "layers" if scheme == "deep" else "neurons", "fails_at": self.fails_at}
+        return {"slow": "layers" if scheme == "deep" else "neurons", "fails_at": self.fails_at, "slower": self.slower}
 
     def export(self, subnet: Path, scheme: str, directory: Path) -> Export:
         (directory / "config.json").write_bytes((subnet / "config.json").read_bytes())

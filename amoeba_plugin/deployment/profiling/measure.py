@@ -105,10 +105,27 @@ def measure_shapes(
     subject: Subject, flows: Mapping[Point, DeploymentFlow], profile: Profile, path: Path, how: Measuring,
     shapes: Sequence[SubnetShape],
 ) -> None:  # fmt: skip
-    """Measure some shapes into a profile; arguments and errors are those of :func:`profile_model`."""
+    """Measure some more shapes into a profile, at the speed that the machine had when that was made: every process runs
+    a shape of the profile too, and times are those of a machine on which it takes what it took.
+
+    Arguments and errors are those of :func:`profile_model`.
+    """
     with owning(path):
         for point, flow in flows.items():
-            _Run(subject, profile, path, how, shapes, lambda _: None).measure(point, flow)
+            anchor = _anchor(subject, profile.flows.get(str(point)), how)
+            _Run(subject, profile, path, how, shapes, lambda _: None, anchor).measure(point, flow)
+
+
+def _anchor(subject: Subject, known: FlowProfile | None, how: Measuring) -> SubnetShape | None:
+    """Return the smallest shape of the space that was measured; ``None``: there is none."""
+    costs = {} if known is None else known.shapes
+    measured = [
+        shape for shape in subject.space
+        if (cost := costs.get(str(shape)))
+        and cost.work == astuple(Work.of(subject.sizes(shape)))
+        and any(each.prefill.keys() & set(how.prompts) for each in cost.rounds)
+    ]  # fmt: skip
+    return min(measured, key=lambda shape: costs[str(shape)].bytes, default=None)
 
 
 def _begun(subject: Subject, path: Path, name: str) -> Profile:
@@ -132,6 +149,7 @@ class _Run:
     how: Measuring
     shapes: Sequence[SubnetShape]
     advance: Callable[[float], object]
+    anchor: SubnetShape | None = None
 
     def measure(self, point: Point, flow: DeploymentFlow) -> None:
         """Measure what is not known of a flow."""
@@ -140,19 +158,32 @@ class _Run:
         if min(done.values()) >= how.rounds:
             return
         with scratch_directory() as scratch:
-            files = _exported(self.subject, point, flow, self.shapes, scratch)
+            anchors = [] if self.anchor is None else [self.anchor]
+            files = _exported(self.subject, point, flow, list(dict.fromkeys([*self.shapes, *anchors])), scratch)
             for number in range(min(done.values()), how.rounds):
                 order = [shape for shape in self.shapes if done[shape] <= number]
                 random.Random(number).shuffle(order)  # no shape always comes first, or behind the same one
                 with EngineProcess(flow.name, flow.command(), how.threads) as engine:
                     found = self.profile.flows.setdefault(str(point), self._begin(engine))
-                    for shape in order:
-                        arguments, size = files[shape]
-                        visited = _visit(engine, {**arguments, **flow.options(point.scheme)}, self.subject, how)
-                        cost = ShapeCost(work=astuple(self._work(shape)), bytes=size)
-                        found.shapes.setdefault(self._name(shape), cost).rounds.append(visited)
+                    visits = {}
+                    for shape in dict.fromkeys([*anchors, *order]):
+                        arguments, _ = files[shape]
+                        visits[shape] = _visit(engine, {**arguments, **flow.options(point.scheme)}, self.subject, how)
                         self.advance(1)
+                self._keep(found, visits, files)
                 self.profile.save(self.path)
+
+    def _keep(
+        self, found: FlowProfile, visits: Mapping[SubnetShape, Round],
+        files: Mapping[SubnetShape, tuple[dict[str, Any], int]],
+    ) -> None:  # fmt: skip
+        """Add what a process took, the anchor's first."""
+        for shape, visited in visits.items():
+            if self.anchor is not None and shape != self.anchor:
+                known = found.shapes[self._name(self.anchor)].least
+                visited = visited.at_speed(known, visits[self.anchor])
+            cost = ShapeCost(work=astuple(self._work(shape)), bytes=files[shape][1])
+            found.shapes.setdefault(self._name(shape), cost).rounds.append(visited)
 
     def _work(self, shape: SubnetShape) -> Work:
         return Work.of(self.subject.sizes(shape))

@@ -34,6 +34,14 @@ class Seconds(Part):
         """Whether something else computed on the CPU of one thread."""
         return self.cpu < BUSY * self.wall
 
+    def at_speed(self, known: Seconds, now: Seconds) -> Seconds:
+        """Return what this would have taken when something else, which takes so much now, took what is known of it."""
+        return Seconds(wall=self.wall * known.wall / now.wall, cpu=self.cpu * known.cpu / now.cpu)
+
+    def least(self, other: Seconds) -> Seconds:
+        """Return the shorter by each clock."""
+        return Seconds(wall=min(self.wall, other.wall), cpu=min(self.cpu, other.cpu))
+
 
 class Round(Part):
     """One visit of one process to one shape.
@@ -50,6 +58,20 @@ class Round(Part):
     decode: Seconds
     peak: int
 
+    def at_speed(self, known: Round, now: Round) -> Round:
+        """Return the times of this visit at the speed that the machine had when another shape took what is known of it.
+
+        Args:
+            known: The least that the other shape took, at some of the lengths of ``now``.
+            now: What it takes in the same process as this visit.
+        """
+        lengths = known.prefill.keys() & now.prefill.keys()
+        prefill = {}
+        for tokens, taken in self.prefill.items():
+            near = min(lengths, key=lambda each: abs(each - tokens))
+            prefill[tokens] = taken.at_speed(known.prefill[near], now.prefill[near])
+        return self.model_copy(update={"prefill": prefill, "decode": self.decode.at_speed(known.decode, now.decode)})
+
 
 class ShapeCost(Part):
     """What a shape costs, by all rounds.
@@ -63,6 +85,16 @@ class ShapeCost(Part):
     work: tuple[int, int, int]
     bytes: int
     rounds: list[Round] = Field(default_factory=list)
+
+    @property
+    def least(self) -> Round:
+        """The least times of all rounds, as one round."""
+        found, *others = self.rounds
+        for each in others:
+            prefill = {**each.prefill, **found.prefill}
+            prefill |= {tokens: prefill[tokens].least(took) for tokens, took in each.prefill.items()}
+            found = found.model_copy(update={"prefill": prefill, "decode": found.decode.least(each.decode)})
+        return found
 
     def rounds_of(self, prompts: Collection[int]) -> int:
         """Return how many rounds had prompts of all these lengths."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from amoeba_plugin.deployment import registry
 from amoeba_plugin.deployment.engines.process import EngineProcess
 from amoeba_plugin.deployment.flow import DeploymentFlow, Point
 from amoeba_plugin.deployment.profiling.asked import prompts_of, subject_of
-from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
+from amoeba_plugin.deployment.profiling.measure import Measuring, measure_shapes, profile_model
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.table import disagreements, rows
@@ -106,6 +107,25 @@ def test_what_is_known_is_not_measured_again_and_what_is_missing_is(
     monkeypatch.setattr(EngineProcess, "ask", pytest.fail)
     same = profile_model(subject, toy, path, Measuring((4, 8), 2, rounds=2, shapes=4), "a model", progress=False)
     assert same == after
+
+
+def test_what_is_measured_later_is_told_at_the_speed_of_the_profile(subject: Subject, tmp_path: Path):
+    """The machine is three times as slow by then, and the shape costs what it would have cost before."""
+    path, toy = tmp_path / "profile.json", Toy(tmp_path)
+    point, few = Point("toy", "deep"), replace(HOW, shapes=2)
+    profile = profile_model(subject, {point: toy}, path, few, "a model", progress=False)
+    assert set(profile.flows["toy:deep"].shapes) == {"4x1", "2x1/2"}
+    toy.slower = 3
+    again = replace(HOW, prompts=(4, 6, 8))  # one more than the profile knows
+    measure_shapes(subject, {point: toy}, profile, path, again, [SubnetShape.parse("3x1")])
+    known = Profile.load(path).flows["toy:deep"].shapes
+    assert len(known["3x1"].rounds) == 2
+    largest, (beside,) = known["4x1"].least, [cost for cost in known.values() if len(cost.rounds) == 4]
+    assert beside.rounds[-1].decode.cpu > 2 * beside.least.decode.cpu  # as it was, for who reads it
+    for each in known["3x1"].rounds:
+        assert each.decode.cpu == pytest.approx(largest.decode.cpu * 3 / 4, rel=0.2)
+        assert each.prefill[8].cpu == pytest.approx(largest.prefill[8].cpu * 3 / 4, rel=0.25)
+        assert each.prefill[6].cpu < each.prefill[8].cpu
 
 
 def test_an_engine_that_fails_leaves_what_was_measured(subject: Subject, tmp_path: Path):
