@@ -16,7 +16,6 @@ from typer.core import TyperGroup
 from amoeba_plugin import cli_deployment
 from amoeba_plugin._version import __version__
 from amoeba_plugin.errors import AmoebaError, shortened
-from amoeba_plugin.runtime.imports import lasting_imports
 from amoeba_plugin.runtime.messages import done, refuse, say, warn
 from amoeba_plugin.runtime.voice import hush, speak
 
@@ -174,8 +173,7 @@ def extract(
 ) -> None:
     """Cut one shape out of an elastic checkpoint: no training, no data."""
     _hush_if(quiet)
-    with lasting_imports():
-        from amoeba_plugin.extraction.checkpoint import extract_checkpoint, how_to_load
+    from amoeba_plugin.extraction.checkpoint import extract_checkpoint, how_to_load
 
     parity = extract_checkpoint(elastic, shape, output_dir, base, adapter, portable, max_shard_size, dtype=dtype)
     done(f"shape {parity.shape} written to {output_dir}; {parity.in_words}")
