@@ -115,37 +115,42 @@ class ElasticGroup:
             }),
         ]  # fmt: skip
 
-    def reorder(self, width: WidthStrategy) -> None:
+    def reorder(self, width: WidthStrategy, in_place: bool = True) -> None:
         """Bring the channels into the order of their importance and precompute the biases that stand in for missing
-        ones."""
+        ones; see :meth:`permute`."""
         order = width.order.get(self.key)
         if order is None:
             return
         if width.bias_compensation:
             self.consumer.register_buffer("compensation", self._compensation(width, order), persistent=False)
-        self.permute(order)
+        self.permute(order, in_place)
 
     def reordered(self, means: Tensor, order: Tensor) -> Tensor:
         """Return the consumer's mean inputs, (channels,), in the order that its columns were brought into."""
         return means[self.group.consumer.channels(order)]
 
     @torch.no_grad()
-    def permute(self, order: Tensor) -> None:
-        """Permute the channels by units: in place where weights are dense, of packed ones what flows in and out."""
+    def permute(self, order: Tensor, in_place: bool = True) -> None:
+        """Permute the channels by units, of dense weights themselves, of packed ones those that flow in and out.
+
+        Args:
+            order: (units,) int64.
+            in_place: False: parameters may get other memory, which saves a copy, and their old one stays as it is.
+        """
         for axis, module in zip(
             (*self.group.producers, *self.group.norms), (*self.producers, *self.norms), strict=True
         ):
             channels = axis.channels(order)
             run = slice(axis.first_channel, axis.first_channel + len(channels))
             for tensor in _by_row(module):
-                tensor[run] = tensor[channels.to(tensor.device)]
+                _put(tensor, run, tensor.index_select(0, channels.to(tensor.device)), in_place)
         columns = self.group.consumer.channels(order)
         if isinstance(self.consumer, PackedElasticLinear):
             column_order = self.consumer.column_order
             column_order.copy_(column_order[columns.to(column_order.device)])
         else:
             weight = self.consumer.get_parameter("weight")
-            weight.copy_(weight[:, columns.to(weight.device)])
+            _put(weight, slice(None), weight.index_select(1, columns.to(weight.device)), in_place)
 
     def _compensation(self, width: WidthStrategy, order: Tensor) -> Tensor:
         # b = W[:, pruned] @ mu[pruned]  (FLAP, arXiv:2312.11983, eq. 5), one row per width; in fp32
@@ -184,3 +189,11 @@ def _by_row(module: nn.Module) -> list[Tensor]:
     if isinstance(module, PackedElasticLinear):
         return [module.row_order]
     return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _put(tensor: Tensor, rows: slice, permuted: Tensor, in_place: bool) -> None:
+    # of a fused linear some rows are permuted: only a whole tensor can be exchanged
+    if in_place or permuted.shape != tensor.shape:
+        tensor[rows] = permuted
+    else:
+        tensor.data = permuted

@@ -75,9 +75,7 @@ class ElasticModel:
         self.strategy = strategy
         self._weights = weights
         self.adapter = architecture_of(model.config)
-        strategy.require_model(
-            model, self.adapter, nullcontext if weights is None else partial(weights.loaded, copy=False)
-        )
+        strategy.require_model(model, self.adapter, nullcontext if weights is None else weights.loaded)
         self.config = copy_config(model.config)
         self.plan = SubnetPlan(self.adapter, self.config, strategy)
         self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
@@ -127,7 +125,7 @@ class ElasticModel:
             inside = set(part.modules()) if fresh else set()
             groups = [group for group in self.groups if group.consumer in inside]
             for group in groups:
-                group.reorder(self.strategy.width)
+                group.reorder(self.strategy.width, in_place=False)
             for experts in self.experts:
                 if experts.module in inside:
                     experts.reorder(self.strategy.width.order)

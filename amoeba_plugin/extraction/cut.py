@@ -1,7 +1,7 @@
 """One shape of an elastic model, as an ordinary transformers model that knows nothing of this package.
 
-Channels are cut by torch-pruning, the adapter is folded in, and the result is built as the stock class that can hold
-it. Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
+What is active of every weight is copied, the adapter is folded in, and the result is built as the stock class that can
+hold it. Every parameter is checked against the size the class expects, so a cut that silently did nothing is an error.
 
 Layers of different sizes (``allocation: global``), or without attention or MLP (``granularity: sublayer``), become a
 class of ``modeling_per_layer.py``, which travels with the checkpoint, or, ``portable``, a stock class of the largest
@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch_pruning
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.linear import PackedElasticLinear
@@ -32,7 +32,7 @@ from amoeba_plugin.elastic.subnet_config import build
 from amoeba_plugin.errors import ArchitectureError, ArtifactError
 from amoeba_plugin.extraction.audit import require_sizes
 from amoeba_plugin.models.finite import is_finite
-from amoeba_plugin.models.packed_linear import dense_weight, is_packed, linear_sizes
+from amoeba_plugin.models.packed_linear import dense_weight, is_packed
 from amoeba_plugin.models.partial_linear import PartialLinear
 from amoeba_plugin.models.slices import active_parameters, take
 from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
@@ -134,48 +134,42 @@ def cut_linear(linear: Any, delta: Tensor | None = None) -> tuple[Tensor, Tensor
     Returns:
         (active_out, active_in) and (active_out,) or ``None``; copies.
     """
-    plain = _dense(linear)
-    shared = plain.weight
-    if not isinstance(linear, PartialLinear):
-        weight = plain.weight.detach().clone()
-        bias = None if plain.bias is None else plain.bias.detach().clone()
-        return (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)), bias
-    kept = {row for block in linear.active_rows for row in range(block.start, block.stop)}
-    torch_pruning.prune_linear_out_channels(plain, [row for row in range(linear.out_features) if row not in kept])
-    torch_pruning.prune_linear_in_channels(plain, list(range(linear.active_in, linear.in_features)))
-    weight, bias = plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
-    if linear.repaired is not None:
-        repaired = linear.repaired_weight(lambda: shared).detach()
-        # padded to another layer's size it is narrower than what is active
-        weight = functional.pad(repaired, (0, linear.active_in - repaired.shape[1])).clone()
-    if delta is not None:
-        weight = (weight.float() + take(delta, linear.active_rows)[:, : linear.active_in].float()).to(weight.dtype)
-    if linear.compensation is not None and linear.compensation_row is not None:
-        row = take(linear.compensation[linear.compensation_row], linear.active_rows)
-        bias = row.clone() if bias is None else bias + row
-    return weight, bias
+    whole, bias = _dense(linear)
+    weight = whole
+    if isinstance(linear, PartialLinear):
+        rows, columns = linear.active_rows, linear.active_in
+        weight, bias = take(whole, rows)[:, :columns], None if bias is None else take(bias, rows)
+        delta = None if delta is None else take(delta, rows)[:, :columns]
+        if linear.repaired is not None:
+            repaired = linear.repaired_weight(lambda: whole).detach()
+            # padded to another layer's size it is narrower than what is active
+            weight = functional.pad(repaired, (0, columns - repaired.shape[1]))
+        if linear.compensation is not None and linear.compensation_row is not None:
+            row = take(linear.compensation[linear.compensation_row], rows)
+            bias = row if bias is None else bias + row
+    if delta is None:
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    else:
+        weight = (weight.float() + delta.float()).to(weight.dtype)
+    return weight, None if bias is None else bias.clone()
 
 
-def _dense(linear: Any) -> nn.Linear:
-    """Return a linear with another one's own weight and bias, or, of a packed one, with unpacked and ordered copies."""
+def _dense(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """Return a linear's own weight and bias, detached, or, of a packed one, unpacked and ordered copies."""
     bias = getattr(linear, "bias", None)
-    plain = nn.Linear(*linear_sizes(linear), bias=bias is not None, device="meta")
+    bias = None if bias is None else bias.detach()
     if not is_packed(linear):
-        plain.weight, plain.bias = linear.weight, bias  # type: ignore[assignment]
-        return plain
+        return linear.weight.detach(), bias
     if isinstance(linear, PackedElasticLinear):
         weight, bias = linear.whole_weight(), None if bias is None else bias[linear.row_order]
     else:
         weight = dense_weight(linear)
-    plain.weight = nn.Parameter(weight)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(weight.dtype))
-    return plain
+    return weight, None if bias is None else bias.to(weight.dtype)
 
 
 def _empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
     # Buffers (rotary frequencies) are not in a checkpoint: they must be real.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = build(config, dtype=like.dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -307,4 +301,4 @@ def _adapter_delta(layer: BaseTunerLayer) -> Tensor | None:
                 "one without, or merge it into the base model before it is made elastic"
             )
     deltas = [delta_of(name) for name in layer.active_adapters]
-    return torch.stack(deltas).sum(0) if deltas else None
+    return deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0) if deltas else None

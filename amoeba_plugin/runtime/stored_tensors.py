@@ -68,13 +68,10 @@ class CheckpointTensors:
                 found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return found
 
-    def read(self, keys: Iterable[str], dtype: torch.dtype, copy: bool = True) -> dict[str, Tensor]:
-        """Return tensors in a dtype.
+    def read(self, keys: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return tensors in a dtype: views of the files where they have it, of which only what is looked at is read.
 
-        Args:
-            keys: Their names.
-            dtype: Converted where the file has another one.
-            copy: False: views of the files where dtypes agree, of which only what is looked at is read.
+        Nobody else sees what is written into such a view: the file is mapped anew at every call, for this process.
         """
         found: dict[str, Tensor] = {}
         wanted = sorted(set(keys), key=lambda key: (self._files[key], key))
@@ -84,7 +81,7 @@ class CheckpointTensors:
                 path = self._files[key]
                 if path not in opened:
                     opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-                found[key] = opened[path].get_tensor(key).to(dtype, copy=copy)
+                found[key] = opened[path].get_tensor(key).to(dtype)
         return found
 
 
@@ -143,10 +140,10 @@ class NativeTensors:
         stored = {key: torch.empty(shape, device="meta") for key, shape in self._tensors.shapes().items()}
         return {name: tuple(each.merged(name, self._model, stored).shape) for name, each in self._sources.items()}
 
-    def read(self, names: Iterable[str], dtype: torch.dtype, copy: bool = True) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Return parameters in a dtype; see :meth:`CheckpointTensors.read`."""
         wanted = {name: self._sources[name] for name in names}
-        stored = self._tensors.read((key for each in wanted.values() for key in each.keys), dtype, copy)
+        stored = self._tensors.read((key for each in wanted.values() for key in each.keys), dtype)
         found = {}
         for name, each in wanted.items():
             found[name] = each.merged(name, self._model, stored)

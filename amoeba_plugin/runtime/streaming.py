@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from amoeba_plugin.runtime.stored_tensors import CheckpointTensors, NativeTensors
 
@@ -45,17 +46,14 @@ class StreamedWeights:
         )
 
     @contextmanager
-    def loaded(self, part: nn.Module, copy: bool = True) -> Iterator[bool]:
-        """Have the weights of a part of the model in memory; yields False where an outer block has them already.
+    def loaded(self, part: nn.Module) -> Iterator[bool]:
+        """Have the weights of a part of the model at hand; yields False where an outer block has them already.
 
         Args:
             part: A module of the model, with everything below it.
-            copy: False: only to look at; see :meth:`CheckpointTensors.read`.
         """
         modules = [module for module in part.modules() if module in self._keys and module not in self._held]
-        tensors = self._tensors.read(
-            (key for module in modules for key in self._keys[module].values()), self._dtype, copy
-        )
+        tensors = self._tensors.read((key for module in modules for key in self._keys[module].values()), self._dtype)
         empty = {module: dict(module._parameters) for module in modules}
         for module in modules:
             for name, key in self._keys[module].items():
@@ -92,7 +90,7 @@ def streamed_model(reference: str, dtype: str) -> tuple[PreTrainedModel, Streame
     if tensors is None:
         _tell_whole(reference, "it has no safetensors files")
         return None
-    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are in no checkpoint
+    with init_empty_weights(include_buffers=False), no_init_weights():  # buffers (rotary frequencies) are in no file
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
     _put_placeholders(model)

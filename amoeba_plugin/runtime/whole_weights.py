@@ -101,7 +101,7 @@ def _require_ties(model: str, skeleton: PreTrainedModel) -> None:
     stored = NativeTensors.of(skeleton, tensors)
     for target, source in ties.items():
         if target in stored and source in stored:
-            one, other = (stored.read([name], skeleton.dtype, copy=False)[name] for name in (target, source))
+            one, other = (stored.read([name], skeleton.dtype)[name] for name in (target, source))
             if not one.equal(other):
                 raise ArtifactError(
                     f"the config.json of '{model}' ties {target} to {source}, but its weights hold two different ones; "

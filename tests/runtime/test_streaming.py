@@ -114,6 +114,23 @@ def test_extraction_holds_one_layer_of_the_base(tiny_model: TinyModel, tmp_path:
     assert max(holdings.counts) == 9
 
 
+def test_a_subnet_outlives_its_base_and_the_base_is_not_written_to(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Weights are views of the base's files, and their channels are reordered in place."""
+    model = tiny_model("llama")
+    directory = write_elastic(model, random_strategy(model), tmp_path)
+    files = sorted((tmp_path / "base").glob("*.safetensors"))
+    before = [path.read_bytes() for path in files]
+    streamed, _ = load_elastic(directory, stream=True)
+    subnet = extract(streamed, SHAPE)
+    streamed.model(torch.arange(10)[None])
+    assert [path.read_bytes() for path in files] == before
+    cut = {name: tensor.clone() for name, tensor in subnet.state_dict().items()}
+    for path in files:
+        with path.open("r+b") as file:  # in place: what is mapped sees it
+            file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in subnet.state_dict().items())
+
+
 def test_an_error_in_the_middle_of_a_forward_drops_what_was_loaded(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama")
     streamed, _ = load_elastic(write_elastic(model, random_strategy(model), tmp_path), stream=True)
