@@ -177,11 +177,12 @@ class _Run:
         self, found: FlowProfile, visits: Mapping[SubnetShape, Round],
         files: Mapping[SubnetShape, tuple[dict[str, Any], int]],
     ) -> None:  # fmt: skip
-        """Add what a process took, the anchor's first."""
+        """Add what a process took, of the anchor only by what the others are told."""
         for shape, visited in visits.items():
-            if self.anchor is not None and shape != self.anchor:
-                known = found.shapes[self._name(self.anchor)].least
-                visited = visited.at_speed(known, visits[self.anchor])
+            if shape == self.anchor:
+                continue
+            if self.anchor is not None:
+                visited = visited.at_speed(found.shapes[self._name(self.anchor)].least, visits[self.anchor])
             cost = ShapeCost(work=astuple(self._work(shape)), bytes=files[shape][1])
             found.shapes.setdefault(self._name(shape), cost).rounds.append(visited)
 
