@@ -26,7 +26,7 @@ def loads(
     model: Annotated[str, typer.Option(help="Path or hub id of the whole model; only its configuration is read.")],
     flow: Annotated[
         str,
-        typer.Option(help="What shall load it: torch, vllm, llama-cpp or openvino, or quantized: llama-cpp:Q4_K_M."),
+        typer.Option(help="torch, vllm, llama-cpp, onnxruntime or openvino, or one at a scheme: llama-cpp:Q4_K_M."),
     ],
     strategy: Annotated[
         Path | None, typer.Option(help="Elastic checkpoint, or directory with strategy.json: go by its sizes.")

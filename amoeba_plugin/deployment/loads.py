@@ -54,7 +54,7 @@ def require_loads(
     Args:
         shape: DEPTHxWIDTH.
         model: Path or hub id of the whole model.
-        flow: An engine (torch, vllm, llama-cpp, openvino), or an engine at a scheme (``vllm:W4A16``).
+        flow: An engine (torch, vllm, llama-cpp, onnxruntime, openvino), or an engine at a scheme (``vllm:W4A16``).
         strategy: Elastic checkpoint, or directory with ``strategy.json``, which knows the sizes of every layer; without
             it every layer is taken to keep the same share.
         portable: As extracted with ``portable``: layers that differ are padded to a stock class.

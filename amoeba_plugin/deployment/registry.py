@@ -11,7 +11,7 @@ from amoeba_plugin.plugins.manager import collected, named
 KIND, HOOK = "deployment flow", "amoeba_deployment_flows"
 
 #: Flows of the folder ``integrations/``, by name: what ``pip install`` takes.
-INTEGRATIONS: Mapping[str, str] = {"llama-cpp": "./integrations/llama-cpp"}
+INTEGRATIONS: Mapping[str, str] = {"llama-cpp": "./integrations/llama-cpp", "onnxruntime": "./integrations/onnxruntime"}
 
 
 def flow_named(name: str) -> DeploymentFlow:

@@ -225,8 +225,8 @@ def _weights_per_scale(of: EngineRules, name: str, scheme: str | None) -> int | 
     known = PRESET_SCHEMES if of.schemes == "compressed-tensors" else of.schemes
     if scheme not in known:
         raise RecipeError(
-            f"{name} has no scheme '{scheme}'.{did_you_mean(scheme, known)} Take one of {', '.join(known)}, or "
-            "leave the scheme out"
+            f"{name} has no scheme '{scheme}'.{did_you_mean(scheme, known)} Take one of "
+            f"{', '.join([*of.unquantized, *known])}, or leave the scheme out"
         )
     if isinstance(of.schemes, dict):
         return of.schemes[scheme]
@@ -304,6 +304,17 @@ def _outputs_multiple(subject: Candidate, step: int) -> str:
     return _listed({name: outputs for name, outputs in subject.outputs().items() if outputs % step}, "outputs")
 
 
+def _outputs_unlike_vocabulary(subject: Candidate, _: None) -> str:
+    tokens = subject.config.vocab_size
+    return _listed({name: size[1] for name, size in subject.linears.items() if size[1] == tokens}, "outputs")
+
+
+def _rope_type_among(subject: Candidate, allowed: list[str]) -> str:
+    parameters = getattr(subject.config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")  # of several kinds of layers they are by the kind
+    return "" if kind in allowed else f"rotary positions of type {kind}"
+
+
 def _experts_readable(subject: Candidate, _: None) -> str:
     if subject.scheme is None or not subject.experts:
         return ""
@@ -320,6 +331,6 @@ CHECKS: dict[str, Callable[[Candidate, Any], str]] = {
     for check in (
         _class_among, _layers_alike, _layers_whole, _field_is_off, _heads_split, _neurons_split, _head_size_among,
         _heads_fill_hidden, _group_size_among, _groups_divide_inputs, _inputs_multiple, _outputs_multiple,
-        _experts_readable,
+        _experts_readable, _outputs_unlike_vocabulary, _rope_type_among,
     )
 }  # fmt: skip

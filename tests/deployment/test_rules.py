@@ -66,6 +66,7 @@ def test_every_rule_names_a_check_and_a_source_and_every_check_is_used():
         ("24x7/8", "llama-cpp", "Q4_K_M", 1, 512, set()),
         ("24x7/8", "openvino", "INT4", 1, 1, {("inputs_multiple", "refuse"), ("heads_fill_hidden", "warn")}),
         ("24x1", "openvino", "INT4", 1, 1, set()),
+        ("24x7/8", "onnxruntime", "int4", 1, 1, set()),
         ("24x7/8", "torch", "W4A16", 1, 1, {("groups_divide_inputs", "refuse")}),
         ("24x7/8", "torch", "W8A8", 1, 1, set()),
     ],
@@ -81,7 +82,7 @@ def test_heads_of_qwen2_cannot_go_for_vllm_but_layers_and_neurons_can():
     assert broken(subject(seven_b("qwen2"), "24x1", "vllm"), "vllm") == set()
 
 
-@pytest.mark.parametrize("engine", ["vllm", "llama-cpp", "openvino"])
+@pytest.mark.parametrize("engine", ["vllm", "llama-cpp", "onnxruntime", "openvino"])
 def test_compensating_biases_have_no_place_elsewhere(engine: str):
     config, adapter = seven_b(), architecture_for("llama")
     units = {"attention": 7, "mlp": 9600}
@@ -92,7 +93,7 @@ def test_compensating_biases_have_no_place_elsewhere(engine: str):
     assert broken(biased, engine) & {("field_is_off", "refuse"), ("class_among", "refuse")}
 
 
-@pytest.mark.parametrize("engine", ["torch", "vllm", "llama-cpp", "openvino"])
+@pytest.mark.parametrize("engine", ["torch", "vllm", "llama-cpp", "onnxruntime", "openvino"])
 def test_layers_of_different_sizes_have_no_place_elsewhere_but_in_llama_cpp_for_llamas(engine: str):
     config = seven_b(num_hidden_layers=4)
     config.allow_global_per_layer_attribute_access = True
@@ -100,6 +101,18 @@ def test_layers_of_different_sizes_have_no_place_elsewhere_but_in_llama_cpp_for_
     found = broken(candidate(config, architecture_for("llama"), engine), engine)
     expected = {"torch": {("layers_alike", "warn")}, "llama-cpp": set()}  # as architecture deci
     assert found == expected.get(engine, {("layers_alike", "refuse")})
+
+
+def test_what_onnx_runtimes_builder_would_write_wrong_is_refused():
+    scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    refused = {("rope_type_among", "refuse")}
+    assert broken(subject(seven_b(rope_parameters=scaled), "24x1", "onnxruntime"), "onnxruntime") == refused
+    mistral = seven_b("mistral", rope_parameters=scaled)
+    assert broken(subject(mistral, "24x1", "onnxruntime"), "onnxruntime") == set()
+    tokens = seven_b(vocab_size=9632)  # as many as there are neurons at seven eighths
+    found = subject(tokens, "24x7/8", "onnxruntime")
+    assert broken(found, "onnxruntime") == {("outputs_unlike_vocabulary", "refuse")}
+    assert broken(subject(tokens, "24x3/4", "onnxruntime"), "onnxruntime") == set()
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
@@ -125,7 +138,7 @@ def test_a_first_layer_without_experts_does_not_hide_those_of_the_others():
 
 
 def test_what_is_unknown_is_refused_with_what_there_is():
-    with pytest.raises(RecipeError, match="take one of llama-cpp, openvino, torch, vllm"):
+    with pytest.raises(RecipeError, match="take one of llama-cpp, onnxruntime, openvino, torch, vllm"):
         subject(seven_b(), "24x1", "tgi")
     with pytest.raises(RecipeError, match="Take one of F32, F16"):
         subject(seven_b(), "24x1", "llama-cpp", "W4A16")

@@ -1,0 +1,1 @@
+"""ONNX Runtime for amoeba_plugin: subnets as ONNX, measured, compared and run."""
