@@ -116,11 +116,13 @@ class Bench:
         return model.predict(Work.of(self.subject.sizes(choice.shape)), limit.tokens)
 
     def again(self, choice: Choice, limit: Limit) -> float:
-        """Measure a choice once more, in processes that know of nothing before."""
+        """Measure a choice once more, in processes of their own; what was measured of it before is not known to them."""
         known = Profile.load(self.work / "profile.json")
+        of = known.flows[str(choice.point)]
+        others = {name: cost for name, cost in of.shapes.items() if name != str(choice.shape)}
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "again.json"
-            profile = known.model_copy(update={"flows": {}})
+            profile = known.model_copy(update={"flows": {str(choice.point): of.model_copy(update={"shapes": others})}})
             profile.save(path)
             measure_shapes(self.subject, flows_of([str(choice.point)]), profile, path, self.how, [choice.shape])
             return self.predicted(profile, choice, limit).value
