@@ -17,6 +17,7 @@ from amoeba_plugin.demo.multiple_choice import multiple_choice
 MODEL = Path(__file__).parent / "model"
 BLOCK_SIZE = 256
 BATCH_SIZE = 8
+JUDGED_BLOCKS = 24
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,28 @@ class Schedule:
     compared_depths: tuple[int, ...]
     random_selections: int
     latency_rounds: int
+    profile_rounds: int
+    profile_shapes: int
+    measures: bool  # shapes whose predicted costs straddle a budget
 
 
 FULL = Schedule(
     ("12x1", "12x3/4", "12x1/2", "10x1", "10x3/4", "10x1/2", "8x1", "8x3/4", "8x1/2"),
-    20, 1600, 40, 40, None, (10, 8), 3, 4,
+    20, 1600, 40, 40, None, (10, 8), 3, 4, 5, 8, True,
 )  # fmt: skip
-QUICK = Schedule(("12x1", "10x3/4", "8x1/2"), 8, 64, 8, 16, 4, (10,), 1, 2)
+QUICK = Schedule(("12x1", "10x3/4", "8x1/2"), 8, 64, 8, 16, 4, (10,), 1, 2, 1, 5, False)
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """Text by purpose; selection and training see the train part alone, every figure comes from held-out modules."""
+    """Text by purpose; selection and training see the train part alone, every figure comes from held-out modules; a
+    search within a budget judges by other blocks of these."""
 
     calibration: list[Batch]
     training: Dataset
     held_out: list[Batch]
     questions: list[Batch]
+    judged: Dataset
 
 
 def demo_data(tokenizer: PreTrainedTokenizerBase, schedule: Schedule, seed: int) -> DemoData:
@@ -66,6 +72,7 @@ def demo_data(tokenizer: PreTrainedTokenizerBase, schedule: Schedule, seed: int)
         training=train.select(range(schedule.calibration_blocks, min(selected, len(train)))),
         held_out=reported,
         questions=multiple_choice(held_out_files, tokenizer, schedule.questions, seed),
+        judged=held_out.select(range(schedule.held_out_blocks, schedule.held_out_blocks + JUDGED_BLOCKS)),
     )
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
+from amoeba_plugin.demo.budgets import within_budgets
 from amoeba_plugin.demo.data import BLOCK_SIZE, FULL, MODEL, QUICK, DemoData, Schedule, demo_data
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.figures import DENSE, Figures, checkpoint_bytes, quality, quality_by_shape
@@ -45,7 +46,8 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 42) -> Report:
 
     Args:
         output_dir: New, or an older demo's, which is replaced. Holds in the end ``report.html``, ``report.json``, the
-            ``recipe.yaml`` that ran, ``elastic/`` and ``quantized/``.
+            ``recipe.yaml`` that ran, ``elastic/``, ``quantized/``, ``profile.json``, and what was deployed for the
+            budget of each engine.
         quick: Shortened: shows that everything works, not how well.
         seed: Of data, sampling and initialisation.
 
@@ -76,13 +78,19 @@ def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
         )  # fmt: skip
     with stages.timed("quantized subnet"):
         quantized = figures.quantized_row(output_dir / "quantized", _chosen_shape(recipe), data)
+    with stages.timed("budgets"):
+        judged = output_dir / "judged_data"
+        data.judged.save_to_disk(judged)
+        budgets, profile = within_budgets(output_dir / "elastic", judged, output_dir, schedule)
     report = Report(
         title="Demo: a 12-layer Llama trained on the Python standard library",
         dense=figures.row(DENSE),
         shapes=[figures.row(shape) for shape in schedule.shapes],
         depth_selectors=depths,
         quantized=quantized,
-        provenance=_provenance(stages, seed, schedule, elastic),
+        budgets=budgets,
+        profile=profile,
+        provenance=_provenance(stages, seed, schedule, elastic, data),
     )
     write_report(report, output_dir)
     print_report(report)
@@ -149,7 +157,7 @@ def _run_recipe(recipe: Path, tokenizer: PreTrainedTokenizerBase, data: DemoData
     )
 
 
-def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticModel) -> Provenance:
+def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticModel, data: DemoData) -> Provenance:
     seconds = {**stages.seconds}
     inside = elastic.strategy.provenance.get("seconds", {})
     if inside:
@@ -172,6 +180,7 @@ def _provenance(stages: Stages, seed: int, schedule: Schedule, elastic: ElasticM
             "training": f"{schedule.training_blocks} other blocks of train modules",
             "held-out loss": f"{schedule.held_out_blocks} blocks of held-out modules",
             "accuracy": f"{schedule.questions} questions with 4 choices from held-out modules",
+            "choice within budgets": f"{len(data.judged)} other blocks of held-out modules",
             "latency": f"one prompt of {PROMPT_TOKENS} tokens, then {DECODE_TOKENS} tokens one by one; medians",
         },
     )

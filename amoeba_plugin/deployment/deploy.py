@@ -38,11 +38,13 @@ class Deployed:
         export: Files, bytes and tensor types.
         parity: What its engine makes of it.
         generated: The beginning of an answer, by the engine.
+        ways: To run it where it lies: a title, the language, and the text of each.
     """
 
     export: Export
     parity: EngineParity
     generated: str
+    ways: list[tuple[str, str, str]]
 
 
 def deploy_shape(
@@ -89,14 +91,14 @@ def deploy_shape(
             parity = parity.beside(_whole(flow, asked, elastic, space.largest, base, scratch / "whole"))
         parity.require_close(exact)
         bar.update()
-        deployed = Deployed(export, parity, _smoke(flow, asked, export, partial, checkpoint))
+        generated, ways = _smoke(flow, asked, export, partial, checkpoint), flow.ways_to_run(export)
         opening = {KEY: Opening.of(checkpoint, export.entry, str(parsed)).model_dump()}
         record = {**asdict(parity), **opening, "tensor_types": export.tensor_types, "files": export.files}
         write_atomically(partial / PARITY_NAME, json.dumps(record, indent=1).encode())
         about = {"deployed as": f"`{asked}`, {export.in_words}", "engine": parity.in_words, **_mended_row(told)}
-        write_deployed_card(partial, f"{asked} at {parsed}", checkpoint, about, flow.ways_to_run(export))
+        write_deployed_card(partial, f"{asked} at {parsed}", checkpoint, about, ways)
         bar.update()
-    return deployed
+    return Deployed(export, parity, generated, ways)
 
 
 def _require_held(elastic: Path, shape: SubnetShape, point: Point, base: str | None) -> None:

@@ -70,6 +70,8 @@ class Deployment(Document):
         parity: What its engine makes of it, in a sentence.
         mean_kl: The engine's predictions from torch's in fp32, nats per token.
         skipped: Better choices that their engines refused.
+        bytes: Of its files.
+        ways: To run it where it lies: a title, the language, and the text of each.
     """
 
     what: ClassVar[str] = "a record of what a fit deployed"
@@ -79,6 +81,8 @@ class Deployment(Document):
     parity: str
     mean_kl: float
     skipped: list[Skipped]
+    bytes: int
+    ways: list[tuple[str, str, str]]
 
 
 class Fitted(Document):
@@ -91,7 +95,6 @@ class Fitted(Document):
         deployed: What was chosen.
         whole: Loss of the whole model on text that nothing else saw, nats per token.
         loss: Of the shape that was deployed, before its scheme.
-        bytes: Of what was deployed.
         seconds: Wall time of the steps of the run that ended it.
     """
 
@@ -102,5 +105,4 @@ class Fitted(Document):
     deployed: Deployment
     whole: Interval
     loss: Interval
-    bytes: int
     seconds: dict[str, float]

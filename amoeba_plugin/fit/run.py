@@ -28,6 +28,7 @@ from amoeba_plugin.deployment.search.preflight import profile_for, require_possi
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError, BudgetError, DeploymentError
 from amoeba_plugin.fit.data import JUDGE, REPORT, TRAIN, part_text
+from amoeba_plugin.fit.page import write_page
 from amoeba_plugin.fit.recipe import fit_recipes, smallest_space
 from amoeba_plugin.fit.result import Deployment, FitOptions, Fitted, Request, Skipped
 from amoeba_plugin.recipes.budgeted import expected_works
@@ -136,14 +137,14 @@ class _Fit:
         with self.stages.timed("deploy"):
             for each in kept[:MOST_TRIED]:
                 try:
-                    parity = deploy_shape(self.elastic, each.shape, each.flow, self.deployed).parity
+                    made = deploy_shape(self.elastic, each.shape, each.flow, self.deployed)
                 except DeploymentError as error:
                     skipped.append(Skipped(shape=each.shape, flow=each.flow, why=str(error)))
                     continue
                 costs = {limit.name: _cost(limit, each.costs[limit.name].value) for limit in self.budget.limits}
                 told = Deployment(
-                    shape=each.shape, flow=each.flow, costs=costs, parity=parity.in_words, mean_kl=parity.mean_kl,
-                    skipped=skipped,
+                    shape=each.shape, flow=each.flow, costs=costs, parity=made.parity.in_words,
+                    mean_kl=made.parity.mean_kl, skipped=skipped, bytes=made.export.bytes, ways=made.ways,
                 )  # fmt: skip
                 told.save(done)
                 return told
@@ -179,7 +180,8 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
         dataset: Text: what it is selected and trained on, judged and reported on, in parts.
         budget: As it is written.
         output: New, or an earlier call's with the same arguments, which goes on. Holds in the end ``recipe.yaml``,
-            ``profile.json``, ``frontier.json``, ``elastic/``, ``subnet/``, ``deployed/`` and ``fit.json``.
+            ``profile.json``, ``frontier.json``, ``elastic/``, ``subnet/``, ``deployed/``, ``report.html`` and
+            ``fit.json``.
         options: How it is made.
 
     Raises:
@@ -194,11 +196,11 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
         fit.run(recipe)
         deployed = fit.deploy()
         whole, chosen = fit.report(deployed.shape)
-        size = sum(each.stat().st_size for each in fit.deployed.rglob("*") if each.is_file())
         result = Fitted(
-            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen, bytes=size,
+            model=model, budget=str(fit.budget), deployed=deployed, whole=whole, loss=chosen,
             seconds=fit.stages.seconds,
         )  # fmt: skip
+        write_page(result, Frontier.load(fit.frontier), Profile.load(fit.profile), output)
         result.save(output / RESULT)
     return result
 

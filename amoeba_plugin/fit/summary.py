@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import RenderableType
+from rich.syntax import Syntax
 from rich.table import Table
 
 from amoeba_plugin.deployment.search.frontier import Frontier
@@ -22,7 +23,7 @@ def summary_of(found: Fitted, output: Path) -> Iterator[RenderableType]:
         yield table_of(Frontier.load(frontier))
     table = Table("", "", title=f"{found.model} within {found.budget}", title_justify="left", show_header=False)
     taken = found.deployed
-    table.add_row("taken", f"{taken.shape} at {taken.flow}, {size(found.bytes)} in {output / 'deployed'}")
+    table.add_row("taken", f"{taken.shape} at {taken.flow}, {size(taken.bytes)} in {output / 'deployed'}")
     for name, cost in taken.costs.items():
         table.add_row(name, cost)
     table.add_row("loss on text that nothing saw", f"{found.loss} nats per token; the whole model {found.whole}")
@@ -31,5 +32,10 @@ def summary_of(found: Fitted, output: Path) -> Iterator[RenderableType]:
     for each in taken.skipped:
         table.add_row(f"not {each.shape} at {each.flow}", each.why)
     table.add_row("seconds", ", ".join(f"{step} {seconds:.0f}" for step, seconds in found.seconds.items()))
+    table.add_row("as a page", str(output / "report.html"))
     table.add_row("any other shape", f"amoeba deploy {output / 'elastic'} --shape SHAPE --flow ENGINE:SCHEME -o OUT")
     yield table
+    yield f"\nIn {output / 'deployed'}:"
+    for title, language, code in taken.ways:
+        yield f"\n{title}"
+        yield Syntax(code.strip(), language, background_color="default")

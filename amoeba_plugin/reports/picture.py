@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib as mpl
@@ -47,7 +48,7 @@ def save_figure(draw: Callable[[], Figure], path: Path | None, name: str) -> Non
     if path is None:
         return
     buffer, kind = io.BytesIO(), path.suffix[1:].lower()
-    with mpl.rc_context(_settings(name)):
+    with _settings(name):
         draw().savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_atomically(path, buffer.getvalue())
 
@@ -61,7 +62,7 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
         title: For readers who do not see it.
     """
     buffer = io.StringIO()
-    with mpl.rc_context(_settings(name)):
+    with _settings(name):
         draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -75,6 +76,6 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
     return text
 
 
-def _settings(name: str) -> dict[str, object]:
-    """Return what makes files the same in every run, and text of a page text."""
-    return {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+def _settings(name: str) -> AbstractContextManager[None]:
+    """Have files that are the same in every run, and text that stays text."""
+    return mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"})

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from amoeba_plugin.reports.format import millions, number, percent, size
+from amoeba_plugin.reports.frontier_table import table_of
 from amoeba_plugin.reports.report import QuantizedRow, Report
 
 
@@ -23,6 +24,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_depth_table(report))
     if report.quantized is not None:
         console.print(_quantized_table(report.quantized))
+    for row in report.budgets:
+        console.print(table_of(row.frontier))
+        of = row.deployed
+        console.print(f"{of.shape} as {of.flow}, {size(of.bytes)} in {of.directory}: {of.parity}")
     closed = report.median_gap_closed()
     if closed is not None:
         console.print(

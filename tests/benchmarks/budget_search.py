@@ -116,7 +116,7 @@ class Bench:
         return model.predict(Work.of(self.subject.sizes(choice.shape)), limit.tokens)
 
     def again(self, choice: Choice, limit: Limit) -> float:
-        """Measure a choice once more, in processes of their own; what was measured of it before is not known to them."""
+        """Measure a choice once more, in other processes, which do not know what was measured of it before."""
         known = Profile.load(self.work / "profile.json")
         of = known.flows[str(choice.point)]
         others = {name: cost for name, cost in of.shapes.items() if name != str(choice.shape)}

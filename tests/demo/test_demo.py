@@ -16,6 +16,7 @@ from amoeba_plugin.demo.data import BLOCK_SIZE, MODEL, QUICK, batches_of
 from amoeba_plugin.demo.multiple_choice import CHOICES, CONTEXT_TOKENS, multiple_choice
 from amoeba_plugin.demo.pretrain import xz_bits_per_byte
 from amoeba_plugin.demo.run import run_demo
+from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.reports.report import Report
 from amoeba_plugin.selection.registry import objective_named
 
@@ -110,6 +111,12 @@ def test_a_shortened_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.
     assert report.shapes[0].block_share == 1
     assert report.shapes[2].block_share == pytest.approx(8 / 12 * 1 / 2, abs=0.01)
     assert report.shapes[2].parameters < report.dense.parameters
+    assert report.profile is not None
+    row = report.budgets[0]
+    (limit,) = Budget.parse(row.frontier.budget).limits
+    assert row.deployed.shape == row.frontier.chosen
+    assert row.frontier.best.costs[limit.name].value <= limit.most
+    AutoModelForCausalLM.from_pretrained(row.deployed.directory)
     assert report.quantized is not None
     assert report.quantized.checkpoint_bytes < report.quantized.unquantized_bytes / 3
     assert {"depth search", "width ranking", "one-for-all training"} <= report.provenance.stage_seconds.keys()

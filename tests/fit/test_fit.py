@@ -119,6 +119,17 @@ def test_what_is_deployed_is_the_best_within_the_budget_and_computes_the_same(fi
         torch.testing.assert_close(subnet(tokens).logits, model.eval()(tokens).logits, atol=2e-4, rtol=1e-3)
 
 
+def test_the_page_tells_what_was_taken_tried_and_measured(fitted: Path):
+    text, found = (fitted / "report.html").read_text(), Frontier.load(fitted / "frontier.json")
+    for each in found.candidates:
+        assert f'<td class="name">{each.shape}</td>' in text
+    for figure in ("Quality over costs, with the budget", "Time over depth and width"):
+        assert text.count(f'aria-label="{figure}"') == 1
+    assert "AutoModelForCausalLM.from_pretrained" in text
+    assert str(fitted / "deployed") in text
+    assert "<script" not in text
+
+
 def test_the_same_again_computes_nothing(place: Path, fitted: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run, "run_recipe", None)
     before = (fitted / "fit.json").read_bytes()
@@ -128,6 +139,7 @@ def test_the_same_again_computes_nothing(place: Path, fitted: Path, monkeypatch:
     ])  # fmt: skip
     assert told.exit_code == 0, told.output
     assert "loss on text that nothing saw" in " ".join(told.output.split())
+    assert "AutoModelForCausalLM.from_pretrained" in told.output  # how to run what was deployed
     assert (fitted / "fit.json").read_bytes() == before
     with pytest.raises(ArtifactError, match=r"of another fit \(budget torch:fp32 file"):
         fit(place, fitted, "torch:fp32 file<=3MB", OPTIONS)

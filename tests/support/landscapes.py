@@ -41,7 +41,7 @@ def landscape(seed: int, schemes: str = "F16,Q8_0,Q4_0", surprise: float = 0.0) 
 
     problem = Problem(
         SPACE, Budget(budget.points, (limit,)), lambda each: costs(bytes_of[each], False),
-        lambda shape: sure(loss[shape]), lambda each: costs(real[each], True),
+        lambda shape: sure(loss[shape]), lambda some: {each: costs(real[each], True) for each in some},
         harm=lambda each: sure(true[each] - loss[each.shape]),
         exact=[point for point in budget.points if point.scheme == "F16"],
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from amoeba_plugin.deployment.budget import Budget
@@ -16,6 +17,7 @@ from amoeba_plugin.deployment.search.preflight import require_of
 from amoeba_plugin.deployment.search.problem import Choice, Costs
 from amoeba_plugin.errors import ArtifactError, BudgetError
 from amoeba_plugin.runtime.ownership import owning
+from amoeba_plugin.shape import SubnetShape
 
 PATIENCE = 600.0  # seconds, for another process that measures
 ROUNDS = 3  # processes that a choice is run in, where it is measured for a search
@@ -47,9 +49,14 @@ class KnownCosts:
         work, models = Work.of(self._subject.sizes(choice.shape)), self._models[choice.point]
         return {limit: models[limit.kind].predict(work, limit.tokens) for limit in self._budget.limits}
 
-    def measure(self, choice: Choice) -> Costs:
-        """Run a choice now, with the prompts that the budget names."""
-        flow, point = point_named(str(choice.point))
+    def measure(self, choices: Sequence[Choice]) -> dict[Choice, Costs]:
+        """Run choices now, with the prompts that the budget names; those of one point in the same processes."""
+        for point in dict.fromkeys(choice.point for choice in choices):
+            self._measure(point, [choice.shape for choice in choices if choice.point == point])
+        return {choice: self.predict(choice) for choice in choices}
+
+    def _measure(self, point: Point, shapes: Sequence[SubnetShape]) -> None:
+        flow, _ = point_named(str(point))
         of = self._flows[point]
         asked = {limit.tokens for limit in self._budget.limits if limit.tokens}
         lengths = {tokens for cost in of.shapes.values() for each in cost.rounds for tokens in each.prefill}
@@ -57,10 +64,9 @@ class KnownCosts:
         with owning(self._path, patience=PATIENCE):  # another process may search by it too
             for name, known in Profile.load(self._path).flows.items():
                 self._profile.flows[name] = known
-            measure_shapes(self._subject, {point: flow}, self._profile, self._path, how, [choice.shape])
+            measure_shapes(self._subject, {point: flow}, self._profile, self._path, how, shapes)
         self._flows[point] = self._profile.flows[str(point)]
         self._models[point] = cost_models(self._flows[point])
-        return self.predict(choice)
 
 
 def _flow_profiles(profile: Profile, path: Path, budget: Budget, subject: Subject) -> dict[Point, FlowProfile]:

@@ -25,16 +25,22 @@ def hierarchical(problem: Problem) -> Choice:
     """
     possible, tried = set(problem.possible()), []
     for point in problem.budget.points:
-        edge = [_widest(problem, depth, point, possible) for depth in problem.space.depths]
-        candidates = [choice for choice in edge if choice is not None]
-        if candidates:
-            tried += _inwards(problem, _coarse_then_around(problem, candidates), possible)
+        edge = _edge(problem, point, possible)
+        if edge:
+            tried += _inwards(problem, _coarse_then_around(problem, edge), possible)
     return best_kept(problem, tried)
 
 
-def _widest(problem: Problem, depth: float, point: Point, possible: set[Choice]) -> Choice | None:
-    choices = (Choice(SubnetShape(depth, width), point) for width in problem.space.widths)
-    return next((choice for choice in choices if choice in possible and problem.keeps(choice)), None)
+def _edge(problem: Problem, point: Point, possible: set[Choice]) -> list[Choice]:
+    """Return the widest shape of every depth that keeps the budget; what must be measured of all depths, together."""
+    depths, widths = problem.space.depths, problem.space.widths
+    rows = [[Choice(SubnetShape(depth, width), point) for width in widths] for depth in depths]
+    left = [[choice for choice in row if choice in possible] for row in rows]
+    found: dict[int, Choice] = {}
+    while heads := {index: row.pop(0) for index, row in enumerate(left) if row and index not in found}:
+        kept = set(problem.kept(list(heads.values())))
+        found |= {index: choice for index, choice in heads.items() if choice in kept}
+    return [found[index] for index in sorted(found)]
 
 
 def _coarse_then_around(problem: Problem, edge: list[Choice]) -> list[Choice]:

@@ -36,7 +36,8 @@ class Problem:
         budget: That must be kept, with the points that may be chosen.
         predict: Returns what a choice costs, by every limit of the budget.
         evaluate: Returns how good a shape is before any scheme; takes long, and is asked once for a shape.
-        measure: Returns what a choice costs, measured now; ``None``: predictions are all there is.
+        measure: Returns what choices cost, measured now, together in less time than one by one; ``None``: predictions
+            are all there is.
         larger_is_better: Whether a larger value is a better shape; its loss is the negative then.
         harm: Returns what a scheme adds to the value of a shape, measured in the engine; ``None``: nobody can tell.
         exact: Points whose schemes leave values as they are.
@@ -52,7 +53,7 @@ class Problem:
     budget: Budget
     predict: Callable[[Choice], Costs]
     evaluate: Callable[[SubnetShape], Quality]
-    measure: Callable[[Choice], Costs] | None = None
+    measure: Callable[[Sequence[Choice]], Mapping[Choice, Costs]] | None = None
     larger_is_better: bool = False
     harm: Callable[[Choice], Quality] | None = None
     exact: Collection[Point] = ()
@@ -104,14 +105,17 @@ class Problem:
 
     def keeps(self, choice: Choice) -> bool:
         """Tell whether a choice keeps the budget; where its interval straddles it, by measuring."""
-        if self.verdict(choice) is Verdict.UNSURE:
-            self._measure(choice)
-        return self.seems_to_keep(choice)
+        return choice in self.kept([choice])
+
+    def kept(self, choices: Sequence[Choice]) -> list[Choice]:
+        """Return those of some choices that keep the budget; intervals that straddle it are measured together."""
+        self._measure([choice for choice in choices if self.verdict(choice) is Verdict.UNSURE])
+        return [choice for choice in choices if self.seems_to_keep(choice)]
 
     def confirm(self, choice: Choice) -> bool:
         """Tell whether a choice keeps the budget, by measuring in any case."""
         if not all(cost.measured for cost in self.costs(choice).values()):
-            self._measure(choice)
+            self._measure([choice])
         return self.seems_to_keep(choice)
 
     def seems_to_keep(self, choice: Choice) -> bool:
@@ -131,9 +135,9 @@ class Problem:
         """Return all of them, the largest shapes first."""
         return [Choice(shape, point) for shape in self.space for point in self.budget.points]
 
-    def _measure(self, choice: Choice) -> None:
-        if self.measure is not None:
-            self.measured[choice] = self.measure(choice)
+    def _measure(self, choices: Sequence[Choice]) -> None:
+        if self.measure is not None and choices:
+            self.measured |= self.measure(choices)
 
 
 def possible_within(budget: Budget, costs: Mapping[Choice, Costs]) -> list[Choice]:

@@ -4,6 +4,7 @@ engine."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,9 @@ class ShapeSearch:
                 self._qualities[shape] = self._judge.judge(shape)
             return self._qualities[shape]
 
-        def measure(choice: Choice) -> Costs:
-            bar.set_postfix_str(f"running {choice}")
-            return costs.measure(choice)
+        def measure(choices: Sequence[Choice]) -> Mapping[Choice, Costs]:
+            bar.set_postfix_str(f"running {', '.join(map(str, choices))}")
+            return costs.measure(choices)
 
         def harm(choice: Choice) -> Quality:
             bar.set_postfix_str(f"judging {choice} in its engine")

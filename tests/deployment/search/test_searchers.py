@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -37,9 +38,10 @@ def landscape(seed: int, noise: float = 0.0, spread: float = 0.0, measurable: bo
         value = guessed[choice.shape]
         return {limit: Prediction(value, value * (1 - spread), value * (1 + spread))}
 
-    def measure(choice: Choice) -> Costs:
-        value = true[choice.shape]
-        return {limit: Prediction(value, value, value, measured=True)}
+    def measure(choices: Sequence[Choice]) -> dict[Choice, Costs]:
+        assert choices
+        costs = {choice: true[choice.shape] for choice in choices}
+        return {choice: {limit: Prediction(cost, cost, cost, measured=True)} for choice, cost in costs.items()}
 
     budget = Budget.parse(f"torch:fp32 decode<={limit.most * 1e3:.9f}ms")
     budget = Budget(budget.points, (limit,))
@@ -63,8 +65,20 @@ def test_what_is_chosen_keeps_the_budget_when_it_is_measured():
         for search in (exhaustive, hierarchical):
             problem = landscape(seed, spread=0.1)
             chosen = search(problem)
-            (cost,) = problem.measure(chosen).values()  # type: ignore[misc]
+            (cost,) = problem.measure([chosen])[chosen].values()  # type: ignore[misc]
             assert cost.value <= problem.budget.limits[0].most
+
+
+def test_shapes_of_all_depths_are_measured_together():
+    """Each call starts an engine some times, so there are as many as widths at most, not as shapes."""
+    for seed in range(20):
+        problem, calls = landscape(seed, spread=0.3), []
+        measure = problem.measure
+        assert measure is not None
+        problem.measure = lambda choices, of=measure, to=calls: (to.append(len(choices)), of(choices))[1]  # type: ignore[misc]
+        hierarchical(problem)
+        assert len(calls) <= len(SPACE.widths) + 3  # and those that are tried beside the best
+        assert max(calls, default=0) > 1 or sum(calls) <= 1
 
 
 def test_nothing_is_measured_where_predictions_are_sure():
