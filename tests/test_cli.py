@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from typer.testing import CliRunner, Result
 
 import amoeba_plugin
 from amoeba_plugin.cli import app
+from amoeba_plugin.deployment.profiling.measure import Measuring
+from amoeba_plugin.deployment.search import preflight
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.recipes import files as recipe_files
 from amoeba_plugin.recipes.files import shipped_recipes
@@ -464,14 +467,23 @@ SHIPPED_MODELS = {
     ),
     "smollm2": (
         "llama",
-        {"layers": 30, "hidden_size": 72, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
+        {
+            "layers": 30,
+            "hidden_size": 72,
+            "head_dim": 64,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 300,
+        },
     ),
     "select_only": ("llama", {"layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}),
 }
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes().keys() - {"fit"}))  # which tests/fit runs
-def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyModel, name: str):
+def test_a_shipped_recipe_runs_on_a_tiny_model(
+    files: Files, tiny_model: TinyModel, name: str, monkeypatch: pytest.MonkeyPatch
+):
     """Only the steps, the training text and the place of the elastic checkpoint differ from what is shipped."""
     model_type, sizes = SHIPPED_MODELS[name]
     tiny_model(model_type, intermediate_size=512, **sizes).save_pretrained(files["model"])
@@ -482,6 +494,10 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
         if "dataset" in training:
             training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
     asked = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
+    if "budget" in asked:
+        monkeypatch.setattr(preflight, "Measuring", functools.partial(Measuring, shapes=3))
+        asked["budget"]["file"] = "18MB"  # of 24
+        asked["search"]["profile"] = str(files["recipe"].with_name("profile.json"))
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
     result = invoke(*run_arguments(files), "--num-calibration-samples", "4" if name == "select_only" else "2")
     assert result.exit_code == 0, result.output
@@ -494,13 +510,13 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(files: Files, tiny_model: TinyMod
             (sizes["num_key_value_heads"], 512),
         )
     )
-    if "total" in asked:
-        depth, width = config.num_hidden_layers, Fraction(asked["total"]) * sizes["layers"] / config.num_hidden_layers
-        assert 2 / 3 <= depth / sizes["layers"] <= 1
+    if "budget" in asked:
+        assert 20 <= config.num_hidden_layers <= 30
+        assert 4 * (2 * 300 * 72 + config.num_hidden_layers * kept * 72) < 18e6
     else:
         depth, width = asked["shape"].split("x")
-    assert config.num_hidden_layers == int(depth)
-    assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
+        assert config.num_hidden_layers == int(depth)
+        assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
     if "quantize_stage" in recipe:
         assert config.quantization_config["quant_method"] == "compressed-tensors"
     assert torch.isfinite(logits(files["out"])).all()

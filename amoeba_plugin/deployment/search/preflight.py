@@ -40,7 +40,8 @@ def profile_for(budget: Budget, subject: Subject, path: Path, name: str, progres
     how = Measuring()
     lengths = {limit.tokens for limit in budget.limits if limit.tokens} | set(prompts_of([], subject, how.decoded))
     flows = {point: flow for flow, point in (point_named(str(point)) for point in budget.points)}
-    return profile_model(subject, flows, path, Measuring(tuple(sorted(lengths))), name, progress)
+    rounds = 1 if all(limit.kind == "file" for limit in budget.limits) else how.rounds  # bytes are always the same
+    return profile_model(subject, flows, path, Measuring(tuple(sorted(lengths)), rounds=rounds), name, progress)
 
 
 def knows(profile: Profile, budget: Budget) -> bool:
