@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from yaml import YAMLError
 
 from amoeba_plugin._version import __version__
 from amoeba_plugin.elastic.model import ElasticModel
@@ -20,6 +21,7 @@ from amoeba_plugin.runtime.files import write_atomically
 from amoeba_plugin.shape import SubnetShape
 
 CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
+LICENCE = ("license", "license_name", "license_link")
 
 
 def model_card(
@@ -83,7 +85,7 @@ def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
     base = facts["base model"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, library_name="transformers", pipeline_tag="text-generation",
-        tags=["amoeba_plugin"],
+        tags=["amoeba_plugin"], **_licence(base),
     )  # fmt: skip
     quantization = _quantization(directory)
     told = {name: value for name, value in facts.items() if name != "parity"} | quantization
@@ -101,6 +103,18 @@ def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
         f'```python\nAutoModelForCausalLM.from_pretrained("."{trust})\n```\n{used}'
     )
     write_atomically(directory / CARD_NAME, str(ModelCard(text)).encode())
+
+
+def _licence(base: str) -> dict[str, str]:
+    """Return the licence that the base model's card names, which holds for what is cut of it; nothing is downloaded."""
+    card = Path(base) / CARD_NAME if Path(base).exists() else try_to_load_from_cache(base, CARD_NAME)
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return {}
+    try:
+        told = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # somebody else's file: none that can be read
+        return {}
+    return {name: str(told[name]) for name in LICENCE if told.get(name)}
 
 
 def require_model_card(directory: Path, facts: Mapping[str, str]) -> None:

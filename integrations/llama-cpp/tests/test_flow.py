@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from amoeba_llama_cpp.flow import PYTHON, LlamaCpp
+from gguf import GGUFReader, LlamaFileType
 
 from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
@@ -36,6 +37,7 @@ def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Pat
     model = random_model(CONFIG)
     model.save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
     elastic = ElasticModel(model, random_strategy(model))
     save_elastic(elastic, None, tmp_path / "elastic", str(tmp_path / "base"))
     deployed = deploy_shape(tmp_path / "elastic", "3x1/2", "llama-cpp:Q4_0", tmp_path / "out")
@@ -44,6 +46,10 @@ def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Pat
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "model.gguf", "Modelfile", "README.md", "parity.json"
     }  # fmt: skip
+    told = {name: field.contents() for name, field in GGUFReader(tmp_path / "out/model.gguf").fields.items()}
+    assert told["general.license"] == "apache-2.0"
+    assert told["general.file_type"] == LlamaFileType.MOSTLY_Q4_0
+    assert {"general.name", "tokenizer.chat_template"} <= told.keys()
     alone = "import sys, engine; e = engine.Engine(); e.load(sys.argv[1], 1, 128, 1); print(repr(e.generate('The', 4)))"
     command = LlamaCpp().command()
     answer = subprocess.run(
