@@ -85,8 +85,10 @@ def write_model_card(directory: Path, facts: Mapping[str, str]) -> None:
     base = facts["base model"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, library_name="transformers", pipeline_tag="text-generation",
-        tags=["amoeba_plugin"], **_licence(base),
+        tags=["amoeba_plugin"],
     )  # fmt: skip
+    for name, value in _licence(base).items():
+        data[name] = value
     quantization = _quantization(directory)
     told = {name: value for name, value in facts.items() if name != "parity"} | quantization
     if "parity" in facts:

@@ -31,7 +31,7 @@ class Line:
 def headings_of(found: Frontier) -> list[str]:
     """Return what is told of every choice."""
     budget = Budget.parse(found.budget)
-    place = {0: [], 1: ["scheme"], 2: ["flow"]}[_told(budget)]
+    place = [_place(budget)] if _place(budget) else []
     costs = [f"{limit.name} {limit.unit[0]}" for limit in budget.limits]
     return ["shape", *place, found.evaluator, "worse by", *costs, "keeps"]
 
@@ -40,7 +40,7 @@ def lines_of(found: Frontier) -> list[Line]:
     """Return the choices whose shapes were evaluated, the best first, as far as they are shown."""
     budget, lines = Budget.parse(found.budget), []
     for each in found.candidates[:SHOWN]:
-        place = {0: [], 1: [each.flow.partition(":")[2]], 2: [each.flow]}[_told(budget)]
+        place = {"": [], "scheme": [each.flow.partition(":")[2]], "flow": [each.flow]}[_place(budget)]
         quality = f"{each.quality.value:.3f}{'' if each.harm is None else ' *'}"
         behind = "" if each == found.best else f"{each.behind.value:.3f} ±{_half(each.behind):.2g}"
         cells = [each.shape, *place, quality, behind]
@@ -52,9 +52,11 @@ def lines_of(found: Frontier) -> list[Line]:
     return lines
 
 
-def _told(budget: Budget) -> int:
-    """Return how much of a point tells choices apart: nothing, its scheme, or its flow too."""
-    return 0 if len(budget.points) == 1 else 1 if len({point.flow for point in budget.points}) == 1 else 2
+def _place(budget: Budget) -> str:
+    """Return what of a point tells choices apart, beside their shape."""
+    if len(budget.points) == 1:
+        return ""
+    return "scheme" if len({point.flow for point in budget.points}) == 1 else "flow"
 
 
 def table_of(found: Frontier) -> Table:

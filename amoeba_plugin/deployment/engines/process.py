@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import selectors
@@ -37,6 +38,28 @@ class EngineCommand:
     file: Path
     python: Path = Path(sys.executable)
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def python_with(needed: Mapping[str, str], engine: str, variable: str) -> Path:
+    """Return the Python that an engine's process runs in: one that a variable names, or this one.
+
+    Args:
+        needed: Packages by the modules that they bring.
+        engine: That needs them.
+        variable: Of the environment, for packages that would clash with those here.
+
+    Raises:
+        DeploymentError: If none is named, and a module is missing here.
+    """
+    if os.environ.get(variable):
+        return Path(os.environ[variable])
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise DeploymentError(
+            f"{engine} needs {' and '.join(missing)}: pip install {' '.join(missing)}, or name a Python that has them, "
+            f"and torch and transformers, in {variable}"
+        )
+    return Path(sys.executable)
 
 
 @dataclass(frozen=True)

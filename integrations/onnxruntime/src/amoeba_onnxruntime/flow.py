@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
+from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess, python_with
 from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Exporter, written
 from amoeba_plugin.errors import ArchitectureError, DeploymentError
 
@@ -70,7 +67,7 @@ class OnnxRuntime(DeploymentFlow):
 
     def command(self) -> EngineCommand:
         """Return the Python that has onnxruntime."""
-        return EngineCommand(HERE / "engine.py", self._python())
+        return EngineCommand(HERE / "engine.py", python_with(NEEDED, self.name, PYTHON))
 
     def export(self, subnet: Path, scheme: str, directory: Path) -> Export:
         """Run the builder."""
@@ -80,7 +77,7 @@ class OnnxRuntime(DeploymentFlow):
     @contextmanager
     def exporting(self) -> Iterator[Exporter]:
         """Keep one builder: to start it takes longer than to export a small model."""
-        command = EngineCommand(HERE / "exporter.py", self._python(), {"HF_HUB_OFFLINE": "1"})
+        command = EngineCommand(HERE / "exporter.py", python_with(NEEDED, self.name, PYTHON), {"HF_HUB_OFFLINE": "1"})
         with EngineProcess("ONNX Runtime's model builder", command) as builder:
 
             def export(subnet: Path, scheme: str, directory: Path) -> Export:
@@ -99,18 +96,6 @@ class OnnxRuntime(DeploymentFlow):
             ("In Python, with `pip install onnxruntime numpy tokenizers`", "python", ALONE),
             ("In Python, with `pip install onnxruntime-genai tokenizers`", "python", GENAI),
         ]
-
-    def _python(self) -> Path:
-        named = os.environ.get(PYTHON)
-        if named:
-            return Path(named)
-        missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise DeploymentError(
-                f"onnxruntime needs {' and '.join(missing)}: pip install {' '.join(missing)}, or name a Python that "
-                f"has them, and torch and transformers, in {PYTHON}"
-            )
-        return Path(sys.executable)
 
 
 def _require_held(subnet: Path, engine: str, scheme: str) -> None:
