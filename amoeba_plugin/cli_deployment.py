@@ -221,9 +221,7 @@ def fit(
     found = fit_model(model, dataset, budget, output_dir, options)
     for part in summary_of(found, output_dir):
         Console().print(part)
-    done(
-        f"{found.deployed.shape} for {found.budget} is in {output_dir / 'deployed'}; README.md there says how to run it"
-    )
+    done(f"{found.deployed.shape} keeps {found.budget}; it is in {output_dir / 'deployed'}, with how to run it")
 
 
 def _listed(text: str) -> list[str]:

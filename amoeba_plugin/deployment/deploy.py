@@ -79,16 +79,20 @@ def deploy_shape(
     _require_held(elastic, parsed, asked, base)
     exact = asked.scheme in flow.exact
     with (
-        whole_or_nothing(output) as partial, scratch_directory() as scratch,
+        whole_or_nothing(output) as partial, scratch_directory() as scratch, flow.exporting() as exporter,
         tqdm(total=4, desc="deploy", unit="step", leave=False) as bar,
     ):  # fmt: skip
         checkpoint, told = _extracted(elastic, parsed, base, scratch / "subnet")
         bar.update()
-        export = flow.export(checkpoint, asked.scheme, partial)
+        export = exporter(checkpoint, asked.scheme, partial)
         bar.update()
         parity = measure_engine(flow, asked, export, partial, checkpoint, told)
         if not exact and parsed != space.largest:
-            parity = parity.beside(_whole(flow, asked, elastic, space.largest, base, scratch / "whole"))
+            whole, told_of_it = _extracted(elastic, space.largest, base, scratch / "whole")
+            exported = scratch / "whole-export"
+            exported.mkdir()
+            its = exporter(whole, asked.scheme, exported)
+            parity = parity.beside(measure_engine(flow, asked, its, exported, whole, told_of_it))
         parity.require_close(exact)
         bar.update()
         generated, ways = _smoke(flow, asked, export, partial, checkpoint), flow.ways_to_run(export)
@@ -112,16 +116,6 @@ def _extracted(elastic: Path, shape: SubnetShape, base: str | None, directory: P
     """Return a checkpoint of a shape whose tokenizer engines can read, and what was mended of that."""
     extract_checkpoint(elastic, shape, directory, base)
     return mended(directory, directory.with_name(f"{directory.name}-mended"))
-
-
-def _whole(
-    flow: DeploymentFlow, point: Point, elastic: Path, largest: SubnetShape, base: str | None, directory: Path
-) -> EngineParity:
-    """Return what the scheme does to the whole model."""
-    checkpoint, told = _extracted(elastic, largest, base, directory)
-    exported = directory.with_name(f"{directory.name}-export")
-    exported.mkdir()
-    return measure_engine(flow, point, flow.export(checkpoint, point.scheme, exported), exported, checkpoint, told)
 
 
 def _smoke(flow: DeploymentFlow, point: Point, export: Export, directory: Path, checkpoint: Path) -> str:
