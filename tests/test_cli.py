@@ -514,7 +514,12 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(
         assert 20 <= config.num_hidden_layers <= 30
         assert 4 * (2 * 300 * 72 + config.num_hidden_layers * kept * 72) < 18e6
     else:
-        depth, width = asked["shape"].split("x")
+        depth, width = str(config.num_hidden_layers), ""
+        if "total" in asked:
+            width = str(Fraction(asked["total"]) * sizes["layers"] / int(depth))
+            assert 2 / 3 <= int(depth) / sizes["layers"] <= 1
+        else:
+            depth, width = asked["shape"].split("x")
         assert config.num_hidden_layers == int(depth)
         assert abs(kept - Fraction(width) * whole) <= 3 * 128 / 2  # half a step of round_to
     if "quantize_stage" in recipe:

@@ -17,6 +17,8 @@ from amoeba_plugin.shape import SubnetShape
 from support.landscapes import landscape
 from support.shared_search import search_in_steps, watched
 
+DIES_AFTER = 6  # shapes; processes draw by their number, and some judge no more than twelve
+
 
 def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("amoeba_plugin.deployment.search.nsga2.find_spec", lambda name: None)
@@ -55,15 +57,15 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path):
     pytest.importorskip("optuna")
     killed, _ = landscape(2)
     killed.storage, killed.trials = tmp_path / "trials.journal", 60
-    before = watched(killed, dies_after=12)
+    before = watched(killed, dies_after=DIES_AFTER)
     with pytest.raises(KeyboardInterrupt):
         nsga2(killed)
     again, true = landscape(2)
     again.storage, again.trials = killed.storage, 60
     after = watched(again)
     choice = nsga2(again)
-    assert not set(before[:12]) & set(after), "what was judged is not judged again"
-    assert set(before[:12]) <= again.qualities.keys()
+    assert not set(before[:DIES_AFTER]) & set(after), "what was judged is not judged again"
+    assert set(before[:DIES_AFTER]) <= again.qualities.keys()
     assert choice in true
     assert nsga2(again) == choice
     third, _ = landscape(2)
