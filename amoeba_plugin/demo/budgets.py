@@ -76,4 +76,4 @@ def _budget(profile: Profile, point: str, largest: str) -> Budget:
     """Return a budget that allows a share of what the whole model takes."""
     of = profile.flows[point]
     whole = cost_models(of)["prefill"].predict(profile.works[largest], of.longest).value
-    return Budget.parse(f"{point} {Limit('prefill', SHARE * whole, of.longest)}")
+    return Budget.parse(f"{point} {Limit('prefill', float(f'{SHARE * whole:.3g}'), of.longest)}")
