@@ -23,9 +23,10 @@ def flow_named(name: str) -> DeploymentFlow:
     try:
         found: DeploymentFlow = named(KIND, HOOK, name)
     except PluginError as error:
-        if name in INTEGRATIONS:
+        missing = _missing()  # fails too where a plugin does, and says so
+        if name in missing:
             raise PluginError(f"{name} is not installed: pip install {INTEGRATIONS[name]}") from error
-        others = ", ".join(f"{each} (pip install {INTEGRATIONS[each]})" for each in sorted(_missing()))
+        others = ", ".join(f"{each} (pip install {INTEGRATIONS[each]})" for each in sorted(missing))
         raise PluginError(f"{error}{f'; not installed: {others}' if others else ''}") from error
     return found
 

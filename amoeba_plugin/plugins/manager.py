@@ -80,7 +80,7 @@ def collected(kind: str, hook: str, read: Read = dict) -> dict[str, Any]:
         read: Makes a mapping from names of what an implementation returns.
 
     Raises:
-        PluginError: If two plugins registered the same name.
+        PluginError: If two plugins registered the same name, or one fails.
     """
     known: dict[str, Any] = {}
     given: dict[str, str] = {}
@@ -103,7 +103,14 @@ def _entries(hook: str, read: Read) -> Iterator[tuple[str, Mapping[str, Any]]]:
     manager = plugin_manager()
     _register_builtin(manager, hook)
     for implementation in getattr(manager.hook, hook).get_hookimpls():
-        yield implementation.plugin_name, read(implementation.function())
+        try:
+            entries = read(implementation.function())
+        except Exception as error:  # a stranger's code may raise anything
+            raise PluginError(
+                f"the plugin {implementation.plugin_name} fails in {hook} ({type(error).__name__}: {error}); repair, "
+                "update or uninstall it"
+            ) from error
+        yield implementation.plugin_name, entries
 
 
 def _register_builtin(manager: pluggy.PluginManager, hook: str) -> None:

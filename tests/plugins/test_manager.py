@@ -193,6 +193,20 @@ def test_a_name_given_twice_is_refused_with_both_givers(install: Callable[..., N
     assert "amoeba_plugin.selection.builtin" in str(raised.value)
 
 
+def test_a_plugin_that_fails_is_named(install: Callable[..., None]) -> None:
+    """Also where an integration is asked for, which is not what is missing then."""
+
+    def hook() -> Mapping[str, object]:
+        raise ImportError("cannot import name 'gone'")
+
+    install("their_package", amoeba_deployment_flows=hook)
+    for name in ("llama-cpp", "torch", "nowhere"):
+        with pytest.raises(
+            PluginError, match=r"plugin their_package fails in amoeba_deployment_flows \(ImportError: .*gone"
+        ):
+            flow_named(name)
+
+
 def test_a_plugin_with_a_misspelt_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(manager: pluggy.PluginManager, group: str) -> int:
         manager.register(SimpleNamespace(amoeba_importance=hookimpl(lambda: {})), "their_package")
