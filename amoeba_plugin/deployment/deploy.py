@@ -12,7 +12,7 @@ from amoeba_plugin.deployment.card import write_deployed_card
 from amoeba_plugin.deployment.deployed import KEY, Opening
 from amoeba_plugin.deployment.engine_parity import CONTEXT, EngineParity, measure_engine
 from amoeba_plugin.deployment.engines.process import EngineProcess
-from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Point
+from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Exporter, Point
 from amoeba_plugin.deployment.loads import require_loads
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.rules import engine_rules
@@ -88,11 +88,8 @@ def deploy_shape(
         bar.update()
         parity = measure_engine(flow, asked, export, partial, checkpoint, told)
         if not exact and parsed != space.largest:
-            whole, told_of_it = _extracted(elastic, space.largest, base, scratch / "whole")
-            exported = scratch / "whole-export"
-            exported.mkdir()
-            its = exporter(whole, asked.scheme, exported)
-            parity = parity.beside(measure_engine(flow, asked, its, exported, whole, told_of_it))
+            whole = _extracted(elastic, space.largest, base, scratch / "whole")
+            parity = parity.beside(_parity_of(*whole, flow, asked, exporter, scratch / "export"))
         parity.require_close(exact)
         bar.update()
         generated, ways = _smoke(flow, asked, export, partial, checkpoint), flow.ways_to_run(export)
@@ -116,6 +113,14 @@ def _extracted(elastic: Path, shape: SubnetShape, base: str | None, directory: P
     """Return a checkpoint of a shape whose tokenizer engines can read, and what was mended of that."""
     extract_checkpoint(elastic, shape, directory, base)
     return mended(directory, directory.with_name(f"{directory.name}-mended"))
+
+
+def _parity_of(
+    checkpoint: Path, told: list[str], flow: DeploymentFlow, point: Point, exporter: Exporter, directory: Path
+) -> EngineParity:
+    """Return what a scheme does to a checkpoint, of which nothing is kept."""
+    directory.mkdir()
+    return measure_engine(flow, point, exporter(checkpoint, point.scheme, directory), directory, checkpoint, told)
 
 
 def _smoke(flow: DeploymentFlow, point: Point, export: Export, directory: Path, checkpoint: Path) -> str:
