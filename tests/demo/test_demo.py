@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from amoeba_plugin.demo import budgets
 from amoeba_plugin.demo import run as demo
 from amoeba_plugin.demo.corpus import is_held_out, part_files, token_blocks
 from amoeba_plugin.demo.data import BLOCK_SIZE, MODEL, QUICK, batches_of
@@ -17,8 +21,11 @@ from amoeba_plugin.demo.multiple_choice import CHOICES, CONTEXT_TOKENS, multiple
 from amoeba_plugin.demo.pretrain import xz_bits_per_byte
 from amoeba_plugin.demo.run import run_demo
 from amoeba_plugin.deployment.budget import Budget
+from amoeba_plugin.deployment.profiling.cost_model import cost_models
+from amoeba_plugin.deployment.profiling.profile import FlowProfile, Profile, Round, Seconds, ShapeCost
 from amoeba_plugin.reports.report import Report
 from amoeba_plugin.selection.registry import objective_named
+from amoeba_plugin.shape import ShapeSpace
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,30 @@ def test_the_dense_model_answers_far_more_than_chance(
 ) -> None:
     questions = multiple_choice(part_files("held_out"), tokenizer, questions=40, seed=3)
     assert objective_named("accuracy").measure(model, questions).value >= 0.45
+
+
+@given(st.lists(st.floats(1.0, 1.6), min_size=3, max_size=3))
+def test_a_shape_keeps_the_budget_however_the_machine_was_disturbed(noise: list[float]) -> None:
+    space = ShapeSpace((2, 1), (Fraction(1), Fraction(1, 2)))
+    sizes = {str(shape): (2 * shape.depth, 8, 64 * shape.depth) for shape in space}
+    slowed = dict(zip(["2x1", "1x1", "1x1/2"], noise, strict=True))
+    shapes = {
+        shape: ShapeCost(work=sizes[shape], bytes=1, rounds=[_visit(slower * sizes[shape][0])])
+        for shape, slower in slowed.items()
+    }
+    flow = FlowProfile(engine={}, threads=1, batch=1, decoded=4, shapes=shapes)
+    profile = Profile(model="m", digest="", sizes=sizes, machine={}, flows={"torch:fp32": flow})
+    budget = budgets._budget(profile, "torch:fp32", space)
+    model = cost_models(flow)["prefill"]
+    costs = {str(shape): model.predict(profile.works[str(shape)], 8).value for shape in space}
+    (limit,) = budget.limits
+    assert min(costs.values()) <= limit.most
+    assert limit.most >= 0.69 * costs["2x1"]
+
+
+def _visit(seconds: float) -> Round:
+    took = Seconds(wall=seconds, cpu=seconds)
+    return Round(load=took, prefill={8: took}, decode=took, peak=1)
 
 
 def test_a_shortened_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,13 +167,14 @@ def best_kept(problem: Problem, tried: Sequence[Choice]) -> Choice:
     """Return the best of the choices tried that keeps the budget; equally good ones by size, the smallest.
 
     Raises:
-        BudgetError: If none does once it is measured.
+        BudgetError: If none does, once it is measured where that can be.
     """
     for choice in by_quality(problem, tried):
         if problem.keeps(choice):
             return choice
     nearest = _nearest(problem.budget, {choice: problem.costs(choice) for choice in problem.choices()})
-    raise BudgetError(f"no shape that was tried keeps {problem.budget} when it is measured: {nearest}")
+    how = " when it is measured" if problem.measure is not None else ", as it was predicted"
+    raise BudgetError(f"no shape that was tried keeps {problem.budget}{how}: {nearest}")
 
 
 def by_quality(problem: Problem, tried: Collection[Choice]) -> list[Choice]:
