@@ -18,7 +18,6 @@ from subjects import Subject
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.runtime.dtypes import has_instructions
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenLoss
 
 TOTALS = ["4/5", "13/20", "1/2"]
@@ -116,13 +115,9 @@ def _losses(model: torch.nn.Module, batches: Sequence[Batch]) -> list[float]:
 
 
 def _answers(model: torch.nn.Module, batches: Sequence[Batch]) -> list[float]:
-    """Return 1 for every question answered right, in their order, and 0 for others.
-
-    There are three times as many tokens as in the texts, so they are computed in bf16 where that is faster.
-    """
-    accuracy, fast = MultipleChoiceAccuracy(), has_instructions(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-        seen = torch.cat([accuracy.observe(model, batch) for batch in batches])  # type: ignore[arg-type]
+    """Return 1 for every question answered right, in their order, and 0 for others."""
+    accuracy = MultipleChoiceAccuracy()
+    seen = torch.cat([accuracy.observe(model, batch) for batch in batches])  # type: ignore[arg-type]
     return [accuracy.score(seen[seen[:, 2] == question]).value for question in seen[:, 2].unique()]
 
 
