@@ -20,6 +20,7 @@ from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.data.multiple_choice import QuestionColumns, load_questions
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.data import MODEL as DEMO_MODEL
+from amoeba_plugin.runtime.dtypes import has_instructions
 
 BLOCK = 256
 PARTS = ("valid", "test")  # of WikiText-2
@@ -50,6 +51,7 @@ class Subject:
         pool: Rows that calibration data of a seed is drawn from, by kind; as many of each.
         draws: Rows that are drawn of each.
         questions: Sets of questions that nothing was chosen on, by name.
+        dtype: That the model computes in.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Subject:
     pool: Sequence[Dataset] = ()
     draws: int = 0
     questions: Mapping[str, list[Batch]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     def drawn(self, seed: int) -> list[Batch]:
         """Return calibration data that a seed draws."""
@@ -86,8 +89,8 @@ class Subject:
         return next(iter(self.calibrations))
 
     def model(self) -> PreTrainedModel:
-        """Load the dense model anew, in fp32."""
-        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+        """Load the dense model anew."""
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).eval()
 
 
 def demo() -> Subject:
@@ -164,6 +167,7 @@ def smollm2() -> Subject:
         other_texts={"dolly": batches(_rows(_cut(dolly[-32 * long :], 32, long)), 4)},
         pool=pool,
         draws=32,
+        dtype=torch.bfloat16 if has_instructions(torch.bfloat16) else torch.float32,
         questions={
             name: load_questions(
                 str(ASSETS / "eval" / f"{name}.jsonl"),
