@@ -23,6 +23,7 @@ from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.errors import ArchitectureError, RecipeError, ShapeError
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.testing.flows import KINDS, allowed, promised, save_subnet
 
 
 def seven_b(model_type: str = "llama", **fields: object) -> PretrainedConfig:
@@ -82,8 +83,8 @@ def test_heads_of_qwen2_cannot_go_for_vllm_but_layers_and_neurons_can():
     assert broken(subject(seven_b("qwen2"), "24x1", "vllm"), "vllm") == set()
 
 
-@pytest.mark.parametrize("engine", ["vllm", "llama-cpp", "onnxruntime", "openvino"])
-def test_compensating_biases_have_no_place_elsewhere(engine: str):
+@pytest.mark.parametrize("engine", ["vllm", "onnxruntime", "openvino"])
+def test_compensating_biases_have_a_place_in_torch_and_llama_cpp_alone(engine: str):
     config, adapter = seven_b(), architecture_for("llama")
     units = {"attention": 7, "mlp": 9600}
     biased = candidate(adapter.subnet_config(config, range(4), units, frozenset(units)), adapter, engine)
@@ -91,6 +92,15 @@ def test_compensating_biases_have_no_place_elsewhere(engine: str):
     with pytest.raises(ArchitectureError, match="cannot load it"):
         require_loadable(biased, engine)
     assert broken(biased, engine) & {("field_is_off", "refuse"), ("class_among", "refuse")}
+    assert not broken(biased, "torch") | broken(biased, "llama-cpp")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_says_of_every_engine_what_its_rules_say(kind: str, tmp_path: Path):
+    page, subnet = Path(__file__).parents[2] / "README.md", save_subnet(tmp_path / "subnet", kind)
+    assert {engine: allowed(subnet, engine) for engine in engine_rules()} == {
+        engine: promised(page, engine)[kind] for engine in engine_rules()
+    }
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm", "llama-cpp", "onnxruntime", "openvino"])

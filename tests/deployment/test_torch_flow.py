@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from amoeba_plugin.deployment.engines.process import EngineProcess
 from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.errors import DeploymentError
-from amoeba_plugin.testing.flows import FlowConformance
+from amoeba_plugin.testing.flows import FlowConformance, promised
 from support.checkpoints import save_random
 from support.models import make_tiny_model
 
 
 class TestTorch(FlowConformance):
     flow = Torch()
+    holds = promised(Path(__file__).parents[2] / "README.md", flow.name)
 
 
 def test_the_elastic_scheme_is_the_elastic_model_at_every_shape(tmp_path: Path):

@@ -7,16 +7,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from amoeba_llama_cpp.flow import PYTHON, LlamaCpp
 from gguf import GGUFReader, LlamaFileType
 
 from amoeba_plugin.deployment.deploy import deploy_shape
+from amoeba_plugin.deployment.engine_parity import measure_engine
 from amoeba_plugin.deployment.engines.process import EngineCommand, EngineProcess
+from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.registry import flow_named
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DeploymentError
-from amoeba_plugin.testing.flows import CONFIG, FlowConformance, tokenizer
+from amoeba_plugin.extraction.cut import extract
+from amoeba_plugin.testing.flows import CONFIG, FlowConformance, promised, tokenizer
 from amoeba_plugin.testing.random_models import random_model, random_strategy
 
 HEAVY = """
@@ -31,6 +35,22 @@ class Engine(engine.Engine):
 
 class TestLlamaCpp(FlowConformance):
     flow = LlamaCpp()
+    holds = promised(Path(__file__).parents[3] / "README.md", flow.name)
+
+
+def test_biases_of_queries_and_outputs_together_are_llamas(tmp_path: Path):
+    model = random_model(CONFIG | {"model_type": "qwen2"})
+    subnet = extract(ElasticModel(model, random_strategy(model, bias_compensation=True)), "3x3/4")
+    with torch.no_grad():
+        subnet.get_output_embeddings().weight.mul_(0.2)
+    subnet.save_pretrained(tmp_path / "subnet")
+    tokenizer().save_pretrained(tmp_path / "subnet")
+    assert subnet.config.architectures == ["SeedOssForCausalLM"]
+    export = LlamaCpp().export(tmp_path / "subnet", "F16", tmp_path)
+    assert GGUFReader(tmp_path / export.entry).fields["general.architecture"].contents() == "llama"
+    measure_engine(LlamaCpp(), Point.parse("llama-cpp:F16"), export, tmp_path, tmp_path / "subnet").require_close(
+        exact=True
+    )
 
 
 def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Path):

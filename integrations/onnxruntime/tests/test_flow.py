@@ -26,7 +26,7 @@ from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DeploymentError
 from amoeba_plugin.shape import ShapeSpace
-from amoeba_plugin.testing.flows import CONFIG, FlowConformance, tokenizer
+from amoeba_plugin.testing.flows import CONFIG, FlowConformance, promised, tokenizer
 from amoeba_plugin.testing.random_models import random_model, random_strategy
 
 HEAVY = """
@@ -72,6 +72,7 @@ def alone(tmp_path: Path) -> Alone:
 
 class TestOnnxRuntime(FlowConformance):
     flow = OnnxRuntime()
+    holds = promised(Path(__file__).parents[3] / "README.md", flow.name)
 
 
 def test_a_quantized_shape_is_deployed_and_runs_without_anything_of_ours(tmp_path: Path, alone: Alone):

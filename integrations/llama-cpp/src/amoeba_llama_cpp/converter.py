@@ -1,8 +1,8 @@
 """llama.cpp's own converter, and quantization of what it writes. An engine file: it runs in the Python that has both.
 
-Three things are done around the converter, each for a reason that its page gives: a tokenizer that it does not know by
+Four things are done around the converter, each for a reason that its page gives: a tokenizer that it does not know by
 its fingerprint is taken for the one it is built like; layers of different sizes are written as architecture ``deci``;
-and Q4_0, which it does not write, is made of its F16.
+biases of outputs, which its ``seed_oss`` lacks, as ``llama``; and Q4_0, which it does not write, is made of its F16.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _class_for(hparams: dict[str, Any]) -> Any:
         if hparams["model_type"] not in UNLIKE:
             raise ValueError(f"layers differ in size, which llama.cpp holds of {' and '.join(UNLIKE)} alone")
         known: Any = UnlikeLlama
+    elif architecture == "SeedOssForCausalLM" and hparams.get("attention_out_bias"):
+        known = LlamaModel  # which computes the same, and has the biases
     else:
         known = get_model_class(architecture)
     known_pre = known.get_vocab_base_pre
