@@ -59,7 +59,7 @@ class WidthShrinkingModifier(Modifier):
         allocation: ``measured``, the same sizes in every layer, split between attention and MLP as loses least on the
             calibration data; ``uniform``, the same share of attention and MLP in every layer; or ``global``, the
             paper's one threshold over all layers. Stock classes can load the first two, a per-layer class holds the
-            last. Default ``measured``, with ``anchor_layers`` ``uniform``.
+            last. Default ``measured``.
         anchor_layers: Layers that keep full width while the others make up for them, so that widths stay shares of the
             whole model: their indices, or how many of the most sensitive ones (those without which the calibration
             loss is worst; the recipe saved beside a checkpoint names them). Layers then differ in size. Default 0.
@@ -135,13 +135,11 @@ class WidthShrinkingModifier(Modifier):
         return self
 
     @model_validator(mode="after")
-    def _measured_layers_are_equal(self) -> WidthShrinkingModifier:
-        if self.anchor_count and "allocation" not in self.model_fields_set:
-            self.allocation = "uniform"
-        if self.allocation == "measured" and self.anchor_count:
+    def _totals_are_measured(self) -> WidthShrinkingModifier:
+        if self.totals and (self.allocation != "measured" or self.anchor_count):
             raise RecipeError(
-                "allocation: measured gives all layers the same sizes, and anchor_layers keep full width; leave "
-                "anchor_layers out, or take allocation: uniform or global"
+                f"totals are measured over all layers, with allocation: {self.allocation} and {self.anchor_count} "
+                "anchor_layers; leave totals out, or take allocation: measured without anchor_layers"
             )
         return self
 
@@ -149,11 +147,6 @@ class WidthShrinkingModifier(Modifier):
     def _something_is_asked_for(self) -> WidthShrinkingModifier:
         if not self.totals and "widths" not in self.model_fields_set:
             raise RecipeError('WidthShrinkingModifier has no widths; write widths: ["1", "3/4"], or totals: ["1/2"]')
-        if self.totals and self.allocation != "measured":
-            raise RecipeError(
-                f"totals are measured, and allocation is {self.allocation}; leave totals out, or take allocation: "
-                "measured without anchor_layers"
-            )
         return self
 
     @property

@@ -183,7 +183,7 @@ def test_a_saved_recipe_repeats_its_depths_without_searching(
 def test_taylor_and_anchors_in_a_recipe_that_names_the_layers_it_found(
     base: Path, data: Dataset, tmp_path: Path
 ) -> None:
-    width = {"widths": ["1", "1/2"], "importance": "taylor", "anchor_layers": 1}
+    width = {"widths": ["1", "1/2"], "importance": "taylor", "anchor_layers": 1, "allocation": "uniform"}
     train = {"OneForAllDistillationModifier": {"max_steps": 0, "elastic_dir": str(tmp_path / "elastic")}}
     run(base, recipe({"WidthShrinkingModifier": width}, train), data, tmp_path / "out")
     saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
@@ -259,12 +259,11 @@ def test_a_bad_field_is_refused_when_the_recipe_is_parsed(make: Callable[[], obj
         make()
 
 
-def test_sizes_are_measured_unless_anchors_make_layers_differ() -> None:
-    assert WidthShrinkingModifier(widths=["1"]).allocation == "measured"
-    assert WidthShrinkingModifier(widths=["1"], anchor_layers=0).allocation == "measured"
-    assert WidthShrinkingModifier(widths=["1"], anchor_layers=[2]).allocation == "uniform"
-    with pytest.raises(ValueError, match="leave anchor_layers out, or take allocation: uniform or global"):
-        WidthShrinkingModifier(widths=["1"], anchor_layers=1, allocation="measured")
+def test_totals_are_measured_over_all_layers() -> None:
+    assert WidthShrinkingModifier(widths=["1"], anchor_layers=[2]).allocation == "measured"
+    for other in ({"anchor_layers": 1}, {"allocation": "uniform"}):
+        with pytest.raises(ValueError, match="or take allocation: measured without anchor_layers"):
+            WidthShrinkingModifier(totals=["1/2"], **other)
 
 
 def test_an_unknown_objective_or_importance_names_the_known_ones() -> None:

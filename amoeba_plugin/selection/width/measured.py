@@ -1,4 +1,4 @@
-"""Sizes that are the same in every layer, as the calibration data wants them: of a width, and of a total.
+"""Sizes that are the same in every layer but anchors, as the calibration data wants them: of a width, and of a total.
 
 Scores order the units within a group well, and say little about what a head is worth in neurons. So every split that
 keeps the share of parameters asked for, and that a stock class can hold, is tried, and the best taken. For a share of
@@ -23,7 +23,7 @@ from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.selection.in_order import in_order
 from amoeba_plugin.selection.objectives import Objective, Score, sort_key
 from amoeba_plugin.selection.over_ranks import score_over_ranks, share_of
-from amoeba_plugin.selection.width.allocation import tell_equal
+from amoeba_plugin.selection.width.allocation import other_share, tell_equal
 from amoeba_plugin.selection.width.ranking import rank_widths, require_widths
 from amoeba_plugin.selection.width.splits import Part, class_finder, parts_of, splits, spread
 from amoeba_plugin.selection.width.task import WidthTask
@@ -46,6 +46,8 @@ class Choice:
         possible: Tells which sizes a stock class holds.
         measure: Scores shapes.
         objective: Says which score is better.
+        layers: How many the model has.
+        anchors: Those that keep everything; the others make up for them.
         sizes: Taken, by width; nested.
     """
 
@@ -53,6 +55,8 @@ class Choice:
     possible: Callable[[Sizes], bool]
     measure: Measure
     objective: Objective
+    layers: int
+    anchors: frozenset[int] = frozenset()
     sizes: dict[Fraction, Sizes] = field(default_factory=dict)
 
     def splits(self, share: Fraction) -> list[Sizes]:
@@ -64,17 +68,19 @@ class Choice:
         )  # fmt: skip
         most = self.sizes[min(wider)] if wider else {part.name: part.units for part in self.parts}
         least = self.sizes[max(narrower)] if narrower else {}
-        return splits(self.parts, share, most, self.possible, least)
+        own = other_share(share, Fraction(len(self.anchors), self.layers))
+        return splits(self.parts, own, most, self.possible, least)
 
     def take_width(self, share: Fraction) -> None:
         """Take the best split of a width."""
         tried = self.splits(share)
-        scores = self.measure([Trial(sizes) for sizes in tried]) if len(tried) > 1 else []
+        scores = self.measure([Trial(sizes, None, self.anchors) for sizes in tried]) if len(tried) > 1 else []
         best = self._best(scores) if scores else 0
         self.sizes[share] = tried[best]
         if share != 1:
             value = f": loss {scores[best].value:.4g}, the best of {len(tried)} splits" if scores else ""
-            logger.info("width %s keeps %s in every layer%s", share, self._words(tried[best]), value)
+            where = "every layer but the anchors" if self.anchors else "every layer"
+            logger.info("width %s keeps %s in %s%s", share, self._words(tried[best]), where, value)
 
     def take_total(self, total: Fraction, shares: Mapping[float, Fraction]) -> SubnetShape:
         """Take the best depth, and the best split there, of a share of the whole model.
@@ -151,7 +157,8 @@ def measured_widths(
     Biases that stand in for missing channels are not measured.
 
     Args:
-        task: Its widths are shares of the parameters of all units, its totals of those of all units of all layers.
+        task: Its widths are shares of the parameters of all units, its totals of those of all units of all layers;
+            with anchors there are no totals.
         objective: Measured on the model at every split; the best one is kept.
         batches: Calibration data; ranks that were given the same share them out.
         progress: Show a progress bar over the widths.
@@ -161,12 +168,12 @@ def measured_widths(
         The strategy, widths largest first, and the shape that is best of every total.
 
     Raises:
-        RecipeError: If a width, a total or a rounding is impossible.
+        RecipeError: If a width, a total, a rounding or the anchors are impossible.
         DataError: If statistics or batches lack what is needed, or scores are not finite.
         ArchitectureError: If the model cannot be made elastic, as when accelerate offloads weights of it.
     """
-    model, adapter = task.model, task.adapter
-    ranked = rank_widths(replace(task, widths=[Fraction(1)], totals=(), allocation="uniform", anchors=()))
+    model, adapter, anchors = task.model, task.adapter, frozenset(task.anchors)
+    ranked = rank_widths(replace(task, widths=[Fraction(1)], totals=(), allocation="uniform"))
     objective.check(batches)
     mine, _ = share_of(objective, batches)
     widths, layers = require_widths(task.widths), len(adapter.layers(model))
@@ -180,11 +187,11 @@ def measured_widths(
         def measure(tried: Sequence[Trial]) -> list[Score]:
             if trials is not None:
                 return trials.scores(elastic, tried, bar.update)
-            return [_as_cut(elastic, trial.sizes, objective, mine) for trial in tried]
+            return [_as_cut(elastic, trial, objective, mine) for trial in tried]
 
         parts = parts_of(model, adapter, task.round_to)
-        has_class = class_finder(model.config, adapter, task.bias_compensation)
-        choice = Choice(parts, has_class, measure, objective)
+        has_class = _any if anchors else class_finder(model.config, adapter, task.bias_compensation)
+        choice = Choice(parts, has_class, measure, objective, layers, anchors)
         for number, share in enumerate(widths, 1):
             choice.take_width(share)
             bar.update(layers * number - bar.n)
@@ -194,15 +201,24 @@ def measured_widths(
         }
         bar.update(bar.total - bar.n)
     groups = adapter.channel_groups(model.config)
-    keys = {group_key(index, group): group.name for index in range(layers) for group in groups}
     units = {
-        share: {key: sizes[name] for key, name in keys.items()}
+        share: {
+            group_key(index, group): group.units if index in anchors else sizes[group.name]
+            for index in range(layers)
+            for group in groups
+        }
         for share, sizes in sorted(choice.sizes.items(), reverse=True)
     }
     tell_equal(units)
     return replace(ranked, units=units, allocation="measured"), shapes
 
 
-def _as_cut(elastic: ElasticModel, sizes: Sizes, objective: Objective, batches: Sequence[Batch]) -> Score:
-    elastic.set_units(sizes)
+def _as_cut(elastic: ElasticModel, trial: Trial, objective: Objective, batches: Sequence[Batch]) -> Score:
+    for index in range(len(elastic.layers)):
+        elastic.set_layer_units(index, trial.keyed(index, elastic.adapter.channel_groups(elastic.config)))
     return score_over_ranks(objective, elastic.model, batches)
+
+
+def _any(sizes: Sizes) -> bool:
+    """Layers that differ have a class of their own, whatever their sizes."""
+    return True

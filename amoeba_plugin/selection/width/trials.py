@@ -5,14 +5,14 @@ Every layer is repaired once for all of them, while it is at hand; the states of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from amoeba_plugin.elastic.group import consumer_weight
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.models.adapter import group_key
+from amoeba_plugin.models.adapter import ChannelGroup, group_key
 from amoeba_plugin.models.kept import Kept
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.objectives import Objective, Score
@@ -28,12 +28,22 @@ class Trial:
     """A shape that is tried.
 
     Attributes:
-        sizes: Units of every part, the same in every layer.
+        sizes: Units of every part, the same in every layer but the anchors.
         depth: Layers; ``None``: all.
+        anchors: Layers that keep everything.
     """
 
     sizes: Sizes
     depth: float | None = None
+    anchors: Collection[int] = ()
+
+    def units(self, layer: int, group: ChannelGroup) -> int:
+        """Return the units that a group of a layer keeps."""
+        return group.units if layer in self.anchors else self.sizes[group.name]
+
+    def keyed(self, layer: int, groups: Sequence[ChannelGroup]) -> dict[str, int]:
+        """Return the units of all groups of a layer, by group key."""
+        return {group_key(layer, group): self.units(layer, group) for group in groups}
 
 
 @dataclass(frozen=True)
@@ -64,13 +74,13 @@ class Trials:
             trials: To be scored.
             progress: Called after every layer.
         """
-        batches = range(len(self.runs.batches))
+        batches, groups = range(len(self.runs.batches)), elastic.adapter.channel_groups(elastic.config)
         with self.runs.open() as lockstep:
             for index in range(len(lockstep.layers)):
                 repaired = self._repaired(elastic, index, trials)
                 for number, trial in enumerate(trials):
                     if self._has(trial, index):
-                        elastic.set_layer_units(index, self._units(elastic, index, trial), repaired[number])
+                        elastic.set_layer_units(index, trial.keyed(index, groups), repaired[number])
                         for batch in batches:
                             lockstep.pass_on(number, index, batch)
                 progress()
@@ -83,10 +93,6 @@ class Trials:
     def _has(self, trial: Trial, layer: int) -> bool:
         return trial.depth is None or layer in self.kept[trial.depth]
 
-    def _units(self, elastic: ElasticModel, layer: int, trial: Trial) -> dict[str, int]:
-        groups = elastic.adapter.channel_groups(elastic.config)
-        return {group_key(layer, group): trial.sizes[group.name] for group in groups}
-
     def _repaired(self, elastic: ElasticModel, layer: int, trials: Sequence[Trial]) -> list[dict[str, Tensor]]:
         """Return for every trial the repaired weights of a layer's consumers, by group key."""
         found: list[dict[str, Tensor]] = [{} for _ in trials]
@@ -97,7 +103,7 @@ class Trials:
             folded = {depth: held[key][:, columns] for depth, held in self.folds.items() if key in held}
             for depth, weight in [(None, consumer_weight(elastic.layers[layer], group)), *folded.items()]:
                 sizes = {
-                    number: trial.sizes[group.name]
+                    number: trial.units(layer, group)
                     for number, trial in enumerate(trials)
                     if self._has(trial, layer) and (trial.depth if trial.depth in folded else None) == depth
                 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -49,12 +49,14 @@ def measured(
     return measured_widths(task, objective_named("loss"), batches, progress=False, trials=trials)[0]
 
 
-def loss_of(model: PreTrainedModel, strategy: WidthStrategy, sizes: dict[str, int], batches: Any) -> float:
+def loss_of(
+    model: PreTrainedModel, strategy: WidthStrategy, sizes: dict[str, int], batches: Any, anchors: Sequence[int] = ()
+) -> float:
     """Zero the columns of what is left out, in the host's own model."""
     adapter, before = architecture_for(model.config.model_type), {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         for index, layer in enumerate(adapter.layers(model)):
-            for group in adapter.channel_groups(model.config):
+            for group in adapter.channel_groups(model.config) if index not in anchors else []:
                 gone = strategy.order[group_key(index, group)][sizes[group.name] :]
                 group.consumer.weight(layer)[:, group.consumer.channels(gone)] = 0
     value = objective_named("loss").measure(model, batches).value
@@ -80,6 +82,28 @@ def test_the_best_of_all_splits_is_taken(model_type: str, tiny_model: Any, rando
         most = allowed[losses.index(min(losses))]
         assert strategy.units[width] == {f"{layer}.{name}": size for layer in range(4) for name, size in most.items()}
     assert strategy.allocation == "measured"
+
+
+def test_layers_that_are_no_anchors_have_the_best_split_that_makes_up_for_them(
+    tiny_model: Any, random_batches: Batches
+) -> None:
+    model, batches, anchors, width = tiny_model("llama"), random_batches(lengths=(12, 7)), (0, 3), Fraction(3, 4)
+    strategy = measured(model, batches, widths=[Fraction(1), width], round_to={"mlp": 8}, anchors=anchors)
+    budget = Fraction(1, 2) * (4 * HEAD + 128 * NEURON)  # (3/4 * 4 - 2) / (4 - 2) of a layer
+    allowed = [
+        {"attention": heads, "mlp": neurons}
+        for heads, neurons in itertools.product(range(1, 5), range(8, 129, 8))
+        if abs(heads * HEAD + neurons * NEURON - budget) <= 4 * NEURON
+    ]
+    losses = [loss_of(model, strategy, sizes, batches, anchors) for sizes in allowed]
+    best = allowed[losses.index(min(losses))]
+    assert strategy.units[width] == {
+        f"{layer}.{name}": whole if layer in anchors else best[name]
+        for layer in range(4)
+        for name, whole in {"attention": 4, "mlp": 128}.items()
+    }
+    with pytest.raises(RecipeError, match="width 1/2 is impossible with these anchor_layers"):
+        measured(model, batches, anchors=anchors)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
