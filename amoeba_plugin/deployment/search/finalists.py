@@ -47,16 +47,18 @@ def settle(problem: Problem, most: int) -> Settled:
         most: Choices to measure the scheme's harm of; others than those whose harm is known.
     """
     evaluated = [choice for choice in problem.choices() if choice.shape in problem.qualities]
+    ordered = by_quality(problem, [each for each in evaluated if problem.verdict(each) is not Verdict.EXCEEDS])
     found: list[Choice] = []
     best, rest, refused, spent = float("inf"), 0, 0, 0
-    for choice in by_quality(problem, evaluated):
+    for place, choice in enumerate(ordered, 1):
         final = problem.is_final(choice)
         least = problem.loss(choice) if final else problem.loss_of(problem.unharmed(choice.shape))
-        if problem.verdict(choice) is Verdict.EXCEEDS or (found and least >= best):
+        if found and least >= best:
             continue
-        if found and not final and spent == most:
+        exceeds = problem.verdict(choice) is Verdict.EXCEEDS  # as measured with another
+        if found and not final and spent == most and not exceeds:
             rest += 1
-        elif not problem.confirm(choice):
+        elif not problem.confirm(choice, ordered[place:]):
             refused += problem.measure is not None
         else:
             if not final and spent < most:

@@ -14,6 +14,7 @@ from amoeba_plugin.errors import BudgetError
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 Costs = Mapping[Limit, Prediction]
+AT_ONCE = 3  # choices that are measured where one has to be: starting processes takes longest
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,28 @@ class Problem:
         """Tell whether a choice keeps the budget, as far as that is known."""
         return self.budget.verdict(self.costs(choice))
 
-    def keeps(self, choice: Choice) -> bool:
-        """Tell whether a choice keeps the budget; where its interval straddles it, by measuring."""
-        return choice in self.kept([choice])
-
     def kept(self, choices: Sequence[Choice]) -> list[Choice]:
         """Return those of some choices that keep the budget; intervals that straddle it are measured together."""
         self._measure([choice for choice in choices if self.verdict(choice) is Verdict.UNSURE])
         return [choice for choice in choices if self.seems_to_keep(choice)]
 
-    def confirm(self, choice: Choice) -> bool:
-        """Tell whether a choice keeps the budget, by measuring in any case."""
-        if not all(cost.measured for cost in self.costs(choice).values()):
-            self._measure([choice])
+    def keeps(self, choice: Choice, following: Sequence[Choice] = ()) -> bool:
+        """Tell whether a choice keeps the budget; where its interval straddles it, by measuring.
+
+        Args:
+            choice: That is asked about.
+            following: What is asked about next, and is measured with it as far as it must be.
+        """
+        if self.verdict(choice) is Verdict.UNSURE:
+            others = [other for other in following if self.verdict(other) is Verdict.UNSURE]
+            self._measure([choice, *others[: AT_ONCE - 1]])
+        return self.seems_to_keep(choice)
+
+    def confirm(self, choice: Choice, following: Sequence[Choice] = ()) -> bool:
+        """Tell whether a choice keeps the budget, by measuring in any case; ``following`` as of :meth:`keeps`."""
+        if not self._is_measured(choice):
+            others = [other for other in following if not self._is_measured(other)]
+            self._measure([choice, *others[: AT_ONCE - 1]])
         return self.seems_to_keep(choice)
 
     def seems_to_keep(self, choice: Choice) -> bool:
@@ -134,6 +144,9 @@ class Problem:
     def choices(self) -> list[Choice]:
         """Return all of them, the largest shapes first."""
         return [Choice(shape, point) for shape in self.space for point in self.budget.points]
+
+    def _is_measured(self, choice: Choice) -> bool:
+        return all(cost.measured for cost in self.costs(choice).values())
 
     def _measure(self, choices: Sequence[Choice]) -> None:
         if self.measure is not None and choices:
@@ -169,8 +182,9 @@ def best_kept(problem: Problem, tried: Sequence[Choice]) -> Choice:
     Raises:
         BudgetError: If none does, once it is measured where that can be.
     """
-    for choice in by_quality(problem, tried):
-        if problem.keeps(choice):
+    ordered = by_quality(problem, tried)
+    for place, choice in enumerate(ordered, 1):
+        if problem.keeps(choice, ordered[place:]):
             return choice
     nearest = _nearest(problem.budget, {choice: problem.costs(choice) for choice in problem.choices()})
     how = " when it is measured" if problem.measure is not None else ", as it was predicted"

@@ -7,6 +7,7 @@ import pytest
 from amoeba_plugin.deployment.search.exhaustive import exhaustive
 from amoeba_plugin.deployment.search.finalists import measure_schemes, settle
 from amoeba_plugin.deployment.search.hierarchical import hierarchical
+from amoeba_plugin.deployment.search.problem import AT_ONCE
 from amoeba_plugin.shape import SubnetShape
 from support.landscapes import landscape
 
@@ -92,3 +93,20 @@ def test_the_harm_of_another_shape_stands_in_for_one_that_was_not_measured():
     assert problem.loss(second) == pytest.approx(before + problem.harms[first].value)
     assert isinstance(second.shape, SubnetShape)
     assert not problem.is_final(second)
+
+
+def test_choices_that_must_be_run_are_run_together():
+    for seed in range(20):
+        (problem, _), (alone, _) = landscape(seed, surprise=0.2), landscape(seed, surprise=0.2)
+        asked, before = [], problem.measure
+        problem.measure = lambda choices, asked=asked, before=before: asked.append(list(choices)) or before(choices)
+        measure = alone.measure
+        alone.measure = lambda choices, measure=measure: {each: measure([each])[each] for each in choices[:1]}
+        for each in (problem, alone):
+            measure_schemes(each)
+            exhaustive(each)
+            while settle(each, 6).refused:
+                exhaustive(each)
+        assert settle(problem, 6).finalists[0] == settle(alone, 6).finalists[0]
+        assert all(len(set(choices)) == len(choices) <= AT_ONCE for choices in asked)
+        assert len(asked) < len({each for choices in asked for each in choices})
