@@ -25,7 +25,7 @@ demo: $(STAMP) ## compress, quantize, reload and measure the model that comes wi
 
 test: lint types layers unit ## all checks and tests; the default
 
-# Each brings an engine: installed beside the package, with nothing to skip.
+# Each brings an engine: installed beside the package, with nothing to skip but what a compiler makes.
 INTEGRATIONS := $(patsubst %/pyproject.toml,%,$(wildcard integrations/*/pyproject.toml))
 
 test-integrations: $(STAMP) ## tests of the packages in integrations/, by the engines that they bring

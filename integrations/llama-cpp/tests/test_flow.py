@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,14 +54,20 @@ def test_biases_of_queries_and_outputs_together_are_llamas(tmp_path: Path):
     )
 
 
-def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Path):
-    model = random_model(CONFIG)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+def saved_elastic(directory: Path, config: dict[str, Any]) -> Path:
+    """Save a random model and its elastic checkpoint, whose directory is returned."""
+    model = random_model(config)
+    model.save_pretrained(directory / "base")
+    tokenizer().save_pretrained(directory / "base")
+    (directory / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
     elastic = ElasticModel(model, random_strategy(model))
-    save_elastic(elastic, None, tmp_path / "elastic", str(tmp_path / "base"))
-    deployed = deploy_shape(tmp_path / "elastic", "3x1/2", "llama-cpp:Q4_0", tmp_path / "out")
+    save_elastic(elastic, None, directory / "elastic", str(directory / "base"))
+    return directory / "elastic"
+
+
+def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Path):
+    elastic = saved_elastic(tmp_path, CONFIG)
+    deployed = deploy_shape(elastic, "3x1/2", "llama-cpp:Q4_0", tmp_path / "out")
     assert deployed.parity.whole_mean_kl is not None
     assert deployed.export.tensor_types == {"Q8_0": 2, "Q4_0": 21, "F32": 7}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
@@ -77,6 +84,18 @@ def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Pat
         env={"PYTHONPATH": str(command.file.parent)}, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert answer.stdout.startswith("'")
+
+
+def test_a_shape_in_k_quants_is_deployed_and_told_with_the_types_that_came_out(tmp_path: Path):
+    elastic = saved_elastic(tmp_path, CONFIG | {"hidden_size": 256, "intermediate_size": 512})
+    deployed = deploy_shape(elastic, "3x1/2", "llama-cpp:Q4_K_M", tmp_path / "out")
+    # Of three layers the last has 6 bits in values and down projections. Four heads of 32 are half a block of 256 in
+    # the rows of attention's output.
+    assert deployed.export.tensor_types == {"Q4_K": 3 * 4 + 2 * 2 + 1, "Q6_K": 2 + 1, "Q5_0": 3, "F32": 7}
+    assert deployed.parity.mean_kl < 0.5
+    assert deployed.parity.whole_mean_kl is not None
+    file_type = GGUFReader(tmp_path / "out/model.gguf").fields["general.file_type"].contents()
+    assert file_type == LlamaFileType.MOSTLY_Q4_K_M
 
 
 def test_it_is_found_by_its_entry_point():

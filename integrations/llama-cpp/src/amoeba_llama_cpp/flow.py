@@ -35,6 +35,7 @@ class LlamaCpp(DeploymentFlow):
         "F16": "half precision",
         "Q8_0": "8 bits, blocks of 32",
         "Q4_0": "4 bits, blocks of 32; embeddings of 8",
+        "Q4_K_M": "4 and 6 bits, blocks of 256; 5 and 8 in blocks of 32 where rows are no multiple of 256",
     }
     exact = frozenset({"F32", "F16"})
 
