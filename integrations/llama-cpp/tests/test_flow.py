@@ -65,6 +65,19 @@ def saved_elastic(directory: Path, config: dict[str, Any]) -> Path:
     return directory / "elastic"
 
 
+def test_gpt_neox_is_converted_although_transformers_renamed_its_fields(tmp_path: Path):
+    sizes = {name: value for name, value in CONFIG.items() if name != "head_dim"}  # of which it knows nothing
+    model = random_model(sizes | {"model_type": "gpt_neox", "rotary_pct": 0.5})
+    subnet = extract(ElasticModel(model, random_strategy(model)), "3x1")
+    with torch.no_grad():
+        subnet.get_output_embeddings().weight.mul_(0.2)
+    subnet.save_pretrained(tmp_path / "subnet")
+    tokenizer().save_pretrained(tmp_path / "subnet")
+    flow, point = LlamaCpp(), Point.parse("llama-cpp:F16")
+    export = flow.export(tmp_path / "subnet", point.scheme, tmp_path)
+    measure_engine(flow, point, export, tmp_path, tmp_path / "subnet").require_close(exact=True)
+
+
 def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Path):
     elastic = saved_elastic(tmp_path, CONFIG)
     deployed = deploy_shape(elastic, "3x1/2", "llama-cpp:Q4_0", tmp_path / "out")

@@ -60,9 +60,9 @@ class Engine:
         written = WRITTEN.get(scheme, "MOSTLY_F16")
         path, half = Path(file), Path(file).with_suffix(".f16")
         target = path if scheme in WRITTEN else half
-        hparams = ModelBase.load_hparams(Path(subnet), False)
+        hparams = _hparams(Path(subnet))
         kind = _class_for(hparams)
-        model = kind(Path(subnet), gguf.LlamaFileType[written], target, eager=False, model_name=name)
+        model = kind(Path(subnet), gguf.LlamaFileType[written], target, eager=False, model_name=name, hparams=hparams)
         try:
             model.write()
             if scheme not in WRITTEN:
@@ -73,6 +73,14 @@ class Engine:
         for tensor in gguf.GGUFReader(path).tensors:
             types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
         return types
+
+
+def _hparams(subnet: Path) -> dict[str, Any]:
+    """Return a configuration as the converter wants it, which reads GPT-NeoX's rotated share where it was once."""
+    found: dict[str, Any] = ModelBase.load_hparams(subnet, False)
+    if found["model_type"] == "gpt_neox" and "rotary_pct" not in found:
+        found["rotary_pct"] = found["rope_parameters"]["partial_rotary_factor"]
+    return found
 
 
 def _class_for(hparams: dict[str, Any]) -> Any:
