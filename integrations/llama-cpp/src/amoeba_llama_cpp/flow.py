@@ -37,6 +37,7 @@ class LlamaCpp(DeploymentFlow):
         "Q4_0": "4 bits, blocks of 32; embeddings of 8",
     }
     exact = frozenset({"F32", "F16"})
+    bits: Mapping[str, tuple[float, float]] = {"F16": (16, 16), "Q8_0": (8.5, 8.5), "Q4_0": (4.5, 8.5)}
 
     def command(self) -> EngineCommand:
         """Return the Python that has xllamacpp."""
