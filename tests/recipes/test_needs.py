@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.models.registry import architecture_of
-from amoeba_plugin.recipes.disk import DiskNeed, NumberSizes, Phase, recipe_disk
+from amoeba_plugin.recipes.disk import TEXTS, DiskNeed, NumberSizes, Phase, recipe_disk
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.memory import LIBRARIES, MemoryNeed, search_states
 from amoeba_plugin.recipes.needs import Needs, recipe_needs
@@ -102,8 +102,8 @@ def test_a_run_takes_no_more_than_it_was_told(tmp_path: Path) -> None:
     )  # fmt: skip
     told, weights = needs_of(recipe).disk.written, weights_of(recipe)
     assert SubnetStrategy.load(elastic).repairs.bytes == 4 * weights.repaired > 0
-    adapter = elastic / "adapter" / "adapter_model.safetensors"
-    assert told["the adapter"] == pytest.approx(adapter.stat().st_size, rel=0.25)
+    adapter = sum(each.stat().st_size for each in (elastic / "adapter").iterdir())
+    assert adapter <= told["the adapter"] <= adapter + TEXTS
     tensors = elastic / "strategy.safetensors"
     assert tensors.stat().st_size <= told["the strategy with repaired weights"]
 
