@@ -147,8 +147,8 @@ def check(
     for row in checked.rows:
         table.add_row(*row)
     Console().print(table)
-    for cost in checked.costs:
-        say(cost)
+    for told in (*checked.costs, *checked.needs):
+        say(told)
     for note in checked.notes:
         warn(note)
     done(f"{checked.source} can run{f' on {model}' if model else '; add --model to check it against its sizes'}")

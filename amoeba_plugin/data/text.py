@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from amoeba_plugin.data.bars import LARGE, without_bars
 from amoeba_plugin.data.batch import IGNORED, Batch
 from amoeba_plugin.data.calibration import materialise
 from amoeba_plugin.data.collator import PaddingCollator
@@ -136,7 +137,8 @@ def _read_file(path: Path, split: str) -> Any:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     options = {"sample_by": "document"} if path.suffix == ".txt" else {}
     files = {split.partition("[")[0]: str(path)}
-    return load_dataset(FILE_FORMATS[path.suffix], digest, data_files=files, split=split, **options)
+    with without_bars(path.stat().st_size < LARGE):
+        return load_dataset(FILE_FORMATS[path.suffix], digest, data_files=files, split=split, **options)
 
 
 def require_file(dataset: str) -> None:

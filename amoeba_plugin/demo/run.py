@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
+from amoeba_plugin.data.bars import MANY, without_bars
 from amoeba_plugin.demo.budgets import within_budgets
 from amoeba_plugin.demo.data import BLOCK_SIZE, FULL, MODEL, QUICK, DemoData, Schedule, demo_data
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
@@ -80,7 +81,8 @@ def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
         quantized = figures.quantized_row(output_dir / "quantized", _chosen_shape(recipe), data)
     with stages.timed("budgets"):
         judged = output_dir / "judged_data"
-        data.judged.save_to_disk(judged)
+        with without_bars():
+            data.judged.save_to_disk(judged)
         budgets, profile = within_budgets(output_dir / "elastic", judged, output_dir, schedule)
     report = Report(
         title="Demo: a 12-layer Llama trained on the Python standard library",
@@ -118,7 +120,8 @@ def _figures(
 
 def _write_recipe(output_dir: Path, data: DemoData, schedule: Schedule, seed: int) -> Path:
     """Write the shipped recipe with this run's paths and seed filled in; it can be run again as it stands."""
-    data.training.save_to_disk(output_dir / "training_data")
+    with without_bars(len(data.training) < MANY):
+        data.training.save_to_disk(output_dir / "training_data")
     recipe = yaml.safe_load(find_recipe("demo").read_text(encoding="utf-8"))
     train = _modifier(recipe, "OneForAllDistillationModifier")
     train |= {

@@ -19,6 +19,7 @@ to) which defines a class ``Engine`` with these methods; tokens are lists of ids
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,11 +99,14 @@ class DeploymentFlow(ABC):
         rules: File with what the engine can load (``rules.py`` says how it is written); of engines that this package
             has rules of, it takes their place.
         exact: Schemes whose logits are those of the subnet in torch, but for rounding.
+        bits: By scheme how many bits a weight takes on disk, at most: in a layer, and outside of all. Of schemes that
+            are not named 32 are assumed, when it is told beforehand what room there has to be.
     """
 
     name: str
     schemes: Mapping[str, str]
     exact: frozenset[str] = frozenset()
+    bits: Mapping[str, tuple[float, float]] = {}
     rules: Path | None = None
 
     def require_scheme(self, scheme: str) -> None:
@@ -116,6 +120,17 @@ class DeploymentFlow(ABC):
             raise DeploymentError(
                 f"{self.name} has no scheme '{scheme}'.{did_you_mean(scheme, self.schemes)} It has {known}"
             )
+
+    def bytes_of(self, scheme: str, layers: int, outside: int) -> int:
+        """Return the bytes that weights take at a scheme, at most, before they are there.
+
+        Args:
+            scheme: One of its own.
+            layers: Weights of all layers.
+            outside: The others: embeddings, head, last norm.
+        """
+        each, other = self.bits.get(scheme, (32, 32))
+        return math.ceil((each * layers + other * outside) / 8)
 
     @abstractmethod
     def command(self) -> EngineCommand:

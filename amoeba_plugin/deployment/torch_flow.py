@@ -40,6 +40,7 @@ class Torch(DeploymentFlow):
         ELASTIC: "the elastic model at a shape, as a service keeps it",
     }  # fmt: skip
     exact = frozenset({"fp32"})
+    bits: Mapping[str, tuple[float, float]] = {"bf16": (16, 16)}
 
     def command(self) -> EngineCommand:
         """Return this Python."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from amoeba_plugin.data.bars import MANY, without_bars
 from amoeba_plugin.data.text import read_text
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.runtime.files import whole_or_nothing
@@ -51,7 +52,8 @@ def part_text(dataset: str, split: str, text_column: str | None, directory: Path
     chosen[TRAIN] = [index for index in range(len(rows)) if index not in taken]
     with whole_or_nothing(directory) as partial:
         for name, indices in chosen.items():
-            rows.select(indices).save_to_disk(partial / name)
+            with without_bars(len(indices) < MANY):
+                rows.select(indices).save_to_disk(partial / name)
     return parts
 
 

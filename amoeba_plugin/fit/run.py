@@ -28,12 +28,14 @@ from amoeba_plugin.deployment.search.preflight import profile_for, require_possi
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError, BudgetError, DeploymentError
 from amoeba_plugin.fit.data import JUDGE, REPORT, TRAIN, part_text
+from amoeba_plugin.fit.needs import bytes_in, fit_needs, require_disk
 from amoeba_plugin.fit.page import write_page
 from amoeba_plugin.fit.recipe import fit_recipes, smallest_space
 from amoeba_plugin.fit.result import Deployment, FitOptions, Fitted, Request, Skipped
 from amoeba_plugin.recipes.budgeted import expected_works
 from amoeba_plugin.recipes.check import check_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
+from amoeba_plugin.recipes.needs import Needs
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.runtime.files import is_vacant, write_atomically
@@ -53,11 +55,13 @@ class Planned:
 
     Attributes:
         recipe: Written, and not run.
-        told: What its stages cost, and what the budget leaves, in sentences.
+        told: What its stages cost, what the budget leaves, and what it needs of memory and disk, in sentences.
+        needs: The last two, in bytes.
     """
 
     recipe: Path
     told: list[str]
+    needs: Needs
 
 
 class _Fit:
@@ -68,6 +72,28 @@ class _Fit:
         self.stages = Stages()
         self.elastic, self.frontier = output / "elastic", output / "frontier.json"
         self.profile, self.deployed = output / "profile.json", output / "deployed"
+        self.possible: list[SubnetShape] = []  # shapes that may keep the budget, once that is known
+
+    def require_room(self) -> None:
+        """Refuse before anything is written where a disk has not the room, whichever shape will be best.
+
+        Raises:
+            ArtifactError: With what is needed and what is free.
+        """
+        data = {name: self.output / "data" / name for name in (TRAIN, JUDGE, REPORT)}
+        for text in fit_recipes(self._values(data), self.budget):
+            require_disk(self._needs(text, measured=self.profile.exists()).disk, self.output)
+
+    def needs(self) -> Needs:
+        """Return what the recipe that was prepared needs, and what the steps around it do."""
+        return self._needs((self.output / RECIPE).read_text(encoding="utf-8"), measured=True)
+
+    def _needs(self, text: str, measured: bool) -> Needs:
+        plan, config = plan_recipe(text), load_config(self.model)
+        subject = None if measured else subject_of(self.model, None, *smallest_space(config.num_hidden_layers))
+        rows = (self.options.num_samples, self.options.max_seq_length)
+        size = bytes_in(Path(self.dataset))
+        return fit_needs(plan, plan.against(config), self.budget, subject, rows, size, self.possible)
 
     def prepare(self) -> Path:
         """Part the text, profile the model, and write the recipe that will run."""
@@ -94,13 +120,14 @@ class _Fit:
         *others, last = works
         for text in others:
             with suppress(BudgetError):
-                return self._held(text, require_possible(self.budget, profile, works[text])[0])
-        return self._held(last, require_possible(self.budget, profile, works[last])[0])
+                return self._held(text, require_possible(self.budget, profile, works[text]))
+        return self._held(last, require_possible(self.budget, profile, works[last]))
 
-    def _held(self, text: str, largest: SubnetShape) -> str:
+    def _held(self, text: str, possible: list[SubnetShape]) -> str:
         for point in self.budget.points:
             if point.flow in engine_rules():
-                require_loads(str(largest), self.model, str(point))
+                require_loads(str(possible[0]), self.model, str(point))
+        self.possible = possible
         return text
 
     def _values(self, data: dict[str, Path]) -> dict[str, object]:
@@ -168,8 +195,9 @@ def plan_fit(model: str, dataset: str, budget: str, output: Path, options: FitOp
     fit = _begun(model, dataset, budget, output, options or FitOptions())
     with owning(output / RESULT):
         recipe = fit.prepare()
+        needs = fit.needs()
     told = check_recipe(str(recipe), model, fit.options.num_samples, fit.options.max_seq_length).costs
-    return Planned(recipe, list(told))
+    return Planned(recipe, [*told, *needs.in_words], needs)
 
 
 def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitOptions | None = None) -> Fitted:
@@ -186,7 +214,8 @@ def fit_model(model: str, dataset: str, budget: str, output: Path, options: FitO
 
     Raises:
         AmoebaError: If the budget is none or no shape can keep it, the engine is missing or cannot hold the model, the
-            text cannot be read, or the directory holds something else.
+            text cannot be read, the directory holds something else, or a disk has not the room: then nothing is
+            written.
     """
     fit = _begun(model, dataset, budget, output, options or FitOptions())
     with owning(output / RESULT):
@@ -224,9 +253,12 @@ def _begun(model: str, dataset: str, budget: str, output: Path, options: FitOpti
             )
     elif not is_vacant(output):
         raise ArtifactError(f"{output} exists and is not empty; nothing is overwritten: name another directory")
+    fit = _Fit(model, dataset, limits, output, options)
+    if not (output / RESULT).is_file():
+        fit.require_room()
     output.mkdir(parents=True, exist_ok=True)
     asked.save(record)
-    return _Fit(model, dataset, limits, output, options)
+    return fit
 
 
 def _cost(limit: Limit, value: float) -> str:

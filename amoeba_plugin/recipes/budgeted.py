@@ -12,6 +12,7 @@ from amoeba_plugin.data.text import require_file
 from amoeba_plugin.deployment.loads import uniform_sizes
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.preflight import knows, profile_for, require_possible
@@ -70,20 +71,25 @@ def expected_works(plan: RecipePlan, model_plan: ModelPlan) -> dict[SubnetShape,
     config, adapter = model_plan.config, model_plan.adapter
     assert adapter is not None  # of recipes that extract
     round_to = 1 if plan.width is None else plan.width.round_to
-    return {shape: Work.of(uniform_sizes(adapter, config, shape, round_to)) for shape in _shapes(plan, config)}
+    return {shape: Work.of(uniform_sizes(adapter, config, shape, round_to)) for shape in expected_shapes(plan, config)}
 
 
 def _prepare(plan: RecipePlan, model_plan: ModelPlan, model: str, budget: Budget, search: SearchOptions) -> None:
     _require_known(budget, search)
-    works = expected_works(plan, model_plan)
-    narrowest = min(shape.width for shape in works)
-    depths = sorted({int(shape.depth) for shape in works}, reverse=True)
-    widths = [Fraction(1) - EIGHTH * step for step in range(8)]
-    asked = [str(width) for width in widths if width >= narrowest - EIGHTH]
-    subject = subject_of(model, None, [str(depth) for depth in depths], asked)
+    works, subject = expected_works(plan, model_plan), budget_subject(plan, model_plan, model)
     path = Path(search.profile)
     possible = require_possible(budget, profile_for(budget, subject, path, model), works)
     logger.info("%d of %d shapes may keep %s, the largest %s", len(possible), len(works), budget, possible[0])
+
+
+def budget_subject(plan: RecipePlan, model_plan: ModelPlan, model: str) -> Subject:
+    """Return what is profiled for a recipe's budget: its depths, and widths by eighths down to below its narrowest."""
+    shapes = list(expected_shapes(plan, model_plan.config))
+    narrowest = min(shape.width for shape in shapes)
+    depths = sorted({int(shape.depth) for shape in shapes}, reverse=True)
+    widths = [Fraction(1) - EIGHTH * step for step in range(8)]
+    asked = [str(width) for width in widths if width >= narrowest - EIGHTH]
+    return subject_of(model, None, [str(depth) for depth in depths], asked)
 
 
 def _require_known(budget: Budget, search: SearchOptions) -> None:
@@ -95,8 +101,8 @@ def _require_known(budget: Budget, search: SearchOptions) -> None:
         require_file(search.dataset)
 
 
-def _shapes(plan: RecipePlan, config: PretrainedConfig) -> Iterator[SubnetShape]:
-    """Yield the shapes that there will be, the largest first; of a total at every depth the width that makes it up."""
+def expected_shapes(plan: RecipePlan, config: PretrainedConfig) -> Iterator[SubnetShape]:
+    """Yield a recipe's shapes, the largest first; of a total at every depth the width that makes it up."""
     layers = config.num_hidden_layers
     depths = _depths(ExpectedDepths.of(plan.depth, layers))
     widths = {Fraction(1)} if plan.width is None else {parse_width(width) for width in plan.width.widths}

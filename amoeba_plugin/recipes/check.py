@@ -17,12 +17,14 @@ class Checked:
         source: Where the recipe is from.
         rows: Of every modifier its number, name and group, and the fields that the recipe gives it.
         costs: What each stage that measures or trains takes, in sentences; of a model that is known.
+        needs: What a run takes of memory and disk, in sentences; of a model that is known.
         notes: What to know of it all the same.
     """
 
     source: str
     rows: tuple[tuple[str, str, str, str], ...]
     costs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -40,9 +42,11 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
     """
     plan, model_plan = plan_recipe(recipe), None
     costs: list[str] = []
+    needs: list[str] = []
     if model is not None:
         from amoeba_plugin.recipes.budgeted import budget_in_words
         from amoeba_plugin.recipes.estimate import estimated, stage_costs
+        from amoeba_plugin.recipes.needs import needs_in_words
         from amoeba_plugin.runtime.generation_defaults import require_generation_defaults
         from amoeba_plugin.runtime.whole_weights import has_weights, require_weights
 
@@ -52,9 +56,10 @@ def check_recipe(recipe: str, model: str | None = None, samples: int = 512, leng
         if has_weights(model):  # else it is a configuration alone, or on the hub
             require_weights(model, config)
         costs = [*estimated(stage_costs(plan, config, samples, length), config), *budget_in_words(plan, model_plan)]
+        needs = needs_in_words(plan, model_plan, model, samples, length)
     rows = []
     for number, modifier in enumerate(plan.modifiers, start=1):
         given = modifier.model_dump(exclude_unset=True, exclude={"group"})
         fields = ", ".join(f"{name}={value}" for name, value in given.items())
         rows.append((str(number), type(modifier).__name__, modifier.group, fields))
-    return Checked(plan.source, tuple(rows), tuple(costs), tuple(notes(plan, model_plan)))
+    return Checked(plan.source, tuple(rows), tuple(costs), tuple(needs), tuple(notes(plan, model_plan)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from amoeba_plugin.errors import ArchitectureError, DataError
 from amoeba_plugin.runtime.full_disk import full_disk_named
+from amoeba_plugin.runtime.hub import require_answering
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ def load_config(model: str) -> PretrainedConfig:
             "it; merge it into the weights, or move its two files to a directory of their own"
         )
     try:
+        require_answering(model)
         config: PretrainedConfig = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ArchitectureError(f"the model '{model}' cannot be loaded: {why_not(model, error)} {ADVICE}") from error

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.runtime.hub import require_answering
 from amoeba_plugin.runtime.model_files import why_not
 from amoeba_plugin.runtime.stored_tensors import CheckpointTensors, NativeTensors, read_index
 
@@ -67,7 +68,9 @@ def _require_parameters(model: str, config: PretrainedConfig | None) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = config or AutoConfig.from_pretrained(model)
+        if config is None:
+            require_answering(model)
+            config = AutoConfig.from_pretrained(model)
         if getattr(config, "quantization_config", None) is not None:  # files have other names and sizes
             return
         with _quiet():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import AmoebaError, ArtifactError, BudgetError, DataError, DeploymentError
 from amoeba_plugin.fit import run
 from amoeba_plugin.fit.data import part_text
+from amoeba_plugin.fit.needs import bytes_in
 from amoeba_plugin.fit.result import FitOptions
 from amoeba_plugin.fit.run import fit_model, plan_fit
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
@@ -240,3 +243,37 @@ def test_too_little_text_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="too few to be parted"):
         part_text(str(tmp_path / "text.txt"), "train", None, tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
+
+
+def test_a_dry_run_tells_memory_and_disk(place: Path, fitted: Path, tmp_path: Path):
+    """The disk that was told is no less than what a fit took; the file is what the budget allows at most."""
+    planned = plan_fit(str(place / "model"), str(place / "text.jsonl"), BUDGET, tmp_path / "out", OPTIONS)
+    told = planned.needs.disk.written
+    for name, directories in {
+        "the strategy with repaired weights": ["elastic"], "the subnet": ["subnet"], "what is deployed": ["deployed"],
+        "the training's checkpoints": ["checkpoints"], "the text": ["data"],
+    }.items():  # fmt: skip
+        adapter = told["the adapter"] if name.startswith("the strategy") else 0
+        assert sum(bytes_in(fitted / each) for each in directories) <= told[name] + adapter
+    assert planned.needs.disk.temporary >= bytes_in(fitted / "subnet")  # it is cut again, to be deployed
+    assert any(line.startswith("memory: about") for line in planned.told)
+    assert any(line.startswith("disk: at most") for line in planned.told)
+
+
+@pytest.mark.parametrize("before", ["nothing", "an empty directory"])
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+):
+    out = tmp_path / "out"
+    if before != "nothing":
+        out.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=2_000_000))
+    command = ["fit", str(place / "model"), "--dataset", str(place / "text.jsonl"), "--budget", BUDGET, "-o", str(out)]
+    for more in ([], ["--dry-run"]):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 2
+        told = " ".join(result.output.split())
+        assert re.search(r"is too full: about [\d.]+ MB are needed there, and 2\.0 MB are free", told), told
+        assert "nothing was written" in told
+    assert out.exists() == (before != "nothing")
+    assert not out.exists() or not list(out.iterdir())
