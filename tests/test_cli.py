@@ -304,6 +304,15 @@ class TestBeforeAnythingLoads:
         assert f"{field} {inside} and the output directory" in refused(*run_arguments(files))
         assert not files["out"].exists()
 
+    @pytest.mark.parametrize("where", ["inside", "behind a file"])
+    def test_a_directory_for_steps_that_cannot_be_is_refused(self, files: Files, where: str):
+        steps = (files["out"] if where == "inside" else files["text"]) / "steps"
+        fields = f"allocation: uniform\n      resume_dir: {steps}"
+        files["recipe"].write_text(files["recipe"].read_text().replace("allocation: uniform", fields))
+        told = f"resume_dir {steps} and the output directory" if where == "inside" else f"{steps} cannot be written"
+        assert told in refused(*run_arguments(files))
+        assert not files["out"].exists()
+
     def test_a_model_that_is_not_there_is_refused(self, files: Files):
         assert "cannot be loaded: there is no such directory" in refused(*run_arguments(files, model=files["out"]))
 

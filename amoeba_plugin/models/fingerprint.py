@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -43,6 +44,16 @@ def model_fingerprint(model: PreTrainedModel, adapter: ArchitectureAdapter, load
                     if parameter.dim() == 1 and not isinstance(module, nn.Linear):
                         frame.update(told)
     return f"{PACKED if packed else weights.hexdigest()}.{frame.hexdigest()}"
+
+
+def model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
+    """Return what tells a model from others of other scores: its weights; if they are packed, also how."""
+    weights, _, frame = model_fingerprint(model, adapter).partition(".")
+    if weights != PACKED:
+        return weights
+    method = getattr(model.config, "quantization_config", None)
+    stated = method if isinstance(method, dict) or method is None else method.to_dict()
+    return f"{json.dumps(stated, default=repr, sort_keys=True)} {frame}"
 
 
 def _told(name: str, parameter: Tensor) -> bytes:

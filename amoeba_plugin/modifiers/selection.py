@@ -38,6 +38,7 @@ from amoeba_plugin.runtime.generation_defaults import keep_generation_defaults
 from amoeba_plugin.runtime.module_calls import input_device, is_offloaded
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.ranks import rank
+from amoeba_plugin.selection.kept_steps import NOWHERE, KeptSteps, depth_digest, width_digest
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import repair_named
 from amoeba_plugin.selection.repair.depth import fold_depths
@@ -63,6 +64,7 @@ class Selection:
     depth_repair: bool = False
     width_repair: str = NO_REPAIR
     repair_asked: bool = False  # in so many words: it is refused where it is impossible, and else left out
+    kept: KeptSteps = NOWHERE  # what of the selection is done already
     totals: Mapping[Fraction, SubnetShape] = field(default_factory=dict)  # shapes by their share of the whole model
     elastic: ElasticModel | None = None
     on_elastic: list[Callable[[ElasticModel], None]] = field(default_factory=list)  # called once it is made
@@ -102,8 +104,12 @@ class Selection:
                     raise ArchitectureError(f"repair is impossible: {error}; set repair: none") from error
                 logger.warning("nothing is repaired: %s", error)
                 return Repairs()
-            folds = fold_depths(runs, depth) if depths else {}
-            found = repair_shapes(runs, width, repair_named(self.width_repair) if widths else None, folds)
+            kept = self.kept.also(
+                depth=depth_digest(depth), depth_repair=str(depths), width=width_digest(width), repair=self.width_repair
+            )
+            folds = fold_depths(runs, depth, kept=kept) if depths else {}
+            repair = repair_named(self.width_repair) if widths else None
+            found = repair_shapes(runs, width, repair, folds, kept=kept)
         if found:
             logger.info("repaired by %s: %.1f MB of weights beside the shared ones", found.method, found.bytes / 1e6)
         return found

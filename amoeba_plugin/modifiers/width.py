@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from llmcompressor.core import State
@@ -13,9 +16,11 @@ from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.sharing import shard
 from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.errors import ArchitectureError, PluginError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
+from amoeba_plugin.models.fingerprint import model_identity
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import NO_REPAIR, Selection, on_main_device, selection_for
 from amoeba_plugin.runtime.module_calls import is_offloaded
@@ -23,12 +28,14 @@ from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.depth.layer_importance import most_sensitive_layers
 from amoeba_plugin.selection.gradients import loss_gradients
 from amoeba_plugin.selection.importance import GroupImportance, Importance, MomentImportance
+from amoeba_plugin.selection.kept_steps import NOWHERE, KeptSteps, depth_digest
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.collect import collect_moments
 from amoeba_plugin.selection.repair.fold_table import FoldTable, parted
 from amoeba_plugin.selection.repair.moments import ChannelMoments
 from amoeba_plugin.selection.repair.width import WidthRepair
+from amoeba_plugin.selection.width.kept_ranking import Ranking, kept_ranking
 from amoeba_plugin.selection.width.measured import measured_widths
 from amoeba_plugin.selection.width.ranking import coupled_parameters, rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
@@ -36,6 +43,10 @@ from amoeba_plugin.selection.width.trials import Trials
 from amoeba_plugin.shape import parse_width
 
 logger = logging.getLogger(__name__)
+#: Fields that a ranking depends on.
+RANKED_BY = (
+    "widths", "totals", "importance", "allocation", "anchor_layers", "round_to", "repair", "bias_compensation",
+)  # fmt: skip
 GIB, MOMENTS_GIB = 2**30, 4.0  # of moments in memory; the rest is files
 
 
@@ -69,6 +80,9 @@ class WidthShrinkingModifier(Modifier):
             every width of the linears that read them; ``none``; or a plugin's. Default ``least_squares``, with
             ``bias_compensation`` ``none``.
         bias_compensation: Add what missing channels contributed on average to the output bias. Default false.
+        resume_dir: A directory that keeps the ranking, and every depth and every width that is repaired, so that a
+            killed selection goes on behind the last of them. It takes the bytes of the repaired weights. Default
+            ``None``.
     """
 
     widths: list[str] = Field(default_factory=lambda: ["1"])
@@ -79,6 +93,7 @@ class WidthShrinkingModifier(Modifier):
     round_to: int | dict[str, int] = Field(default=1)
     repair: str = "least_squares"
     bias_compensation: bool = False
+    resume_dir: str | None = None
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -168,22 +183,52 @@ class WidthShrinkingModifier(Modifier):
         require_session_order(self)
         selection, model = selection_for(state), state.model
         with on_main_device(model), selection.timed("width ranking"):
-            if isinstance(self.anchor_layers, int) and self.anchor_layers:
-                self.anchor_layers = most_sensitive_layers(
-                    model, selection.adapter, objective_named("loss"), selection.batches, self.anchor_layers
-                )
-            selection.width = self._ranked(model, selection)
-            selection.width_repair = self.repair
+            selection.kept = self._kept(model, selection)
+            found = kept_ranking(selection.kept, partial(self._ranked, model, selection))
+        self._take(found, selection)
         if self.allocation != "measured":  # which tells what it measured
-            _tell(selection.width)
+            _tell(found.width)
         return True
 
-    def _ranked(self, model: PreTrainedModel, selection: Selection) -> WidthStrategy:
+    def _kept(self, model: PreTrainedModel, selection: Selection) -> KeptSteps:
+        """Return what keeps the steps of the selection, by the fields as the recipe has them."""
+        if self.resume_dir is None:
+            return NOWHERE
+        fields = {name: getattr(self, name) for name in RANKED_BY}
+        identity = {
+            "model": model_identity(model, selection.adapter),
+            "dtype": str(model.dtype),
+            "data": shard(selection.batches)[1],
+            **{name: each if isinstance(each, str) else json.dumps(each, sort_keys=True)
+               for name, each in fields.items()},
+        }  # fmt: skip
+        kept = KeptSteps(Path(self.resume_dir), identity)
+        if not self.totals or selection.depth is None:
+            return kept
+        return kept.also(depth=depth_digest(selection.depth), depth_repair=str(selection.depth_repair))
+
+    def _take(self, found: Ranking, selection: Selection) -> None:
+        """Hand a ranking on; the recipe saved beside a checkpoint names what was found."""
+        selection.width, selection.totals = found.width, found.totals
+        self.repair = selection.width_repair = found.repair
+        if self.anchor_layers:
+            self.anchor_layers = list(found.anchors)
+        if self.allocation == "measured":
+            self.widths = [str(share) for share in found.width.units]
+        if found.totals:
+            totals = {str(total): str(shape) for total, shape in found.totals.items()}
+            selection.provenance["totals"] = totals
+
+    def _ranked(self, model: PreTrainedModel, selection: Selection) -> Ranking:
         adapter, batches = selection.adapter, selection.batches
         if self.allocation == "measured" and is_offloaded(model):
             raise ArchitectureError(
                 "allocation: measured tries sizes on the model, and accelerate offloads its weights; set allocation: "
                 "uniform or global, or load the model where memory holds it whole"
+            )
+        if isinstance(self.anchor_layers, int) and self.anchor_layers:
+            self.anchor_layers = most_sensitive_layers(
+                model, adapter, objective_named("loss"), batches, self.anchor_layers
             )
         with ChannelMoments.of(MOMENTS_GIB * GIB) as moments:
             runs = self._runs(model, adapter, batches)
@@ -192,15 +237,10 @@ class WidthShrinkingModifier(Modifier):
                 collect_moments(runs, moments)
             task = self._task(model, adapter, batches, moments)
             if self.allocation != "measured":
-                return rank_widths(task)
+                return Ranking(rank_widths(task), {}, tuple(task.anchors), self.repair)
             trials = None if runs is None else self._trials(runs, moments, selection)
             found, shapes = measured_widths(task, objective_named("loss"), batches, trials=trials)
-            selection.totals = shapes
-            selection.provenance |= (
-                {"totals": {str(total): str(shape) for total, shape in shapes.items()}} if shapes else {}
-            )
-            self.widths = [str(share) for share in found.units]  # the recipe saved beside a checkpoint names them
-            return found
+            return Ranking(found, shapes, tuple(task.anchors), self.repair)
 
     def _trials(self, runs: LayerRuns, moments: ChannelMoments, selection: Selection) -> Trials:
         """Return what tries sizes, repaired; for totals at all depths, judged on rows that repair no trial."""

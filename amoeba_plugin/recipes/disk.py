@@ -25,6 +25,7 @@ from amoeba_plugin.runtime.free_space import in_bytes
 TEXTS = 200_000  # bytes of configuration, cards and the like in a directory
 TOKEN = 100  # bytes of a tokenizer's files for each of its tokens, at most
 CHECKPOINTS = 3  # of a training that are there while the last of them is written; two stay
+KEPT = "the selection's steps"  # what is written of it for a killed run to go on from
 OPTIMIZED = 3  # numbers in a checkpoint for every one that is trained: itself, and AdamW's two
 
 
@@ -128,6 +129,8 @@ def recipe_disk(
     states = search_states(weights, samples, length, sizes.computed).values()
     phases = [] if subject is None else [_profile(weights, subject, points)]
     phases.append(Phase(temporary=sum(max(0, size - limit) for size, limit in states)))
+    if weights.plan.width is not None and weights.plan.width.resume_dir is not None:
+        phases.append(Phase({KEPT: _strategy(weights, sizes) + TEXTS}))
     if training is not None:
         phases += _training(weights, training, sizes)
     if extraction is not None:
@@ -174,6 +177,10 @@ def _profile(weights: Weights, subject: Subject, points: Sequence[Point]) -> Pha
     return Phase({"the profile": TEXTS}, temporary=needed)
 
 
+def _strategy(weights: Weights, sizes: NumberSizes) -> int:
+    return weights.repaired * sizes.computed + weights.order_bytes + TEXTS
+
+
 def around(weights: Weights) -> int:
     """Return the bytes of what is beside the weights of a checkpoint."""
     vocabulary: int = weights.config.vocab_size
@@ -191,8 +198,7 @@ def _training(weights: Weights, training: OneForAllDistillationModifier, sizes: 
         yield Phase({"the training's checkpoints": stay}, meanwhile=min(saves, CHECKPOINTS) * each - stay)
     if training.elastic_dir is None:
         return
-    strategy = weights.repaired * sizes.computed + weights.order_bytes + TEXTS
-    elastic = {"the strategy with repaired weights": strategy}
+    elastic = {"the strategy with repaired weights": _strategy(weights, sizes)}
     if trained and training.adapter == "none":
         elastic["the trained base"] = trained * sizes.stored + around(weights)
     elif trained:

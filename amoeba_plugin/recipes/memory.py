@@ -81,7 +81,8 @@ def memory_need(weights: Weights, samples: int, length: int, itemsize: int, subn
         moments = 8 * weights.moments if plan.width.repair != NO_REPAIR else 0
         stages["the width ranking"] = min(moments, round(MOMENTS_GIB * GIB)) + matrices + 2 * state + trials
     if repaired:
-        stages["the repair"] = repaired + matrices + 2 * state
+        kept = plan.width is not None and plan.width.resume_dir is not None
+        stages["the repair"] = (SERIALIZED if kept else 1) * repaired + matrices + 2 * state
     if plan.training is not None and plan.training.max_steps:
         stages["the training"] = TRAINER + repaired + _training(weights, plan.training, length, itemsize)
     if plan.training is not None and plan.training.elastic_dir is not None:

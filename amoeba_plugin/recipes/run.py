@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 NAMED = {  # what a recipe writes beside its checkpoint, by field
     "elastic_dir": "all shapes are in {0}; to cut another one: amoeba extract {0} --shape SHAPE -o DIRECTORY",
     "checkpoint_dir": "the training's own checkpoints are in {0}; they can be deleted",
-    "resume_dir": "the scores of the depth search are in {0}; the next search on the same model and data uses them",
+    "resume_dir": "what the selection found is in {0}; the same selection goes on from it, and else it can be deleted",
 }
 
 
@@ -61,9 +61,8 @@ class RunResult:
             told = [f"the result of this very run is in {self.directory} already; nothing was computed"]
         if self.plan.extraction is not None:
             told += how_to_load(self.directory, self.plan.extraction.portable)
-        for _, field, directory in self.plan.named_directories:
-            told.append(NAMED[field].format(directory))
-        return told
+        named = [NAMED[field].format(directory) for _, field, directory in self.plan.named_directories]
+        return [*told, *dict.fromkeys(named)]  # two modifiers may share a directory
 
 
 def run_recipe(

@@ -19,7 +19,7 @@ RECIPE = """
 select_stage:
   a_modifiers:
     DepthShrinkingModifier: {min_depth: 2, resume_dir: WORK/scores}
-    WidthShrinkingModifier: {widths: ["1", "1/2"]}
+    WidthShrinkingModifier: {widths: ["1", "1/2"], resume_dir: WORK/steps}
 finetune_stage:
   b_modifiers:
     OneForAllDistillationModifier:
@@ -33,7 +33,7 @@ quantize_stage:
     QuantizationModifier: {targets: [Linear], scheme: W8A8, ignore: [lm_head]}
 """
 RESULTS = ("out/model.safetensors", "elastic/adapter/adapter_model.safetensors", "elastic/strategy.json")
-LEFT = {"recipe.yaml", "scores", "checkpoints", "elastic", "out"}
+LEFT = {"recipe.yaml", "scores", "steps", "checkpoints", "elastic", "out"}
 
 
 @pytest.fixture
@@ -69,7 +69,8 @@ def test_a_run_killed_between_two_files_ends_as_one_that_was_not(base: Path, tmp
     changes = start(workplace(tmp_path / "whole"), base)
     expected = results(tmp_path / "whole")
     assert changes > 50
-    for number in (changes // 2, changes - 30, changes - 3):  # while it trains, in the elastic checkpoint, at the end
+    # while it selects, while it trains, in the elastic checkpoint, at the end
+    for number in (2 * changes // 5, 3 * changes // 5, changes - 30, changes - 3):
         require_recovers(base, tmp_path / str(number), expected, before=number)
 
 

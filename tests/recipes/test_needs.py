@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
 from amoeba_plugin.elastic.strategy import SubnetStrategy
+from amoeba_plugin.fit.needs import bytes_in
 from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.recipes.disk import TEXTS, DiskNeed, NumberSizes, Phase, recipe_disk
 from amoeba_plugin.recipes.inputs import RunOptions
@@ -92,7 +93,10 @@ def test_a_run_takes_no_more_than_it_was_told(tmp_path: Path) -> None:
     elastic = tmp_path / "elastic"
     given = '{min_depth: 2, kept_layers: {"3": [0, 2, 3], "2": [0, 2]}}'  # one removed layer, and two that are apart
     recipe = GOOD.partition("quantize_stage")[0].replace("max_steps: 2", f"max_steps: 2, elastic_dir: {elastic}")
-    recipe = recipe.replace("{min_depth: 2}", given).replace('"3/4"]}', '"3/4"], allocation: uniform}')
+    recipe = recipe.replace("{min_depth: 2}", given).replace(
+        '"3/4"]}', '"3/4"], allocation: uniform, resume_dir: STEPS}'
+    )
+    recipe = recipe.replace("STEPS", str(tmp_path / "steps"))
     (tmp_path / "recipe.yaml").write_text(recipe)
     rows = [{"text": " ".join(f"w{(3 * row + 7 * place) % 97}" for place in range(24))} for row in range(12)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -106,6 +110,8 @@ def test_a_run_takes_no_more_than_it_was_told(tmp_path: Path) -> None:
     assert adapter <= told["the adapter"] <= adapter + TEXTS
     tensors = elastic / "strategy.safetensors"
     assert tensors.stat().st_size <= told["the strategy with repaired weights"]
+    steps = bytes_in(tmp_path / "steps")
+    assert tensors.stat().st_size <= steps <= told["the selection's steps"]
 
 
 def test_check_tells_both(tmp_path: Path) -> None:

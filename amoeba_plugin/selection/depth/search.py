@@ -10,13 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.strategy import DepthStrategy
 from amoeba_plugin.errors import DataError
-from amoeba_plugin.models.adapter import ArchitectureAdapter
-from amoeba_plugin.models.fingerprint import PACKED, model_fingerprint
+from amoeba_plugin.models.fingerprint import model_identity
 from amoeba_plugin.models.kept import Kept, kept_without, removed_names
 from amoeba_plugin.runtime.module_calls import evaluating
 from amoeba_plugin.runtime.ownership import owning
@@ -162,7 +159,7 @@ def _table(task: DepthTask, measure: Callable[[Sequence[Removed]], Sequence[Scor
         data: Digest of the calibration data.
     """
     identity = {
-        "model": _model_identity(task.model, task.adapter),
+        "model": model_identity(task.model, task.adapter),
         "dtype": str(task.model.dtype),
         "data": data,
         "objective": _objective_identity(task.objective),
@@ -191,16 +188,6 @@ def _strategy(task: DepthTask, name: str, table: Table, report: Mapping[str, Any
         if gone:
             lost[depth] = gone
     return DepthStrategy(kept, task.objective.name, metric, report, lost, name)
-
-
-def _model_identity(model: PreTrainedModel, adapter: ArchitectureAdapter) -> str:
-    """Return what tells a model from others of other scores: its weights; if they are packed, also how."""
-    weights, _, frame = model_fingerprint(model, adapter).partition(".")
-    if weights != PACKED:
-        return weights
-    method = getattr(model.config, "quantization_config", None)
-    stated = method if isinstance(method, dict) or method is None else method.to_dict()
-    return f"{json.dumps(stated, default=repr, sort_keys=True)} {frame}"
 
 
 def _objective_identity(objective: Objective) -> str:

@@ -22,9 +22,11 @@ from amoeba_plugin.models.packed_linear import is_packed
 from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import rank, sum_over_ranks
 from amoeba_plugin.selection.depth.lockstep import Lockstep
+from amoeba_plugin.selection.kept_steps import NOWHERE, KeptSteps
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.repair.least_squares import factorised
 from amoeba_plugin.selection.repair.moments import gram_of
+from amoeba_plugin.shape import half_steps
 
 RIDGE = 0.1  # relative to the mean of the weighted moments' diagonal
 SHORTEST = 1e-3  # length of a state, from which on it counts as that long
@@ -84,7 +86,7 @@ def removed_runs(kept: tuple[int, ...], layers: int) -> dict[int, range]:
     return {run[0] - 1: range(run[0], run[-1] + 1) for run in runs if run[0] > 0}
 
 
-def fold_depths(runs: LayerRuns, depth: DepthStrategy, progress: bool = True) -> Folds:
+def fold_depths(runs: LayerRuns, depth: DepthStrategy, progress: bool = True, kept: KeptSteps = NOWHERE) -> Folds:
     """Return, for every depth, the weights of the MLPs that stand in front of removed layers.
 
     From below upwards, each with the network below already repaired. Depths that lose sublayers, and models whose MLP
@@ -94,6 +96,7 @@ def fold_depths(runs: LayerRuns, depth: DepthStrategy, progress: bool = True) ->
         runs: Of the whole model, channels in their own order; it is left as it was.
         depth: Which layers every depth keeps.
         progress: Show a progress bar.
+        kept: Holds depths that are done.
     """
     group, layers = foldable(runs), len(runs.adapter.layers(runs.model))
     shorter = [each for each in depth.kept if each != layers and each not in depth.lost]
@@ -105,8 +108,13 @@ def fold_depths(runs: LayerRuns, depth: DepthStrategy, progress: bool = True) ->
         total=layers * len(shorter), desc="depth repair", unit="layer", disable=not progress or rank() != 0,
         shorter=f"{LESS_DATA}, or repair: none",
     )  # fmt: skip
+    folds: dict[float, Mapping[str, Tensor]] = {}
     with bar:
-        return {each: _folded(runs, group, depth.kept[each], share, bar.update) for each in shorter}
+        for number, each in enumerate(shorter, 1):
+            fold = partial(_folded, runs, group, depth.kept[each], share, bar.update)
+            folds[each] = kept.tensors(f"folds_{half_steps(each)}", fold)
+            bar.update(layers * number - bar.n)
+    return folds
 
 
 def foldable(runs: LayerRuns) -> ChannelGroup | None:
@@ -135,7 +143,7 @@ def _folded(
                     lockstep.run_layer(removed)
                 change = fitted(lockstep, group, index, [after])[0] / share
                 with _changed(group.consumer.weight(lockstep.layers[index]), change) as weight:
-                    folds[group_key(index, group)] = weight.to("cpu", copy=True)
+                    folds[group_key(index, group)] = weight.to("cpu", copy=True).contiguous()
                     lockstep.run_layer(index)
                 lockstep.skip(index + 1, after)
             lockstep.forget(range(index, after))

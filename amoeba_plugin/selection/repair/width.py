@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -19,6 +20,7 @@ from amoeba_plugin.models.adapter import ChannelGroup, group_key
 from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.selection.in_order import in_order
+from amoeba_plugin.selection.kept_steps import NOWHERE, KeptSteps
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.repair.depth import Folds
 from amoeba_plugin.selection.repair.least_squares import best_ridge, repaired_prefixes
@@ -103,6 +105,7 @@ def repair_shapes(
     repair: Repair | None,
     folds: Folds = MappingProxyType({}),
     progress: bool = True,
+    kept: KeptSteps = NOWHERE,
 ) -> Repairs:
     """Return the repaired weights of all widths and depths.
 
@@ -116,6 +119,7 @@ def repair_shapes(
         repair: What computes the weights of widths; ``None``: they are as they are cut.
         folds: Weights of layers in front of removed ones, from ``fold_depths``.
         progress: Show a progress bar.
+        kept: Holds widths that are done.
     """
     groups, layers = runs.adapter.channel_groups(runs.model.config), len(runs.adapter.layers(runs.model))
     keyed = {group_key(index, group): group for index in range(layers) for group in groups}
@@ -123,53 +127,62 @@ def repair_shapes(
         depth: {key: each[:, _channels(keyed[key], width.order.get(key))] for key, each in held.items()}
         for depth, held in folds.items()
     }
-    weights: dict[Place, dict[str, Tensor]] = {(depth, Fraction(1)): held for depth, held in ordered.items()}
+    weights: dict[Place, Mapping[str, Tensor]] = {(depth, Fraction(1)): held for depth, held in ordered.items()}
     narrow = [share for share in sorted(width.units, reverse=True) if share != 1]
     if repair is None:
         for depth, share in itertools.product(ordered, narrow):
             sizes = {key: width.units[share][key] * keyed[key].consumer.channels_per_unit for key in ordered[depth]}
             weights[depth, share] = {key: ordered[depth][key][:, :size] for key, size in sizes.items()}
     elif narrow:
-        weights |= _repaired_widths(runs, width, repair, ordered, progress)
+        weights |= _repaired_widths(runs, width, repair, ordered, progress, kept)
     method = FOLDED if repair is None else repair.name
     return Repairs({place: held for place, held in weights.items() if held}, method)
 
 
 def _repaired_widths(
-    runs: LayerRuns, width: WidthStrategy, repair: Repair, folds: Folds, progress: bool
-) -> dict[Place, dict[str, Tensor]]:
+    runs: LayerRuns, width: WidthStrategy, repair: Repair, folds: Folds, progress: bool, kept: KeptSteps
+) -> dict[Place, Mapping[str, Tensor]]:
     """Return weights by width; and by depth and width those of ``folds``, whose columns are in order."""
-    weights: dict[Place, dict[str, Tensor]] = {}
+    weights: dict[Place, Mapping[str, Tensor]] = {}
     groups, layers = runs.adapter.channel_groups(runs.model.config), len(runs.adapter.layers(runs.model))
     narrow = [share for share in sorted(width.units, reverse=True) if share != 1]
     silent, held_out = not progress or rank() != 0, held_out_rows(runs.batches)
     shorter = f"{LESS_DATA}, or repair: none"
     bar = StageBar(total=layers * len(narrow), desc="repair", unit="layer", disable=silent, shorter=shorter)
     with bar, in_order(runs.model, runs.adapter, width) as elastic:
-        for share in narrow:
-            held = weights[None, share] = {}
+
+        def narrowed(share: Fraction) -> dict[str, Tensor]:
+            found: dict[Place, dict[str, Tensor]] = {(None, share): {}}
+            held = found[None, share]
             for index, layer, run in runs.layers():
                 here = {group_key(index, group): group for group in groups}
                 with watched(layer, here, runs.batches, held_out) as (moments, begin):
                     run(begin)
                 for key, group in here.items():
                     units, seen = width.units[share][key], moments[key].over_ranks()
-                    kept = units * group.consumer.channels_per_unit
+                    columns = units * group.consumer.channels_per_unit
                     if units < group.units:
-                        held[key] = _repaired(consumer_weight(layer, group), seen, kept, repair)
+                        held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair)
                     for depth in (depth for depth, fold in folds.items() if key in fold):
-                        own = weights.setdefault((depth, share), {})
-                        own[key] = _repaired(folds[depth][key], seen, kept, repair)
+                        own = found.setdefault((depth, share), {})
+                        own[key] = _repaired(folds[depth][key], seen, columns, repair)
                 elastic.set_layer_units(index, {key: width.units[share][key] for key in here}, held)
                 run()
                 bar.update()
             elastic.set_shape(elastic.space.largest)
+            return Repairs(found).tensors()
+
+        for number, share in enumerate(narrow, 1):
+            held = kept.tensors(f"width_{share.numerator}-{share.denominator}", partial(narrowed, share))
+            weights |= Repairs.stored(held, repair.name).weights
+            bar.update(layers * number - bar.n)
     return weights
 
 
 def _repaired(weight: Tensor, moments: Moments, kept: int, repair: Repair) -> Tensor:
     whole = kept == weight.shape[1]
-    return (weight if whole else repair.columns(weight, moments, [kept])[kept]).to("cpu", weight.dtype, copy=True)
+    found = weight if whole else repair.columns(weight, moments, [kept])[kept]
+    return found.to("cpu", weight.dtype, copy=True).contiguous()
 
 
 def _channels(group: ChannelGroup, order: Tensor | None) -> Tensor:
