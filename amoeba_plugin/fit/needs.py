@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.subjects import Subject
-from amoeba_plugin.recipes.disk import TEXTS, DiskNeed, Phase, around, exact, exported
+from amoeba_plugin.recipes.disk import KEPT, TEXTS, DiskNeed, Phase, around, exact, exported
 from amoeba_plugin.recipes.model_plan import ModelPlan
 from amoeba_plugin.recipes.needs import Needs, recipe_needs
 from amoeba_plugin.recipes.plan import RecipePlan
@@ -38,7 +38,7 @@ def fit_needs(
     needs = recipe_needs(plan, model_plan, *rows, subject, possible)
     assert needs is not None  # the recipe of a fit selects and cuts
     texts = Phase({"the text": COPIES * text + TEXTS})
-    disk = DiskNeed([texts, *needs.disk.phases, _deployment(needs, budget)])
+    disk = DiskNeed([texts, *_without_steps(needs.disk), _deployment(needs, budget)])
     # a profile's models are random, of single precision, and there before the model itself is
     stages = {**needs.memory.stages, "the profile": max(0, 4 * needs.weights.whole - needs.memory.model)}
     return replace(needs, disk=disk, memory=replace(needs.memory, stages=stages))
@@ -62,6 +62,14 @@ def bytes_in(path: Path) -> int:
     """Return the bytes of a file, or of all files of a directory; 0 where there is neither."""
     files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
     return sum(each.lstat().st_size for each in files if each.is_file())
+
+
+def _without_steps(disk: DiskNeed) -> Iterator[Phase]:
+    """Yield the phases of a recipe behind which the steps of its selection are deleted."""
+    kept = disk.written.get(KEPT, 0)
+    for phase in disk.phases:
+        written = {name: count for name, count in phase.written.items() if name != KEPT}
+        yield replace(phase, written=written, meanwhile=phase.meanwhile + kept)
 
 
 def _deployment(needs: Needs, budget: Budget) -> Phase:

@@ -1,12 +1,13 @@
 """``amoeba fit``: profile, write the recipe, run it, deploy what it chose, and say how good that is.
 
 Every step leaves a result that is whole or not there, so that a run which was killed goes on by being started again;
-a profile and a training go on from what they had, a selection begins anew.
+a profile, a selection and a training go on from what they had.
 """
 
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class _Fit:
         self.stages = Stages()
         self.elastic, self.frontier = output / "elastic", output / "frontier.json"
         self.profile, self.deployed = output / "profile.json", output / "deployed"
+        self.selection = output / "selection"
         self.possible: list[SubnetShape] = []  # shapes that may keep the budget, once that is known
 
     def require_room(self) -> None:
@@ -138,6 +140,7 @@ class _Fit:
             f"{train}.elastic_dir": str(self.elastic), f"{train}.num_samples": TRAINED_ON,
             f"{extract}.profile": str(self.profile), f"{extract}.dataset": str(data[JUDGE]),
             f"{extract}.frontier": str(self.frontier),
+            **{f"{each}ShrinkingModifier.resume_dir": str(self.selection) for each in ("Depth", "Width")},
         }  # fmt: skip
         if self.options.steps == 0:
             return values | {f"{train}.max_steps": 0}
@@ -153,6 +156,7 @@ class _Fit:
         )  # fmt: skip
         with self.stages.timed("recipe"):
             run_recipe(str(recipe), self.model, str(self.output / "data" / TRAIN), self.output / "subnet", options)
+        shutil.rmtree(self.selection, ignore_errors=True)  # what a killed run goes on from; the checkpoints hold it now
 
     def deploy(self) -> Deployment:
         """Deploy the best choice that its engine holds."""

@@ -32,6 +32,7 @@ from amoeba_plugin.fit.data import part_text
 from amoeba_plugin.fit.needs import bytes_in
 from amoeba_plugin.fit.result import FitOptions
 from amoeba_plugin.fit.run import fit_model, plan_fit
+from amoeba_plugin.selection import kept_steps
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import random_model
 
@@ -164,6 +165,35 @@ def test_a_fit_that_was_stopped_goes_on(place: Path, stopped: Path, monkeypatch:
     assert not (stopped / "elastic" / "adapter").exists()  # nothing was trained
 
 
+def test_a_fit_that_was_stopped_in_its_selection_goes_on_there(
+    place: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class StoppedError(Exception):
+        pass
+
+    def stop(path: Path, data: bytes):
+        write(path, data)
+        if path.name == "width_7-8.json":
+            raise StoppedError
+
+    output, write = tmp_path / "out", kept_steps.write_atomically
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_steps, "write_atomically", stop)
+        with pytest.raises(StoppedError):
+            fit(place, output)
+    kept = {each.name for each in (output / "selection").iterdir()}
+    assert {"depth_search.json", "ranking.json", "folds_3.json", "width_7-8.json"} <= kept
+    assert "width_3-4.json" not in kept
+    with monkeypatch.context() as patch:
+        patch.setattr("amoeba_plugin.modifiers.width.collect_moments", None)  # was done
+        patch.setattr("amoeba_plugin.selection.repair.depth.run_watched", None)
+        fit(place, output)
+    again, first = (next((each / "elastic").glob("*.safetensors")).read_bytes() for each in (output, stopped))
+    assert again == first
+    assert not (output / "selection").exists()
+    assert not (stopped / "selection").exists()
+
+
 def test_where_an_engine_refuses_the_best_the_next_one_is_taken(
     place: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -255,6 +285,7 @@ def test_a_dry_run_tells_memory_and_disk(place: Path, fitted: Path, tmp_path: Pa
     }.items():  # fmt: skip
         adapter = told["the adapter"] if name.startswith("the strategy") else 0
         assert sum(bytes_in(fitted / each) for each in directories) <= told[name] + adapter
+    assert "the selection's steps" not in told  # which are gone behind the recipe
     assert planned.needs.disk.temporary >= bytes_in(fitted / "subnet")  # it is cut again, to be deployed
     assert any(line.startswith("memory: about") for line in planned.told)
     assert any(line.startswith("disk: at most") for line in planned.told)
