@@ -13,6 +13,8 @@
     ├── TrainingError      training that cannot go on: a loss that is not finite, no target token
     ├── DeploymentError    an engine that is missing, cannot hold a subnet, fails, crashes or does not answer
     ├── BudgetError        a budget that is none, contradicts itself, or that no shape keeps
+    ├── SloError           a request's targets for time that are none, contradict each other, or that no shape keeps
+    ├── ServiceError       a service that takes no more requests: it is closing, or too many wait
     └── PluginError        a name that nobody registered, or that two plugins registered
 
 Every message says what was asked, what is possible, and what to do.
@@ -95,6 +97,14 @@ class DeploymentError(AmoebaError, RuntimeError):
 
 class BudgetError(AmoebaError, ValueError):
     """A budget without units, that contradicts itself, or that no shape of a space keeps."""
+
+
+class SloError(AmoebaError, ValueError):
+    """A request's targets for time that cannot be parsed, or that no shape keeps."""
+
+
+class ServiceError(AmoebaError, RuntimeError):
+    """A service that takes no more requests."""
 
 
 class PluginError(AmoebaError, LookupError):

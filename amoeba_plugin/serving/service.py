@@ -1,0 +1,229 @@
+"""The elastic service: one worker, many requests, each at the shape that its targets allow."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from amoeba_plugin.errors import DataError, ServiceError, SloError
+from amoeba_plugin.serving.answer import Answer, End, Piece, Request
+from amoeba_plugin.serving.backend import Backend
+from amoeba_plugin.serving.deciders import Decider, best_of, decided
+from amoeba_plugin.serving.feasible import Asked, Decision, Feasible, LatencyOf, Prompt, feasible
+from amoeba_plugin.serving.sampling import Sampler
+from amoeba_plugin.serving.schedule import Job, admits, most_urgent, promises
+from amoeba_plugin.serving.slo import Latency, Limits
+
+logger = logging.getLogger(__name__)
+MOST_WAITING = 64  # requests that were taken and are not done
+
+
+@dataclass
+class Running:
+    """A request that was taken."""
+
+    job: Job
+    request: Request
+    decision: Decision
+    answer: Answer
+    sampler: Sampler
+    cache: Any = None
+    last: int = 0  # token that was drawn
+    at: float = 0.0  # when
+    cancelled: bool = False
+
+    @property
+    def measured(self) -> Latency | None:
+        """Of the tokens that are there; ``None``: none is."""
+        job = self.job
+        if job.first is None:
+            return None
+        return Latency(job.first - job.came, (self.at - job.first) / (job.done - 1) if job.done > 1 else 0.0)
+
+
+class ElasticService:
+    """Answers requests on one model, a step at a time; its worker is a thread.
+
+    What cannot keep its targets, behind what was taken before it, is refused at once, with the reason. Use it as a
+    context manager, or close it.
+
+    Args:
+        backend: Computes.
+        latency_of: Returns what a shape takes on so many tokens.
+        decider: Chooses among what is feasible.
+        most_waiting: Requests that may be taken and not done.
+        clock: In seconds.
+    """
+
+    def __init__(
+        self, backend: Backend, latency_of: LatencyOf, decider: Decider = lambda found: None,
+        most_waiting: int = MOST_WAITING, clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self._backend, self._latency_of, self._decider, self._clock = backend, latency_of, decider, clock
+        self._most, self._numbers = most_waiting, itertools.count()
+        self._running: dict[int, Running] = {}
+        self._step: tuple[int, float] | None = None  # whose step is computed, and when it will be done
+        self._wake, self._closing = threading.Condition(), False
+        self._worker = threading.Thread(target=self._work, name="elastic service", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> ElasticService:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, request: Request) -> Answer:
+        """Take a request.
+
+        Raises:
+            DataError: If it has no tokens, or wants none.
+            ServiceError: If the service is closed, or too many requests wait.
+            SloError: If its targets cannot be kept, and it does not allow to be answered below them.
+        """
+        if not request.tokens or request.most < 1:
+            raise DataError("a request has a token of prompt at least, and asks for one at least")
+        with self._wake:
+            self._require_room()
+            now = self._clock()
+            decision, job, in_time = self._taken(request, now)
+            promised = promises([*self._jobs(), job], self._begins(now))[job.number]
+            answer = Answer(decision, promised.latency, in_time, lambda: self._cancel(job.number))
+            running = Running(job, request, decision, answer, Sampler(request.sampling))
+            self._running[job.number] = running
+            self._wake.notify_all()
+        return answer
+
+    def close(self, finish: bool = True) -> None:
+        """End the service.
+
+        Args:
+            finish: Answer what was taken first; else it is cancelled.
+        """
+        with self._wake:
+            self._closing = True
+            for running in self._running.values():
+                running.cancelled |= not finish
+            self._wake.notify_all()
+        self._worker.join()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were taken and are not done."""
+        return len(self._running)
+
+    def _require_room(self) -> None:
+        if self._closing:
+            raise ServiceError("the service is closing, and takes no more requests")
+        if len(self._running) >= self._most:
+            raise ServiceError(f"{self._most} requests are waiting, as many as may; ask again later")
+
+    def _taken(self, request: Request, now: float) -> tuple[Decision, Job, bool]:
+        """Return what a request gets, its job, and whether its targets will be kept."""
+        found = feasible(
+            self._backend.space, self._latency_of, Asked(Prompt(len(request.tokens)), request.most, request.slo)
+        )
+        number = next(self._numbers)
+
+        def job_of(decision: Decision, limits: Limits) -> Job:
+            return Job(number, now, limits, found.latencies[decision], request.most)
+
+        try:
+            first = decided(self._decider, found)
+            for decision in (first, *_lighter(found, first)):
+                job = job_of(decision, found.limits)
+                if admits(self._jobs(), job, self._begins(now)):
+                    return decision, job, True
+            raise SloError(
+                f"{len(self._running)} requests were taken before, and behind them no shape keeps its targets "
+                f"({request.slo}); ask again later, or for more time"
+            )
+        except SloError:
+            if not request.best_effort:
+                raise
+        lightest = min(found.latencies, key=lambda each: found.latencies[each].total(request.most))
+        return lightest, job_of(lightest, Limits()), False
+
+    def _jobs(self) -> list[Job]:
+        """Return what is left to do behind the step that is computed now."""
+        jobs = []
+        for running in self._running.values():
+            job = running.job
+            if self._step is not None and self._step[0] == job.number:
+                job = job.stepped(self._step[1])
+            jobs += [job] if job.left and not running.cancelled else []
+        return jobs
+
+    def _begins(self, now: float) -> float:
+        return now if self._step is None else max(now, self._step[1])
+
+    def _cancel(self, number: int) -> None:
+        with self._wake:
+            if number in self._running:
+                self._running[number].cancelled = True
+                self._wake.notify_all()
+
+    def _work(self) -> None:
+        while (running := self._next()) is not None:
+            try:
+                piece = self._compute(running)
+            except Exception as error:  # whatever a model raises ends this answer, and no other
+                logger.exception("a request failed")
+                self._end(running, "failed", f"{type(error).__name__}: {error}")
+                continue
+            self._record(running, piece)
+
+    def _next(self) -> Running | None:
+        """Return whose step is next, once there is one; ``None``: the service is over."""
+        with self._wake:
+            while True:
+                for running in [each for each in self._running.values() if each.cancelled]:
+                    self._end(running, "cancelled")
+                if self._running:
+                    job = most_urgent([each.job for each in self._running.values()])
+                    self._step = job.number, self._clock() + job.next_takes
+                    return self._running[job.number]
+                if self._closing:
+                    return None
+                self._wake.wait()
+
+    def _compute(self, running: Running) -> Piece:
+        shape = running.decision.shape
+        if running.job.done:
+            logits = self._backend.step(shape, running.cache, running.last)
+        else:
+            running.cache, logits = self._backend.prefill(shape, running.request.tokens)
+        return Piece(*running.sampler.draw(logits))
+
+    def _record(self, running: Running, piece: Piece) -> None:
+        with self._wake:
+            self._step, running.at, running.last = None, self._clock(), piece.token
+            running.job = running.job.stepped(running.at)
+            ends = piece.token in running.request.ends
+            if not ends:
+                running.answer.put(piece)
+            if ends or not running.job.left:
+                self._end(running, "stop" if ends else "length")
+
+    def _end(self, running: Running, end: End, error: str = "") -> None:
+        with self._wake:
+            self._step, running.cache = None, None
+            del self._running[running.job.number]
+            running.answer.close(end, running.measured, error)
+
+
+def _lighter(found: Feasible, first: Decision) -> Iterator[Decision]:
+    """Yield the feasible decisions that take less than one, the best first."""
+    took, left = found.latencies[first], dict(found.latencies)
+    while left:
+        best = best_of(Feasible(found.whole, found.limits, left, found.answer))
+        if best is None:
+            return
+        latency = left.pop(best)
+        if best != first and latency.total(found.answer) < took.total(found.answer):
+            yield best

@@ -1,0 +1,222 @@
+"""The service against every shape's own checkpoint alone, and, on a clock that its steps advance, against its word."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from amoeba_plugin.errors import DataError, ServiceError, SloError
+from amoeba_plugin.extraction.cut import extract
+from amoeba_plugin.serving.answer import Request
+from amoeba_plugin.serving.backend import TorchBackend
+from amoeba_plugin.serving.feasible import Decision, Feasible
+from amoeba_plugin.serving.sampling import Sampler, Sampling
+from amoeba_plugin.serving.service import ElasticService
+from amoeba_plugin.serving.slo import Latency, Slo, Target
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.testing.random_models import attach_random_smol
+from support.models import make_tiny_model, random_elastic
+
+SPACE = ShapeSpace((4, 2), (Fraction(1), Fraction(1, 2)))
+SIZES = {str(shape): shape.depth * float(shape.width) for shape in SPACE}
+
+
+def latency_of(shape: SubnetShape, tokens: int) -> Latency:
+    return Latency(tokens * SIZES.get(str(shape), 1.0), SIZES.get(str(shape), 1.0))
+
+
+@dataclass
+class Clocked:
+    """A backend whose steps take exactly what was predicted, on a clock of its own; it waits for its gate."""
+
+    now: float = 0.0
+    gate: threading.Event = field(default_factory=threading.Event)
+    space: ShapeSpace = SPACE
+    fails: tuple[int, ...] = ()
+
+    def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
+        assert self.gate.wait(60)
+        if tokens[0] in self.fails:
+            raise RuntimeError("out of memory")
+        self.now += latency_of(shape, len(tokens)).ttft
+        return [*tokens], self._logits(tokens[0])
+
+    def step(self, shape: SubnetShape, cache: Any, token: int) -> Tensor:
+        self.now += latency_of(shape, 0).tpot
+        cache.append(token)
+        return self._logits(len(cache))
+
+    def _logits(self, token: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(token % 50), 50).float()
+
+
+def service_of(backend: Clocked, **options: Any) -> ElasticService:
+    return ElasticService(backend, latency_of, clock=lambda: backend.now, **options)
+
+
+def alone(subnet: PreTrainedModel, prompt: Sequence[int], count: int) -> list[tuple[int, float]]:
+    """Return greedy tokens and their log-probabilities by the whole sequence anew for each, without a cache."""
+    tokens, found = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            row = subnet(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(row.argmax()))
+            found.append((tokens[-1], float(row.max())))
+    return found
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_answers_computed_step_by_step_between_others_are_those_of_each_subnet_alone(adapted: bool):
+    live = random_elastic(make_tiny_model("llama"))
+    if adapted:
+        attach_random_smol(live)
+    shapes = itertools.cycle(["4x1", "3x1/2", "2x3/4", "4x1/2"])
+    taken = [next(shapes) for _ in range(8)]
+    subnets = {shape: extract(live, shape) for shape in set(taken)}
+    prompts = [[5 + number, 9, 31, 2, 77][: 2 + number % 4] for number in range(8)]
+    order = iter(taken)
+    decider: Callable[[Feasible], Decision] = lambda found: Decision(SubnetShape.parse(next(order)))  # noqa: E731
+    with ElasticService(TorchBackend(live), lambda shape, tokens: Latency(1e-3, 1e-3), decider) as service:
+        answers = [service.ask(Request(prompt, most=6)) for prompt in prompts]
+        pieces = [list(answer) for answer in answers]
+    for answer, shape, prompt, found in zip(answers, taken, prompts, pieces, strict=True):
+        assert str(answer.decision.shape) == shape
+        expected = alone(subnets[shape], prompt, 6)
+        assert [piece.token for piece in found] == [token for token, _ in expected]
+        assert [piece.log_probability for piece in found] == pytest.approx([row for _, row in expected], abs=1e-4)
+        assert answer.end == "length"
+        assert list(answer) == []
+
+
+targets = (
+    st.none()
+    | st.floats(0.1, 1).map(lambda share: Target(share, True))
+    | st.integers(1, 400).map(lambda seconds: Target(float(seconds)))
+)
+asked = st.builds(
+    Request,
+    st.integers(1, 30).map(lambda tokens: [1] * tokens),
+    st.builds(Slo, targets, targets) | st.builds(Slo, total=st.integers(10, 500).map(float)),
+    st.integers(1, 12),
+    best_effort=st.booleans(),
+)
+
+
+@given(st.lists(asked, min_size=1, max_size=12), st.sampled_from([None, Decision(SubnetShape(2, Fraction(1)))]))
+@settings(deadline=None, max_examples=60)
+def test_nothing_that_was_taken_is_late_in_silence(requests: list[Request], wanted: Decision | None):
+    backend, answers, refused = Clocked(), [], 0
+    with service_of(backend, decider=lambda found: wanted) as service:
+        for request in requests:
+            try:
+                answers.append((request, service.ask(request)))
+            except SloError:
+                refused += 1
+                assert not request.best_effort
+        backend.gate.set()
+    for request, answer in answers:
+        pieces, measured = list(answer), answer.measured
+        assert measured is not None
+        assert (len(pieces), answer.end) == (request.most, "length")
+        if answer.in_time:
+            whole = latency_of(SPACE.largest, len(request.tokens))
+            assert request.slo.limits(whole).kept_by(Latency(measured.ttft - 1e-6, measured.tpot - 1e-6), request.most)
+        else:
+            assert request.best_effort
+    assert refused + len(answers) == len(requests)
+
+
+def test_a_busy_service_gives_what_is_left_or_says_so_at_once():
+    backend = Clocked()
+    with service_of(backend) as service:
+        first = service.ask(Request([1] * 10, Slo.parse("total<=100s"), 10))
+        assert first.decision.shape == SPACE.largest  # 10 * 4 + 9 * 4 seconds
+        second = service.ask(Request([1] * 10, Slo.parse("total<=100s"), 10))
+        assert second.decision.shape == SPACE.smallest  # 19 seconds fit behind it, no more
+        with pytest.raises(SloError, match="2 requests were taken before, and behind them no shape keeps its targets"):
+            service.ask(Request([1] * 10, Slo.parse("total<=100s"), 10))
+        late = service.ask(Request([1] * 10, Slo.parse("total<=100s"), 10, best_effort=True))
+        assert (late.in_time, late.decision.shape) == (False, SPACE.smallest)
+        assert late.promised.ttft > 100
+        with pytest.raises(SloError, match=r"the nearest, 2x1/2 on 100% of the prompt, takes 1e\+04 ms to the first"):
+            service.ask(Request([1] * 10, Slo.parse("ttft<=1ms")))
+        backend.gate.set()
+    for answer in (first, second):
+        assert answer.measured is not None
+        assert answer.measured.total(10) <= 100
+
+
+def test_what_nobody_wants_any_more_ends_within_a_step_and_what_fails_ends_alone():
+    backend = Clocked(fails=(7,))
+    backend.gate.set()
+    with service_of(backend) as service:
+        long = service.ask(Request([1], most=10**6))
+        pieces = iter(long)
+        next(pieces), next(pieces)
+        long.cancel()
+        assert long.wait(60)
+        assert long.end == "cancelled"
+        long.cancel()
+        broken = service.ask(Request([7], most=3))
+        assert list(broken) == []
+        assert (broken.end, broken.error, broken.measured) == ("failed", "RuntimeError: out of memory", None)
+        assert len(list(service.ask(Request([1], most=3)))) == 3
+        assert service.waiting == 0
+
+
+def test_tokens_that_end_an_answer_are_no_part_of_it():
+    backend = Clocked()
+    backend.gate.set()
+    with service_of(backend) as service:
+        answer = service.ask(Request([3, 4], most=30, ends=[5, 49]))  # its tokens are 3, then lengths: 3, 4, 5
+        assert [piece.token for piece in answer] == [3, 3, 4]
+        assert answer.end == "stop"
+
+
+def test_a_service_that_is_full_or_closed_takes_nothing():
+    backend = Clocked()
+    service = service_of(backend, most_waiting=2)
+    answers = [service.ask(Request([1], most=4)) for _ in range(2)]
+    with pytest.raises(ServiceError, match="2 requests are waiting, as many as may"):
+        service.ask(Request([1]))
+    with pytest.raises(DataError, match="a token of prompt at least"):
+        ElasticService(Clocked(), latency_of).ask(Request([]))
+    closing = threading.Thread(target=service.close, args=[False])
+    closing.start()
+    backend.gate.set()
+    closing.join(60)
+    assert {answer.end for answer in answers} == {"cancelled"}
+    with pytest.raises(ServiceError, match="is closing"):
+        service.ask(Request([1]))
+
+
+def test_draws_follow_the_models_probabilities_and_a_seed_repeats_them():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    sampler = Sampler(Sampling(temperature=1.0, seed=3))
+    drawn = [sampler.draw(logits)[0] for _ in range(4000)]
+    for token, probability in enumerate(logits.softmax(-1).tolist()):
+        assert drawn.count(token) / 4000 == pytest.approx(probability, abs=0.03)
+    again = Sampler(Sampling(temperature=1.0, seed=3))
+    assert [again.draw(logits)[0] for _ in range(50)] == drawn[:50]
+    assert {Sampler(Sampling(1.0, top_k=1)).draw(logits)[0] for _ in range(20)} == {0}
+    assert {Sampler(Sampling(5.0, top_p=0.3)).draw(logits)[0] for _ in range(20)} == {0}
+    assert Sampler(Sampling(0.5)).draw(logits)[1] in logits.log_softmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}, {"seed": -5}]
+)
+def test_impossible_sampling_is_refused(wrong: dict[str, float]):
+    with pytest.raises(DataError, match=f"impossible sampling: {next(iter(wrong))}"):
+        Sampling(**wrong)  # type: ignore[arg-type]
