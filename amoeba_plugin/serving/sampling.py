@@ -73,6 +73,7 @@ class Sampler:
         known = logits.float().cpu()
         token = int(known.argmax())
         if not self._greedy:
-            warped = self._warpers(torch.empty(1, 0, dtype=torch.long), known[None])
+            none = torch.empty(1, 0, dtype=torch.long)  # no warper here looks at the tokens so far
+            warped = self._warpers(none, known[None])  # type: ignore[arg-type]
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
         return token, float(known.log_softmax(-1)[token])

@@ -86,7 +86,7 @@ def test_a_total_is_cut_at_the_shape_that_was_chosen_for_it(tiny_model: TinyMode
         (
             {"totals": ["1/2"], "allocation": "global"},
             {"total": "1/2"},
-            "totals are measured, and allocation is global",
+            "totals are measured over all layers, with allocation: global",
         ),
         ({"totals": "1/2"}, {"total": "1/2"}, "totals: '1/2' is no list of shares"),
         ({}, {"shape": "3x1"}, "WidthShrinkingModifier has no widths"),

@@ -34,6 +34,8 @@ from amoeba_plugin.selection.importance import Importance
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
 from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.width import Repair
+from amoeba_plugin.serving.deciders import Decider, DeciderOptions
+from amoeba_plugin.serving.registry import decider_named
 
 
 class Stranger(LlamaFamily):
@@ -145,6 +147,14 @@ def test_hook_amoeba_evaluators(install: Callable[..., None]) -> None:
     install("their_package", amoeba_evaluators=lambda: {"beauty": theirs})
     assert evaluator_named("beauty") is theirs
     assert evaluator_named("accuracy").__name__ == "accuracy"
+
+
+def test_hook_amoeba_decisions(install: Callable[..., None]) -> None:
+    def theirs(options: DeciderOptions) -> Decider:
+        return lambda feasible: None
+
+    install("their_package", amoeba_decisions=lambda: {"none": theirs})
+    assert decider_named("none")(None) is None  # type: ignore[arg-type]
 
 
 def test_hook_amoeba_commands(install: Callable[..., None]) -> None:
