@@ -173,8 +173,8 @@ class ElasticService:
             try:
                 piece = self._compute(running)
             except Exception as error:  # whatever a model raises ends this answer, and no other
-                logger.exception("a request failed")
                 self._end(running, "failed", f"{type(error).__name__}: {error}")
+                logger.exception("a request failed")  # afterwards: a log may be slow
                 continue
             self._record(running, piece)
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
@@ -238,6 +239,8 @@ def files_end_at(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        while tqdm.get_lock().th_lock._is_owned():  # tqdm keeps it where it cannot write its bar, here to a file
+            tqdm.get_lock().release()
 
 
 @pytest.mark.parametrize("limit", [100, 30_000])

@@ -59,7 +59,7 @@ def test_sizes_are_not_tried_on_it(tiny_model: TinyModel, random_batches: Random
     selection: Any = SimpleNamespace(adapter=architecture_for("llama"), batches=random_batches(), depth=None)
 
     def ranked(modifier: WidthShrinkingModifier) -> WidthStrategy:
-        return modifier._ranked(model, selection)
+        return modifier._ranked(model, selection).width
 
     modifier = WidthShrinkingModifier(widths=["1", "1/2"])
     with pytest.raises(ArchitectureError, match="set allocation: uniform or global"):

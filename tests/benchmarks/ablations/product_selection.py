@@ -81,7 +81,7 @@ def _select(subject: Subject, way: Way, seed: int, directory: Any) -> dict[str, 
     shapes = {str(depth): f"{depth}x1" for depth in depths}
     if way.width is not None:
         widening = WidthShrinkingModifier(**{"round_to": subject.round_to} | way.width)
-        selection.width, selection.width_repair = widening._ranked(model, selection), widening.repair
+        widening._take(widening._ranked(model, selection), selection)
         totals = {str(total): str(shape) for total, shape in selection.totals.items()}
         shapes = totals or {width: f"{subject.depths[0]}x{width}" for width in widening.widths if width != "1"}
     elastic = selection.require_elastic(model)

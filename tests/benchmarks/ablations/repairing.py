@@ -59,7 +59,7 @@ def _measured(
     batches = subject.calibrations[subject.own_text]
     adapter, repairs = architecture_for(model.config.model_type), Repairs()
     selection = Selection(None, adapter, model_fingerprint(model, adapter), batches, ExitStack())  # type: ignore[arg-type]
-    width = modifier._ranked(model, selection)
+    width = modifier._ranked(model, selection).width
     if modifier.repair != "none":
         repairs = repair_shapes(LayerRuns.of(model, adapter, batches), width, repair_named(modifier.repair))
     yield "seconds", time.process_time() - before
