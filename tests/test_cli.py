@@ -504,7 +504,7 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(
             training |= {"dataset": str(files["text"]), "text_column": "text", "num_samples": 4, "max_seq_length": 16}
     asked = recipe["extract_stage"]["amoeba_extract_modifiers"]["SubnetExtractionModifier"]
     if "budget" in asked:
-        monkeypatch.setattr(preflight, "Measuring", functools.partial(Measuring, shapes=3))
+        monkeypatch.setattr(preflight, "Measuring", functools.partial(Measuring, shapes=6))
         asked["budget"]["file"] = "18MB"  # of 24
         asked["search"]["profile"] = str(files["recipe"].with_name("profile.json"))
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))

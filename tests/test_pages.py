@@ -7,13 +7,27 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import PreTrainedModel
 
+from amoeba_plugin.deployment.profiling.profile import (
+    FlowProfile,
+    Profile,
+    Round,
+    Seconds,
+    ShapeCost,
+    config_digest,
+    this_machine,
+)
+from amoeba_plugin.deployment.profiling.subjects import Subject
+from amoeba_plugin.deployment.profiling.work import Work
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.recipes.files import shipped_recipes
+from support.elastic_files import write_elastic
 
 ROOT = Path(__file__).parent.parent
 SKIPPED = {".git", ".venv", "amoeba_demo", "build", "dist", "node_modules"}
@@ -64,9 +78,28 @@ def scratch(tmp_path: Path, tiny_model: TinyModel) -> Path:
     return tmp_path
 
 
+def profile_of(live: ElasticModel) -> Profile:
+    """Return a profile of the shapes of an elastic model on this machine, whose times are made up."""
+    subject = Subject.of(live.config, live.space, live.strategy)
+    sizes = {str(shape): astuple(Work.of(subject.sizes(shape))) for shape in live.space}
+
+    def visit(size: float) -> Round:
+        took = Seconds(wall=size * 1e-6, cpu=size * 1e-6)
+        return Round(load=took, prefill={8: took, 32: took}, decode=took, peak=1)
+
+    shapes = {name: ShapeCost(work=work, bytes=1, rounds=[visit(sum(work))]) for name, work in sizes.items()}
+    flow = FlowProfile(engine={}, threads=1, batch=1, decoded=4, shapes=shapes)
+    return Profile(
+        model="random", digest=config_digest(live.config), sizes=sizes, machine=this_machine(),
+        flows={"torch:elastic": flow},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("page", pages())
 def test_a_page_runs_from_its_first_block_to_its_last(page: str, scratch: Path):
     program = "".join(block for block in blocks(page) if installed(block))
+    if "profile.json" in program:
+        profile_of(write_elastic(scratch)).save(scratch / "profile.json")
     for printed, small in SMALL.items():
         program = program.replace(printed, small)
     done = subprocess.run([sys.executable, "-c", program], cwd=scratch, capture_output=True, text=True, check=False)

@@ -151,7 +151,7 @@ class ExpectedWidths:
         if modifier is None or width == 1 or (modifier.allocation != "global" and not modifier.anchor_count):
             return [least] * len(kept)
         anchors = modifier.anchor_layers
-        if modifier.allocation != "uniform" or isinstance(anchors, int) or searched:
+        if modifier.allocation == "global" or isinstance(anchors, int) or searched:
             return [least, *[self.whole] * (len(kept) - 1)]
         return [self.whole if index in anchors else least for index in kept]
 
