@@ -31,7 +31,9 @@ def test_layers_padded_for_any_loader_are_as_wide_as_the_anchors(anchors: str):
 
 def test_anchors_that_the_layers_given_leave_out_are_not_waited_for():
     given = "min_depth: 2, kept_layers: {3: [0, 1, 2], 2: [0, 3]}"
-    text = GOOD.replace("min_depth: 2", given).replace('["1", "3/4"]', '["1", "3/4"], anchor_layers: [3], allocation: uniform')
+    text = GOOD.replace("min_depth: 2", given).replace(
+        '["1", "3/4"]', '["1", "3/4"], anchor_layers: [3], allocation: uniform'
+    )
     without = plan_recipe(text).against(config_of()).subnet
     assert not is_per_layer(without)
     assert without.intermediate_size == 85  # 128 * (3/4 * 4 - 1) / 3
