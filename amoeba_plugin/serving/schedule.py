@@ -7,6 +7,7 @@ order they came.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,31 +100,32 @@ def promises(jobs: Sequence[Job], now: float) -> Mapping[int, Promise]:
         jobs: That are not done, each with one token to come at least.
         now: When the next step begins.
     """
-    waiting, found = list(jobs), {}
+    found = {}
+    waiting = [(job.urgency, job) for job in jobs]  # no two are equal: numbers differ
+    heapq.heapify(waiting)
     while waiting:
-        job = most_urgent(waiting)
-        waiting.remove(job)
+        _, job = waiting[0]
         now += job.next_takes
         job = job.stepped(now)
         if job.left:
-            waiting.append(job)
+            heapq.heapreplace(waiting, (job.urgency, job))
             continue
+        heapq.heappop(waiting)
         assert job.first is not None
         mean = (now - job.first) / (job.answer - 1) if job.answer > 1 else 0.0
         found[job.number] = Promise(Latency(job.first - job.came, mean), job.keeps(now))
     return found
 
 
-def admits(jobs: Sequence[Job], new: Job, now: float) -> bool:
+def admits(before: Mapping[int, Promise], behind: Mapping[int, Promise], new: int) -> bool:
     """Tell whether a new job keeps its targets beside the others, and takes none of theirs from those that keep them.
 
     Args:
-        jobs: That were taken before.
-        new: That may be.
-        now: When the next step begins.
+        before: What those get that were taken before, by :func:`promises`.
+        behind: What they get with the new one among them.
+        new: Its number.
     """
-    before, behind = promises(jobs, now), promises([*jobs, new], now)
-    return behind[new.number].kept and all(behind[number].kept for number, each in before.items() if each.kept)
+    return behind[new].kept and all(behind[number].kept for number, each in before.items() if each.kept)
 
 
 def _within(took: float, limit: float) -> bool:

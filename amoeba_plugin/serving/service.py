@@ -91,9 +91,8 @@ class ElasticService:
         with self._wake:
             self._require_room()
             now = self._clock()
-            decision, job, in_time = self._taken(request, now)
-            promised = promises([*self._jobs(), job], self._begins(now))[job.number]
-            answer = Answer(decision, promised.latency, in_time, lambda: self._cancel(job.number))
+            decision, job, promised, in_time = self._taken(request, now)
+            answer = Answer(decision, promised, in_time, lambda: self._cancel(job.number))
             running = Running(job, request, decision, answer, Sampler(request.sampling))
             self._running[job.number] = running
             self._wake.notify_all()
@@ -123,22 +122,23 @@ class ElasticService:
         if len(self._running) >= self._most:
             raise ServiceError(f"{self._most} requests are waiting, as many as may; ask again later")
 
-    def _taken(self, request: Request, now: float) -> tuple[Decision, Job, bool]:
-        """Return what a request gets, its job, and whether its targets will be kept."""
+    def _taken(self, request: Request, now: float) -> tuple[Decision, Job, Latency, bool]:
+        """Return what a request gets, its job, what it is promised, and whether that keeps its targets."""
         found = feasible(
             self._backend.space, self._latency_of, Asked(Prompt(len(request.tokens)), request.most, request.slo)
         )
-        number = next(self._numbers)
+        number, jobs, begins = next(self._numbers), self._jobs(), self._begins(now)
 
         def job_of(decision: Decision, limits: Limits) -> Job:
             return Job(number, now, limits, found.latencies[decision], request.most)
 
         try:
-            first = decided(self._decider, found)
+            first, before = decided(self._decider, found), promises(jobs, begins)
             for decision in (first, *_lighter(found, first)):
                 job = job_of(decision, found.limits)
-                if admits(self._jobs(), job, self._begins(now)):
-                    return decision, job, True
+                behind = promises([*jobs, job], begins)
+                if admits(before, behind, number):
+                    return decision, job, behind[number].latency, True
             raise SloError(
                 f"{len(self._running)} requests were taken before, and behind them no shape keeps its targets "
                 f"({request.slo}); ask again later, or for more time"
@@ -147,7 +147,8 @@ class ElasticService:
             if not request.best_effort:
                 raise
         lightest = min(found.latencies, key=lambda each: found.latencies[each].total(request.most))
-        return lightest, job_of(lightest, Limits()), False
+        job = job_of(lightest, Limits())
+        return lightest, job, promises([*jobs, job], begins)[number].latency, False
 
     def _jobs(self) -> list[Job]:
         """Return what is left to do behind the step that is computed now."""

@@ -38,7 +38,9 @@ class LlamaCpp(DeploymentFlow):
         "Q4_K_M": "4 and 6 bits, blocks of 256; 5 and 8 in blocks of 32 where rows are no multiple of 256",
     }
     exact = frozenset({"F32", "F16"})
-    bits: Mapping[str, tuple[float, float]] = {"F16": (16, 16), "Q8_0": (8.5, 8.5), "Q4_0": (4.5, 8.5)}
+    bits: Mapping[str, tuple[float, float]] = {
+        "F16": (16, 16), "Q8_0": (8.5, 8.5), "Q4_0": (4.5, 8.5), "Q4_K_M": (8.5, 8.5)  # with rows that fall back
+    }  # fmt: skip
 
     def command(self) -> EngineCommand:
         """Return the Python that has xllamacpp."""
