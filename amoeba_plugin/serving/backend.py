@@ -34,10 +34,14 @@ class TorchBackend:
 
     Args:
         live: With or without an adapter on it; in evaluation mode from now on.
+
+    Attributes:
+        switches: How often the shape changed.
     """
 
     def __init__(self, live: ElasticModel) -> None:
         self._live = live
+        self.switches = 0
         live.model.eval()
 
     @property
@@ -59,5 +63,6 @@ class TorchBackend:
     def _run(self, shape: SubnetShape, tokens: list[int], given: dict[str, Any]) -> Any:
         if self._live.shape != shape:
             self._live.set_shape(shape)
+            self.switches += 1
         ids = torch.tensor([tokens], device=self._live.model.device)
         return self._live.model(ids, use_cache=True, logits_to_keep=1, **given)

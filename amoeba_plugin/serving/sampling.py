@@ -77,3 +77,16 @@ class Sampler:
             warped = self._warpers(none, known[None])  # type: ignore[arg-type]
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
         return token, float(known.log_softmax(-1)[token])
+
+
+def likeliest(logits: Tensor, count: int) -> list[tuple[int, float]]:
+    """Return the likeliest tokens with the logarithms of their probabilities, the likeliest first.
+
+    Args:
+        logits: (vocabulary,), any float dtype.
+        count: How many of them, at most.
+    """
+    if not count:
+        return []
+    found = logits.float().cpu().log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from amoeba_plugin.errors import DataError, ServiceError, SloError
+from amoeba_plugin.errors import BusyError, DataError, ServiceError, SloError
 from amoeba_plugin.serving.answer import Answer, End, Piece, Request
 from amoeba_plugin.serving.backend import Backend
 from amoeba_plugin.serving.deciders import Decider, best_of, decided
 from amoeba_plugin.serving.feasible import Asked, Decision, Feasible, LatencyOf, Prompt, feasible
-from amoeba_plugin.serving.sampling import Sampler
+from amoeba_plugin.serving.sampling import Sampler, likeliest
 from amoeba_plugin.serving.schedule import Job, admits, most_urgent, promises
 from amoeba_plugin.serving.slo import Latency, Limits
 
@@ -84,7 +84,9 @@ class ElasticService:
         Raises:
             DataError: If it has no tokens, or wants none.
             ServiceError: If the service is closed, or too many requests wait.
-            SloError: If its targets cannot be kept, and it does not allow to be answered below them.
+            SloError: If its targets cannot be kept, and it does not allow to be answered below them; a ``BusyError``
+                where they could, were it not for what was taken before.
+            ShapeError: If it names a shape that the model has not.
         """
         if not request.tokens or request.most < 1:
             raise DataError("a request has a token of prompt at least, and asks for one at least")
@@ -116,6 +118,13 @@ class ElasticService:
         """Requests that were taken and are not done."""
         return len(self._running)
 
+    @property
+    def backlog(self) -> float:
+        """Seconds until all that was taken is done, by prediction."""
+        with self._wake:
+            now = self._clock()
+            return self._begins(now) - now + sum(job.rest for job in self._jobs())
+
     def _require_room(self) -> None:
         if self._closing:
             raise ServiceError("the service is closing, and takes no more requests")
@@ -127,6 +136,7 @@ class ElasticService:
         found = feasible(
             self._backend.space, self._latency_of, Asked(Prompt(len(request.tokens)), request.most, request.slo)
         )
+        found = found if request.shape is None else found.at(self._backend.space.require(request.shape))
         number, jobs, begins = next(self._numbers), self._jobs(), self._begins(now)
 
         def job_of(decision: Decision, limits: Limits) -> Job:
@@ -139,7 +149,7 @@ class ElasticService:
                 behind = promises([*jobs, job], begins)
                 if admits(before, behind, number):
                     return decision, job, behind[number].latency, True
-            raise SloError(
+            raise BusyError(
                 f"{len(self._running)} requests were taken before, and behind them no shape keeps its targets "
                 f"({request.slo}); ask again later, or for more time"
             )
@@ -199,7 +209,7 @@ class ElasticService:
             logits = self._backend.step(shape, running.cache, running.last)
         else:
             running.cache, logits = self._backend.prefill(shape, running.request.tokens)
-        return Piece(*running.sampler.draw(logits))
+        return Piece(*running.sampler.draw(logits), likeliest(logits, running.request.alternatives))
 
     def _record(self, running: Running, piece: Piece) -> None:
         with self._wake:
