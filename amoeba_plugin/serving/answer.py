@@ -29,6 +29,7 @@ class Request:
         best_effort: Be answered below the targets where they cannot be kept, rather than refused.
         shape: That it must get; ``None``: the decider's.
         alternatives: How many of the likeliest tokens each piece tells beside its own.
+        droppable: Positions of the prompt that may be left out, ascending: no question, no template.
     """
 
     tokens: Sequence[int]
@@ -39,6 +40,7 @@ class Request:
     best_effort: bool = False
     shape: SubnetShape | None = None
     alternatives: int = 0
+    droppable: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,17 @@ class Answer:
 
     Args:
         decision: What the request got.
+        kept: Positions of the prompt that are computed, ascending.
         promised: When tokens will be there, if steps take what was predicted.
         in_time: Whether that keeps the request's targets.
         on_cancel: Called once, when nobody wants the rest.
     """
 
-    def __init__(self, decision: Decision, promised: Latency, in_time: bool, on_cancel: Callable[[], None]) -> None:
-        self.decision, self.promised, self.in_time = decision, promised, in_time
+    def __init__(
+        self, decision: Decision, kept: Sequence[int], promised: Latency, in_time: bool,
+        on_cancel: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.decision, self.kept, self.promised, self.in_time = decision, kept, promised, in_time
         self.measured: Latency | None = None
         self.end: End | None = None
         self.error: str = ""

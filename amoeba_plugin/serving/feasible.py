@@ -105,6 +105,16 @@ class Feasible:
         """Return it without the decisions for other shapes."""
         return replace(self, latencies={each: took for each, took in self.latencies.items() if each.shape == shape})
 
+    def listed(self, decision: Decision) -> Decision:
+        """Return the decision of ``latencies`` that keeps as many tokens: of shares that do, only the largest is there.
+
+        Of a shape that is not there it is the decision itself.
+        """
+        shares = [
+            each.share for each in self.latencies if each.shape == decision.shape and each.share >= decision.share
+        ]
+        return Decision(decision.shape, min(shares, default=decision.share))
+
     def require(self) -> list[Decision]:
         """Return the decisions that keep the targets.
 
