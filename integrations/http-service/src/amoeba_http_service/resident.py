@@ -29,7 +29,7 @@ from amoeba_plugin.serving.texts import Texts
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 FLOW = "torch:elastic"
-SHAPES, ROUNDS = 8, 3  # that a first profile measures, so that it takes a minute or two
+SHAPES, ROUNDS = 6, 2  # that a first profile measures, so that it takes a minute or two
 
 
 @dataclass(frozen=True)
