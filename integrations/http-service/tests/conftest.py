@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 from openai import OpenAI
+from transformers import AutoTokenizer, PreTrainedModel
 
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import (
@@ -30,7 +32,7 @@ from amoeba_plugin.deployment.profiling.profile import (
     this_machine,
 )
 from amoeba_plugin.deployment.profiling.work import Work
-from amoeba_plugin.elastic.checkpoint import save_elastic
+from amoeba_plugin.elastic.checkpoint import load_elastic, save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import attach_random_smol, random_model, random_strategy
@@ -42,9 +44,24 @@ from amoeba_plugin.cli import AmoebaGroup
 app = typer.Typer(cls=AmoebaGroup, pretty_exceptions_enable=False)
 app.callback()(lambda: None)
 app.command("serve")(serve)
+{changed}
 app()
 """
-STARTS = 120  # seconds, at most
+# In place of a compact model: every other token that may go goes, whatever the targets are.
+DROPPING = """
+from fractions import Fraction
+import amoeba_http_service.resident as resident
+from amoeba_plugin.serving.feasible import Decision
+from amoeba_plugin.serving.reading import Reading
+service = resident.ElasticService
+resident.ElasticService = lambda backend, latency_of, decider, **options: service(
+    backend, latency_of, lambda found, reading: Decision(backend.space.largest, Fraction(1, 2)),
+    lambda tokens: Reading([position % 2 for position in range(len(tokens))]), **options,
+)
+"""
+STARTS = 300  # seconds, at most
+TOKEN = "a-token-of-this-test"
+STRICT = ("--max-waiting", "3", "--max-prompt", "120", "--max-tokens", "300", "--max-body", "4096")
 
 
 @dataclass
@@ -139,8 +156,9 @@ def start(elastic: Path, profile: Path) -> Start:
     """Return ``start(*options, token="")``: a server on any free port, ended with the block."""
 
     @contextmanager
-    def started(*options: str, token: str = "", checkpoint: Path = elastic, known: Path = profile) -> Iterator[Started]:
-        command = [sys.executable, "-c", PROGRAM, "serve", str(checkpoint), "--port", "0", "--profile", str(known)]
+    def started(*options: str, token: str = "", changed: str = "") -> Iterator[Started]:
+        program = PROGRAM.format(changed=changed)
+        command = [sys.executable, "-c", program, "serve", str(elastic), "--port", "0", "--profile", str(profile)]
         environment = {**os.environ, "AMOEBA_SERVE_TOKEN": token, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
@@ -172,6 +190,41 @@ def server(start: Start) -> Iterator[Started]:
     """A server that tests share."""
     with start() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def strict(start: Start) -> Iterator[Started]:
+    """Another, which wants a token, takes little, and leaves out half of what may be left out."""
+    with start(*STRICT, token=TOKEN, changed=DROPPING) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def live(elastic: Path) -> ElasticModel:
+    """Return the model that servers have, in this process."""
+    return load_elastic(elastic)[0]
+
+
+@pytest.fixture(scope="session")
+def known(elastic: Path) -> Any:
+    """Return its tokenizer."""
+    return AutoTokenizer.from_pretrained(elastic.parent / "base")
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[[PreTrainedModel, list[int], int], list[tuple[int, float]]]:
+    """Return what computes greedy tokens with their log-probabilities, the whole sequence anew for each."""
+
+    def computed(model: PreTrainedModel, prompt: list[int], count: int) -> list[tuple[int, float]]:
+        tokens, found = list(prompt), []
+        with torch.no_grad():
+            for _ in range(count):
+                row = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+                tokens.append(int(row.argmax()))
+                found.append((tokens[-1], float(row.max())))
+        return found
+
+    return computed
 
 
 def _address(process: subprocess.Popen[str], said: list[str]) -> str:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
-from transformers import AutoTokenizer, PreTrainedModel
 
-from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 
 CHAT = [
@@ -24,33 +20,14 @@ SHAPE = "3x1/2"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
 
-@pytest.fixture(scope="module")
-def live(elastic: Path) -> ElasticModel:
-    return load_elastic(elastic)[0]
-
-
-@pytest.fixture(scope="module")
-def known(elastic: Path) -> Any:
-    return AutoTokenizer.from_pretrained(elastic.parent / "base")
-
-
-def alone(model: PreTrainedModel, prompt: list[int], count: int) -> list[tuple[int, float]]:
-    """Return greedy tokens and their log-probabilities, the whole sequence anew for each."""
-    tokens, found = list(prompt), []
-    with torch.no_grad():
-        for _ in range(count):
-            row = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-            tokens.append(int(row.argmax()))
-            found.append((tokens[-1], float(row.max())))
-    return found
-
-
 def rendered(known: Any, messages: list[dict[str, str]]) -> list[int]:
     text = known.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return known(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_chat_is_what_the_shape_says_of_what_the_template_writes(server: Any, live: ElasticModel, known: Any):
+def test_a_chat_is_what_the_shape_says_of_what_the_template_writes(
+    server: Any, live: ElasticModel, known: Any, alone: Any
+):
     said = server.openai.chat.completions.create(model=SHAPE, messages=CHAT, logprobs=True, top_logprobs=3, **GREEDY)
     prompt = rendered(known, CHAT)
     with live.active(SHAPE) as model:
@@ -96,7 +73,7 @@ def test_a_stream_says_the_same_piece_by_piece_and_what_it_got_in_front_and_at_t
     assert {each.id for each in chunks} == {chunks[0].id}
 
 
-def test_a_completion_goes_on_with_a_text_or_with_tokens(server: Any, live: ElasticModel, known: Any):
+def test_a_completion_goes_on_with_a_text_or_with_tokens(server: Any, live: ElasticModel, known: Any, alone: Any):
     ask = server.openai.completions.create
     said = ask(model="auto", prompt="The moon is", logprobs=2, **GREEDY)
     prompt = known("The moon is")["input_ids"]
@@ -205,3 +182,27 @@ def test_what_was_done_is_told_to_prometheus(server: Any):
     assert server.figure("amoeba_queue_seconds") == 0
     assert server.figure("amoeba_ttft_seconds_count", shape=SHAPE) >= 2
     assert server.http.get("/health").json() == {"status": "ok", "model": "elastic"}
+
+
+def test_what_is_left_out_is_told_and_the_answer_is_that_of_what_stays(
+    strict: Any, live: ElasticModel, known: Any, alone: Any
+):
+    asked = {"model": "auto", "logprobs": True, **GREEDY}
+    said = strict.openai.chat.completions.create(messages=CHAT, **asked)
+    got, prompt = said.amoeba["prompt"], rendered(known, CHAT)
+    kept = [position for start, end in got["positions"] for position in range(start, end)]
+    assert len(kept) == got["kept"] < got["tokens"] == len(prompt)
+    assert got["share"] == pytest.approx(got["kept"] / got["tokens"], abs=1e-4)
+    assert known.decode([prompt[position] for position in kept]).endswith("What is it?<end><turn>assistant")
+    gone = "".join(CHAT[message]["content"][start:end] for message, start, end in got["dropped"])
+    assert gone == known.decode([token for position, token in enumerate(prompt) if position not in kept])
+    assert len(said.choices[0].logprobs.content) > 0
+    expected = alone(live.model, [prompt[position] for position in kept], 12)
+    told = [each.logprob for each in said.choices[0].logprobs.content]
+    assert told == pytest.approx([value for _, value in expected][: len(told)], abs=1e-4)
+    assert strict.figure("amoeba_tokens_total", of="kept") < strict.figure("amoeba_tokens_total", of="prompt")
+    text = strict.openai.completions.create(
+        model="auto", prompt="Red is", extra_body={"context": "So it is. "}, **GREEDY
+    )
+    assert {number for number, _, _ in text.amoeba["prompt"]["dropped"]} == {0}
+    assert text.amoeba["prompt"]["kept"] < text.amoeba["prompt"]["tokens"]
