@@ -29,13 +29,16 @@ def tune_decisions(
     labels: Annotated[
         str, typer.Option(help="Of tokens: self_information by the smallest subnet, or saliency by the whole model.")
     ] = "self_information",
+    shapes: Annotated[str, typer.Option(help="That are tried: 12x1,8x1/2. Default: at most nine of them.")] = "",
     seed: Annotated[int, typer.Option(help="Of the draw, weights and order.")] = 0,
     base: Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")] = None,
 ) -> None:
     """Train the compact model that reads prompts, shortens them, and chooses shapes for `dual_head`."""
     from amoeba_plugin.serving.compact.tune import Asked, tune_decisions
+    from amoeba_plugin.shape import SubnetShape
 
-    asked = Asked(questions, split, num_questions, shots, letters, max_seq_length, labels, seed=seed)
+    tried = tuple(SubnetShape.parse(shape) for shape in shapes.split(",") if shape)
+    asked = Asked(questions, split, num_questions, shots, letters, max_seq_length, labels, tried, seed=seed)
     tuned = tune_decisions(elastic, output, asked, base)
     say(
         f"{tuned.questions} questions, {tuned.cpu_seconds:.0f} CPU s; scores explain {tuned.explained:.0%} of held-out "

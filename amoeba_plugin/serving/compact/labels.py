@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,21 +59,32 @@ def shortened(question: PromptedQuestion, scores: Sequence[float], share: Fracti
     return [question.prompt[each] for each in kept_positions(tokens, question.droppable, scores, count)]
 
 
-@torch.inference_mode()
 def answers(live: ElasticModel, prompt: Sequence[int], question: PromptedQuestion) -> bool:
     """Tell whether the active shape gives the true choice the most probability per token, behind a prompt."""
-    longest, name = max(map(len, question.choices)), cache_name(live.model)
-    rows = torch.tensor([[*choice] + [0] * (longest - len(choice)) for choice in question.choices])
-    first = live.model(torch.tensor([[*prompt]]), use_cache=True, logits_to_keep=1)
-    cache = getattr(first, name)  # the prompt is computed once for all choices
+    with torch.inference_mode():
+        first = live.model(torch.tensor([[*prompt]]), use_cache=True, logits_to_keep=1)
+    return (
+        chosen(live, getattr(first, cache_name(live.model)), first.logits[0, -1], question.choices) == question.answer
+    )
+
+
+@torch.inference_mode()
+def chosen(live: ElasticModel, cache: Any, behind: Tensor, choices: Sequence[Sequence[int]]) -> int:
+    """Return which choice has the most probability per token behind a prompt that was computed.
+
+    Args:
+        live: At the shape that computed it.
+        cache: Of the prompt; it is used up.
+        behind: Logits behind the prompt, (vocabulary,).
+        choices: In tokens.
+    """
+    longest = max(map(len, choices))
+    rows = torch.tensor([[*choice] + [0] * (longest - len(choice)) for choice in choices])
     cache.batch_repeat_interleave(len(rows))
-    rest = live.model(rows, use_cache=True, **{name: cache}).logits[:, :-1]
-    logits = torch.cat([first.logits[:, -1:].expand(len(rows), -1, -1), rest], dim=1).float().log_softmax(-1)
-    likely = [
-        float(row[range(len(choice)), list(choice)].mean())
-        for row, choice in zip(logits, question.choices, strict=True)
-    ]
-    return likely.index(max(likely)) == question.answer
+    rest = live.model(rows, use_cache=True, **{cache_name(live.model): cache}).logits[:, :-1]
+    logits = torch.cat([behind.expand(len(rows), 1, -1), rest], dim=1).float().log_softmax(-1)
+    likely = [float(row[range(len(choice)), list(choice)].mean()) for row, choice in zip(logits, choices, strict=True)]
+    return likely.index(max(likely))
 
 
 def rightness(

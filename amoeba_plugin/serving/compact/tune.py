@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,7 @@ from amoeba_plugin.data.multiple_choice import QuestionColumns, read_questions
 from amoeba_plugin.data.prompted import PromptedQuestion, prompted
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError, DataError, did_you_mean
 from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing
 from amoeba_plugin.runtime.model_files import load_tokenizer
@@ -27,10 +30,12 @@ from amoeba_plugin.serving.compact.heads import Choices, ScoreHead
 from amoeba_plugin.serving.compact.labels import SCORE_LABELS, rightness
 from amoeba_plugin.serving.compact.reader import CompactModel
 from amoeba_plugin.serving.compact.training import Read, trained_decisions, trained_scores
+from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 logger = logging.getLogger(__name__)
 SHARES = (Fraction(1), Fraction(7, 10), Fraction(2, 5), Fraction(1, 10))
 FEWEST = 10  # questions
+MOST = 9  # shapes that are tried, where none are named
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Asked:
         letters: Whether questions list their choices by letter and ask for the letter.
         max_seq_length: Tokens of a prompt with a choice, at most.
         labels: Of scores, by name.
+        shapes: That are tried, and decided among; none: of a large space nine.
         shares: Of the droppable tokens that are tried.
         seed: Of the draw, weights and order.
         columns: Of the data set.
@@ -57,6 +63,7 @@ class Asked:
     letters: bool = False
     max_seq_length: int = 1024
     labels: str = "self_information"
+    shapes: tuple[SubnetShape, ...] = ()
     shares: tuple[Fraction, ...] = SHARES
     seed: int = 0
     columns: QuestionColumns = field(default_factory=QuestionColumns)
@@ -78,6 +85,8 @@ def tune_decisions(elastic: Path, output: Path, asked: Asked, base: str | None =
         raise ArtifactError(f"{output} is not empty; name a new directory")
     require_writable(output, whole=True)
     read_questions(asked.dataset, asked.split, asked.columns)  # words before weights
+    for shape in asked.shapes:
+        SubnetStrategy.load(elastic).space.require(shape)
     live, _ = load_elastic(elastic, base)
     questions = drawn(asked, load_tokenizer(str(live.config.name_or_path)))
     model, tuned = tuned_on(live, questions, asked)
@@ -106,9 +115,8 @@ def drawn(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[PromptedQues
 def tuned_on(live: ElasticModel, questions: Sequence[PromptedQuestion], asked: Asked) -> tuple[CompactModel, Tuned]:
     """Return the compact model that questions make, and how it was made."""
     before, features = time.process_time(), Features(live)
-    choices = Choices(
-        tuple(live.space), asked.shares if any(len(each.droppable) for each in questions) else asked.shares[:1]
-    )
+    shares = asked.shares if any(len(each.droppable) for each in questions) else asked.shares[:1]
+    choices = Choices(asked.shapes or spread(live.space), shares)
     reads = [Read(features(question.prompt), _droppable(question)) for question in questions]
     label = SCORE_LABELS[asked.labels]
     with StageBar(total=len(questions), desc="labels of tokens", unit="prompt", shorter="--num-questions") as bar:
@@ -128,6 +136,26 @@ def tuned_on(live: ElasticModel, questions: Sequence[PromptedQuestion], asked: A
         cpu_seconds=time.process_time() - before, right=right.float().mean(0).tolist(),
     )  # fmt: skip
     return CompactModel(features, scores, decisions, choices), tuned
+
+
+def spread(space: ShapeSpace, most: int = MOST) -> tuple[SubnetShape, ...]:
+    """Return shapes of a space, larger ones first: all, or as many as may be, from end to end of depths and widths.
+
+    >>> space = ShapeSpace(tuple(range(12, 5, -1)), (Fraction(1), Fraction(3, 4), Fraction(1, 2)))
+    >>> [str(shape) for shape in spread(space, 4)]
+    ['12x1', '12x1/2', '6x1', '6x1/2']
+    """
+    if len(space) <= most:
+        return tuple(space)
+    side = math.isqrt(most)
+    depths, widths = _ends(space.depths, side), _ends(space.widths, side)
+    return tuple(SubnetShape(depth, width) for depth in depths for width in widths)
+
+
+def _ends(values: Sequence[Any], most: int) -> list[Any]:
+    """Return at most so many of a sequence, evenly, with both ends."""
+    last, count = len(values) - 1, min(most, len(values))
+    return [values[round(last * index / max(count - 1, 1))] for index in range(count)]
 
 
 def _droppable(question: PromptedQuestion) -> torch.Tensor:
