@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.feasible import Decision, Feasible
 
 
@@ -21,7 +22,7 @@ class Reading:
     wanted: Callable[[Feasible], Decision | None] = lambda feasible: None
 
 
-Reader = Callable[[Sequence[int]], Reading]  # of a prompt's tokens; called in the thread of who asks
+Reader = Callable[[Request], Reading]  # called in the thread of who asks
 
 
 def kept_positions(tokens: int, droppable: Sequence[int], scores: Sequence[float], count: int) -> list[int]:

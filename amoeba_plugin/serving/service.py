@@ -95,7 +95,7 @@ class ElasticService:
         came = self._clock()
         _require_possible(request, self._backend.context)
         self._require_room()
-        reading = None if self._reader is None else self._reader(request.tokens)
+        reading = None if self._reader is None else self._reader(request)
         with self._wake:
             self._require_room()
             decision, job, promised, in_time = self._taken(request, reading, came)

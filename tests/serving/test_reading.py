@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -59,7 +58,7 @@ def test_an_answer_is_that_of_the_prompt_that_stays(share: Fraction, kept: list[
     wanted = Decision(SubnetShape.parse(shape), Fraction(share))
     with ElasticService(
         TorchBackend(live), lambda shape, tokens: Latency(1e-3, 1e-3), decider_named("dual_head"),
-        lambda tokens: scored(wanted),
+        lambda request: scored(wanted),
     ) as service:  # fmt: skip
         answer = service.ask(Request(PROMPT, most=1, droppable=DROPPABLE))
         [piece] = answer
@@ -77,19 +76,19 @@ def test_what_nobody_reads_stays_whole_and_what_may_not_go_stays():
         return Latency(float(tokens), 1.0)
 
     tight = Slo.parse("ttft<=60%")  # four or fewer of eight tokens
-    for reader, droppable in ((None, DROPPABLE), (lambda tokens: scored(), [])):
+    for reader, droppable in ((None, DROPPABLE), (lambda request: scored(), [])):
         with ElasticService(TorchBackend(live), latency_of, reader=reader) as service:
             with pytest.raises(SloError, match="no shape keeps ttft 4800 ms"):
                 service.ask(Request(PROMPT, tight, most=1, droppable=droppable))
             assert list(service.ask(Request(PROMPT, most=1, droppable=droppable)).kept) == list(range(8))
-    with ElasticService(TorchBackend(live), latency_of, reader=lambda tokens: scored()) as service:
+    with ElasticService(TorchBackend(live), latency_of, reader=lambda request: scored()) as service:
         assert list(service.ask(Request(PROMPT, tight, most=1, droppable=DROPPABLE)).kept) == [0, 5, 6, 7]
 
 
 def test_the_time_that_reading_takes_is_the_requests():
     live, now = random_elastic(make_tiny_model("llama")), [0.0]
 
-    def reads(tokens: Sequence[int]) -> Reading:
+    def reads(request: Request) -> Reading:
         now[0] += 2.0
         return scored()
 
@@ -128,7 +127,7 @@ def test_a_reader_that_wants_what_is_not_feasible_gets_the_best_that_is():
     live = random_elastic(make_tiny_model("llama"))
     with ElasticService(
         TorchBackend(live), lambda shape, tokens: Latency(tokens * float(shape.width), shape.depth * 1.0),
-        decider_named("dual_head"), lambda tokens: Reading(SCORES, wants),
+        decider_named("dual_head"), lambda request: Reading(SCORES, wants),
     ) as service:  # fmt: skip
         answer = service.ask(Request(PROMPT, Slo.parse("ttft<=70%"), most=1, droppable=DROPPABLE))
     [feasible] = wanted
