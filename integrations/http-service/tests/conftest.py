@@ -54,9 +54,9 @@ import amoeba_http_service.resident as resident
 from amoeba_plugin.serving.feasible import Decision
 from amoeba_plugin.serving.reading import Reading
 service = resident.ElasticService
-resident.ElasticService = lambda backend, latency_of, decider, **options: service(
+resident.ElasticService = lambda backend, latency_of, decider, reader, **options: service(
     backend, latency_of, lambda found, reading: Decision(backend.space.largest, Fraction(1, 2)),
-    lambda tokens: Reading([position % 2 for position in range(len(tokens))]), **options,
+    lambda request: Reading([position % 2 for position in range(len(request.tokens))]), **options,
 )
 """
 STARTS = 300  # seconds, at most

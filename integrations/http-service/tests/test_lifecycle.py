@@ -26,9 +26,8 @@ def test_a_client_that_goes_away_is_cancelled_in_a_stream_or_not(server: Any):
     next(iter(stream))
     stream.close()
     server.until(lambda: server.figure("amoeba_answers_total", shape="4x1", end="cancelled") == cancelled + 1)
-    with httpx.Client(base_url=server.url) as gone:
-        with pytest.raises(httpx.ReadTimeout):
-            gone.post("/v1/completions", json=LONG, timeout=httpx.Timeout(60, read=0.05))
+    with httpx.Client(base_url=server.url) as gone, pytest.raises(httpx.ReadTimeout):
+        gone.post("/v1/completions", json=LONG, timeout=httpx.Timeout(60, read=0.05))
     server.until(lambda: server.figure("amoeba_answers_total", shape="4x1", end="cancelled") == cancelled + 2)
     assert server.figure("amoeba_queue_requests") == 0
     said = server.openai.completions.create(**{**LONG, "max_tokens": 2})

@@ -44,7 +44,9 @@ def amoeba(*arguments: object, token: str = "") -> Any:
         (["--host", "192.0.2.1"], "a-token-of-this-test", "192.0.2.1, port 0, cannot be listened on"),
         (["--decider", "largest"], "", "no decision named 'largest'. Did you mean 'largest_feasible'?"),
         (["--decider", "fixed", "--shape", "9x1"], "", "shape 9x1 is outside the space"),
-        (["--shape", "3x1"], "", "--shape 3x1 is of --decider fixed, and largest_feasible is named"),
+        (["--shape", "3x1"], "", "--shape 3x1 is of --decider fixed, and largest_feasible decides"),
+        (["--decider", "dual_head"], "", "name it by --decisions DIR"),
+        (["--decisions", "nothing"], "", "nothing/compact.json"),
         (["--threads", "2"], "", "was measured with 1 threads, and --threads asks for 2"),
     ],
 )

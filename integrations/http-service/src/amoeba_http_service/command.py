@@ -18,9 +18,16 @@ def serve(
     profile: Annotated[Path, typer.Option(help="What shapes take here; made where it is not there.")] = Path(
         "amoeba_profile.json"
     ),
+    decisions: Annotated[
+        Path | None, typer.Option(help="What `amoeba tune-decisions` made: decides, and shortens prompts.")
+    ] = None,
     decider: Annotated[
-        str, typer.Option(help="largest_feasible, fixed, random_feasible, or a plugin's.")
-    ] = "largest_feasible",
+        str | None,
+        typer.Option(
+            help="largest_feasible, fixed, random_feasible, dual_head, or a plugin's. Default: dual_head with "
+            "--decisions, else largest_feasible."
+        ),
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="Of --decider fixed. Default: the largest.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="That compute. Default: the profile's, of a new one 1.")
@@ -38,7 +45,7 @@ def serve(
 
     run_server(
         elastic,
-        How(profile, decider, shape, threads, base),
+        How(profile, decider, shape, decisions, threads, base),
         Limits(max_body, max_prompt, max_tokens, max_waiting),
         Door(host, port, os.environ.get(TOKEN, "")),
     )

@@ -20,13 +20,14 @@ from amoeba_plugin.elastic.record import read_record
 from amoeba_plugin.errors import ArtifactError, ServiceError
 from amoeba_plugin.runtime.messages import say
 from amoeba_plugin.serving.backend import TorchBackend
+from amoeba_plugin.serving.compact.files import load_compact
 from amoeba_plugin.serving.deciders import Decider, DeciderOptions
 from amoeba_plugin.serving.feasible import LatencyOf, profiled
 from amoeba_plugin.serving.registry import decider_named
 from amoeba_plugin.serving.service import ElasticService
 from amoeba_plugin.serving.slo import Latency
 from amoeba_plugin.serving.texts import Texts
-from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.shape import ShapeSpace
 
 FLOW = "torch:elastic"
 SHAPES, ROUNDS = 6, 2  # that a first profile measures, so that it takes a minute or two
@@ -38,15 +39,17 @@ class How:
 
     Attributes:
         profile: File of the profile; made, or extended, where it does not know the flow.
-        decider: Name of what decides.
+        decider: Name of what decides; ``None``: the compact model, where there is one, else the largest feasible.
         shape: Of the decider ``fixed``.
+        decisions: Directory of a compact model, which ``amoeba tune-decisions`` made.
         threads: That compute; ``None``: those of the profile, of a new one 1.
         base: Where the base model is now, if it moved.
     """
 
     profile: Path
-    decider: str = "largest_feasible"
+    decider: str | None = None
     shape: str | None = None
+    decisions: Path | None = None
     threads: int | None = None
     base: str | None = None
 
@@ -107,17 +110,23 @@ def make_resident(elastic: Path, how: How, limits: Limits) -> Resident:
     live, _ = load_elastic(elastic, how.base)
     if live.model.dtype != torch.float32 and live.model.device.type == "cpu":
         live.model.float()  # what the profile measured
+    reader = None if how.decisions is None else load_compact(how.decisions, live)[0]
     backend, latency_of = TorchBackend(live), profiled(profile, FLOW)
-    service = ElasticService(backend, latency_of, decider, most_waiting=limits.waiting)
+    service = ElasticService(backend, latency_of, decider, reader, most_waiting=limits.waiting)
     return Resident(elastic.resolve().name, service, backend, tokenizer, latency_of, _ends(live.model, tokenizer))
 
 
 def decider_of(how: How, space: ShapeSpace) -> Decider:
     """Return what decides which of the feasible shapes a request gets."""
-    shape = None if how.shape is None else space.require(SubnetShape.parse(how.shape))
-    if shape is not None and how.decider != "fixed":
-        raise ServiceError(f"--shape {shape} is of --decider fixed, and {how.decider} is named; leave one of them out")
-    return decider_named(how.decider, DeciderOptions(shape=shape))
+    shape = None if how.shape is None else space.require(how.shape)
+    name = how.decider or ("largest_feasible" if how.decisions is None else "dual_head")
+    if shape is not None and name != "fixed":
+        raise ServiceError(f"--shape {shape} is of --decider fixed, and {name} decides; leave one of them out")
+    if name == "dual_head" and how.decisions is None:
+        raise ServiceError(
+            "dual_head decides by a compact model; name it by --decisions DIR: amoeba tune-decisions makes it"
+        )
+    return decider_named(name, DeciderOptions(shape=shape))
 
 
 def profile_for_service(subject: Subject, how: How, name: str, progress: bool = True) -> Profile:
