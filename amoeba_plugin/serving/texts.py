@@ -89,6 +89,9 @@ class Texts:
         Args:
             prompt: Never cut.
             context: Stands in front of it, and may be left out, token by token.
+
+        Raises:
+            DataError: If they hold what is no character.
         """
         return self._tokens(context + prompt, [(Span(0, 0, len(context)), 0)] if context else [], template=False)
 
@@ -113,11 +116,18 @@ class Texts:
     def _tokens(self, text: str, spans: Sequence[tuple[Span, int]], template: bool) -> PromptTokens:
         """Return the tokens of a text, of which those within spans may be left out.
 
+        Raises:
+            DataError: If it holds what is no character.
+
         Args:
             text: All of it.
             spans: What may be left out, ascending, each with where it stands in the text.
             template: It is a template's, which writes special tokens itself.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text has half a surrogate pair at character {error.start}: no character") from error
         fast = self._tokenizer.is_fast
         found = self._tokenizer(text, add_special_tokens=not template, return_offsets_mapping=fast)
         offsets = found["offset_mapping"] if fast and spans else []

@@ -94,5 +94,9 @@ def test_what_cannot_be_a_chat_is_refused():
         texts_of(None).of_messages(chat("What?"))
     with pytest.raises(DataError, match="no message; send one"):
         texts_of(TEMPLATE).of_messages([])
+    with pytest.raises(DataError, match="half a surrogate pair at character 6"):
+        texts_of(None).of_prompt("moon \ud83c", "a")
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        texts_of(TEMPLATE).of_messages(chat("moon \ud83c"))
     with pytest.raises(DataError, match="refuses these messages: one turn only"):
         texts_of("{{ raise_exception('one turn only') }}").of_messages(chat("What?"))

@@ -58,16 +58,21 @@ def pictured(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(PICTURES) / f"{name}.png"), full_page=True)
 
 
+def met(page: Any, words: str) -> None:
+    page.locator("#model", has_text=words).wait_for()
+
+
 def answered(page: Any, count: int) -> Any:
-    page.wait_for_function(
-        "n => document.querySelectorAll('.answer').length === n && !document.querySelector('.running')", arg=count
-    )
+    from playwright.sync_api import expect
+
+    expect(page.locator(".answer")).to_have_count(count, timeout=SLOW)
+    expect(page.locator(".running")).to_have_count(0, timeout=SLOW)
     return page.locator(".answer").nth(count - 1)
 
 
 def test_a_question_is_answered_with_what_it_got_beside_it(server: Any, page: Any):
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#model').textContent.includes('9 shapes')")
+    met(page, "9 shapes")
     page.fill("#most", "8")
     page.fill("#question", "What is <b>it</b>?")
     page.click("#send")
@@ -93,7 +98,7 @@ def test_a_question_is_answered_with_what_it_got_beside_it(server: Any, page: An
 def test_all_of_it_is_reached_by_the_keyboard_on_a_narrow_screen(server: Any, page: Any):
     page.set_viewport_size(NARROW)
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#model').textContent.includes('shapes')")
+    met(page, "shapes")
     reached = []
     for _ in range(9):
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
@@ -122,7 +127,7 @@ def test_all_of_it_is_reached_by_the_keyboard_on_a_narrow_screen(server: Any, pa
 
 def test_an_answer_is_stopped_and_a_chat_begun_anew(server: Any, page: Any):
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#model').textContent.includes('shapes')")
+    met(page, "shapes")
     page.fill("#most", "400")
     page.fill("#question", "What is it?")
     page.keyboard.press("Enter")
@@ -141,7 +146,7 @@ def test_what_was_left_out_is_grey_and_a_token_is_asked_for(strict: Any, page: A
     assert "AMOEBA_SERVE_TOKEN" in page.locator("#model").inner_text()
     page.fill("#token", strict.token)
     page.keyboard.press("Tab")
-    page.wait_for_function("document.querySelector('#model').textContent.includes('9 shapes')")
+    met(page, "9 shapes")
     page.locator("summary").first.click()
     page.fill("#context", "The moon \U0001f319 is an old stone.")
     page.fill("#most", "6")

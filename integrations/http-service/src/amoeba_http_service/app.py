@@ -126,9 +126,8 @@ def create_app(resident: Resident, limits: Limits, door: Door) -> FastAPI:
 
     app = FastAPI(
         title=f"amoeba serve: {resident.name}", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
-        max_body_size=limits.body,
     )  # fmt: skip
-    app.add_middleware(Guard, door=door)
+    app.add_middleware(Guard, door=door, most=limits.body)
     app.state.server = server
     install(app)
     _add_answers(app, server)

@@ -120,14 +120,11 @@ def invalid(errors: Sequence[Any], path: str) -> Refusal:
         return Refusal(400, f"the body is no JSON: {error['ctx']['error']} at character {param}", "invalid_json")
     if error["type"] == "extra_forbidden":
         return Refusal(422, _unknown(where, path), "unknown_field", param)
-    if not where:
-        return Refusal(
-            415 if error["type"] == "model_attributes_type" else 422,
-            "the body must be a JSON object, sent with Content-Type: application/json",
-            "invalid_body",
-        )
+    if not where and error["type"] in ("model_attributes_type", "missing"):
+        status = 422 if error["type"] == "missing" else 415
+        return Refusal(status, "the body must be a JSON object, sent as Content-Type: application/json", "invalid_body")
     message = str(error["msg"]).removeprefix("Value error, ")
-    return Refusal(422, f"{param}: {message[:1].lower()}{message[1:]}", "invalid_field", param)
+    return Refusal(422, f"{param or 'the body'}: {message[:1].lower()}{message[1:]}", "invalid_field", param or None)
 
 
 def _unknown(where: Sequence[str], path: str) -> str:

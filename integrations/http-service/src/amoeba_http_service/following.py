@@ -49,7 +49,8 @@ class Following:
         on_end: Called once it has ended, from the worker's thread; must not raise.
 
     Attributes:
-        produced: Tokens so far.
+        produced: Tokens so far, of those that were taken from the worker.
+        computed: Tokens that the worker handed over.
         stopped: Whether a stop text ended it.
     """
 
@@ -59,7 +60,7 @@ class Following:
     ) -> None:  # fmt: skip
         self.answer, self._detokenizer = answer, Detokenizer(tokenizer, stops)
         self._waiting: list[Told] = []
-        self.produced, self.stopped = 0, False
+        self.produced, self.computed, self.stopped = 0, 0, False
         self._news, self._on_end = asyncio.Queue[Piece | None](), on_end
         self._loop = asyncio.get_running_loop()
         answer.follow(self._tell)
@@ -82,6 +83,7 @@ class Following:
     def _tell(self, piece: Piece | None) -> None:
         with suppress(RuntimeError):  # the loop is over, and nobody listens
             self._loop.call_soon_threadsafe(self._news.put_nowait, piece)
+        self.computed += piece is not None
         if piece is None:
             self._on_end(self)
 

@@ -75,7 +75,7 @@ class Metrics:
         self._answers.labels(shape, end).inc()
         self._tokens.labels("prompt").inc(len(asked.prompt.tokens))
         self._tokens.labels("kept").inc(len(answer.kept))
-        self._tokens.labels("answer").inc(following.produced)
+        self._tokens.labels("answer").inc(following.computed)
         if answer.measured is None:
             return
         self._ttft.labels(shape).observe(answer.measured.ttft)
@@ -88,7 +88,7 @@ class Metrics:
         measured = following.answer.measured
         assert measured is not None
         limits = asked.request.slo.limits(self._resident.whole(len(asked.prompt.tokens)))
-        kept = limits.kept_by(measured, following.produced)
+        kept = limits.kept_by(measured, following.computed)
         self._kept, self._missed = self._kept + kept, self._missed + (not kept)
         self._targets.labels("yes" if kept else "no").inc()
         self._attained.set(self._kept / (self._kept + self._missed))
