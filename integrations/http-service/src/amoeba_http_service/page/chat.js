@@ -39,7 +39,7 @@ async function meet() {
 
 function explain() {
   const share = Number(at("target").value);
-  let means = "no target: the whole model";
+  let means = "no target: as long as it takes";
   if (share < NONE && known) {
     means = `${share} % of the whole model's time: ${milliseconds((share / 100) * known.tpot_ms)} a token`;
     if (share / 100 < fastest) means += `; no shape is so fast (${Math.ceil(fastest * 100)} %)`;
