@@ -6,23 +6,32 @@ import importlib.metadata
 import re
 import shlex
 import socket
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from amoeba_http_service import resident
 from amoeba_http_service.command import serve
 from amoeba_http_service.resident import FLOW, How, profile_for_service
-from amoeba_http_service.settings import Door
+from amoeba_http_service.settings import Door, Limits
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import AmoebaGroup
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.plugins.commands import offered_commands
+from amoeba_plugin.serving.answer import Request
+from amoeba_plugin.serving.compact.features import Features
+from amoeba_plugin.serving.compact.files import Tuned, save_compact
+from amoeba_plugin.serving.compact.heads import Choices, DecisionHead, ScoreHead
+from amoeba_plugin.serving.compact.reader import CompactModel
 from amoeba_plugin.serving.feasible import profiled
+from amoeba_plugin.shape import SubnetShape
 
 PAGE = Path(__file__).parent.parent / "README.md"
 
@@ -104,6 +113,28 @@ def test_a_profile_of_another_model_or_machine_is_refused(elastic: Path, profile
     other.write_text("{}")
     with pytest.raises(ArtifactError):
         profile_for_service(subject, How(other), "elastic")
+
+
+def test_a_compact_model_decides_and_shortens_prompts(elastic: Path, profile: Path, tmp_path: Path):
+    live, _ = load_elastic(elastic)
+    features, choices = Features(live, 0), Choices(tuple(live.space), (Fraction(1), Fraction(1, 2)))
+    scores, decisions = ScoreHead(features.size), DecisionHead(features.size, choices)
+    with torch.no_grad():
+        for parameter in (*scores.parameters(), *decisions.parameters()):
+            parameter.normal_(0, 0.3)
+        decisions.usual.zero_()
+        decisions.usual[list(live.space).index(SubnetShape.parse("3x1/2")), 1] = 1e4  # is right about every prompt
+    tuned = Tuned(questions=1, labels="random", explained=0, nats=0, cpu_seconds=0, right=[])
+    save_compact(CompactModel(features, scores, decisions, choices), live.strategy.fingerprint, tuned, tmp_path)
+    threads = torch.get_num_threads()
+    made = resident.make_resident(elastic, How(profile, decisions=tmp_path), Limits())
+    torch.set_num_threads(threads)
+    with made.service:
+        answer = made.service.ask(Request(range(3, 23), most=2, droppable=range(10)))
+        assert list(answer)
+    assert str(answer.decision.shape) == "3x1/2"
+    assert len(answer.kept) == 11  # what is right on half of it is taken to be right on less, and that is lighter
+    assert list(answer.kept)[-10:] == [*range(10, 20)]
 
 
 def test_the_command_is_offered_and_its_page_prints_options_that_exist():

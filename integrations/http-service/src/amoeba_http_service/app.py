@@ -67,12 +67,11 @@ class Server:
 
     async def answer(self, body: ChatBody | CompletionBody, request: Request) -> Response:
         """Answer a chat or a completion, as one or as a stream."""
-        try:
-            asked, answer = await run_in_threadpool(self._take, body)
-        except AmoebaError as error:
-            refusal = refusal_of(error, self.resident.service.backlog, self.closing)
-            self.metrics.refused(refusal.code)
-            return refusal.response
+        taken = await run_in_threadpool(self._take, body)
+        if isinstance(taken, Refusal):
+            self.metrics.refused(taken.code)
+            return taken.response
+        asked, answer = taken
         following = Following(answer, self.resident.tokenizer, asked.stops, partial(self.metrics.ended, asked))
         reply = Reply(asked, answer, self.resident.tokenizer)
         if asked.is_streamed:
@@ -103,9 +102,13 @@ class Server:
         }  # fmt: skip
         return {"id": name, "object": "model", "created": self.created, "owned_by": "amoeba", "amoeba": told}
 
-    def _take(self, body: ChatBody | CompletionBody) -> tuple[Asked, Answer]:
-        asked = asked_of(body, self.resident, self.limits)
-        return asked, self.resident.service.ask(asked.request)
+    def _take(self, body: ChatBody | CompletionBody) -> tuple[Asked, Answer] | Refusal:
+        """Hand a request to the service, which may take a while: it is played through with all that wait."""
+        try:
+            asked = asked_of(body, self.resident, self.limits)
+            return asked, self.resident.service.ask(asked.request)
+        except AmoebaError as error:
+            return refusal_of(error, self.resident.service.backlog, self.closing)
 
 
 def create_app(resident: Resident, limits: Limits, door: Door) -> FastAPI:
