@@ -165,3 +165,29 @@ def test_what_was_left_out_is_grey_and_a_token_is_asked_for(strict: Any, page: A
     ]
     assert colours[0] != colours[1]
     pictured(page, "dropped")
+
+
+def test_where_there_is_no_chat_template_earlier_turns_are_context(strict: Any, page: Any):
+    def without_chats(route: Any) -> None:
+        told = route.fetch()
+        models = told.json()
+        for each in models.get("data", []):
+            each["amoeba"]["chat"] = False
+        route.fulfill(response=told, json=models)
+
+    page.route("**/v1/models", without_chats)
+    page.goto(strict.url)
+    page.wait_for_selector("#locked:not([hidden])")
+    page.fill("#token", strict.token)
+    page.keyboard.press("Tab")
+    met(page, "9 shapes")
+    page.fill("#most", "4")
+    for count, question in enumerate(("Red is", "A stone is"), start=1):
+        page.fill("#question", question)
+        page.keyboard.press("Enter")
+        answer = answered(page, count)
+    context, prompt = (each.inner_text() for each in answer.locator(".prompt p").all())
+    assert context.startswith("context: Red is")
+    assert prompt == "prompt: A stone is"
+    assert answer.locator(".prompt p").first.locator("del").count() > 0
+    assert answer.locator(".prompt p").nth(1).locator("del").count() == 0

@@ -120,6 +120,14 @@ def test_paths_and_methods_that_there_are_not(server: Any):
     assert server.http.get("/page/..%2fapp.py").status_code == 404
 
 
+def test_what_may_be_asked_is_described(server: Any):
+    described = server.http.get("/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"} <= described["paths"].keys()
+    fields = described["components"]["schemas"]["ChatBody"]["properties"]
+    assert {"messages", "slo", "stream", "max_completion_tokens"} <= fields.keys()
+    assert server.http.get("/docs").status_code == 404  # it would bring scripts of other hosts
+
+
 def test_a_page_of_another_host_gets_nothing(server: Any):
     """Its name may have been made to mean this machine."""
     response = server.http.get("/v1/models", headers={"Host": "evil.example:8000"})

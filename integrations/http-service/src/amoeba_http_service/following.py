@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from amoeba_plugin.serving.answer import Answer, Piece
 from amoeba_plugin.serving.detokenizer import Detokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Following:
         answer: Of the service.
         tokenizer: Of the model.
         stops: Texts that end it.
-        on_end: Called once it has ended, from the worker's thread; must not raise.
+        on_end: Called once it has ended, from the worker's thread.
 
     Attributes:
         produced: Tokens so far, of those that were taken from the worker.
@@ -85,7 +88,10 @@ class Following:
             self._loop.call_soon_threadsafe(self._news.put_nowait, piece)
         self.computed += piece is not None
         if piece is None:
-            self._on_end(self)
+            try:
+                self._on_end(self)
+            except Exception:  # the worker's thread goes on with other answers
+                logger.exception("an answer that has ended was not counted")
 
     def _next(self, piece: Piece) -> Shown | None:
         self.produced += 1
