@@ -60,3 +60,25 @@ def test_an_ended_server_finishes_what_runs_and_a_killed_one_starts_again(start:
         assert "Traceback" not in "".join(again.said)
         assert "ended; what ran was finished" in "".join(again.said)
     assert digests(elastic.parent) == before
+
+
+def test_a_second_interrupt_does_not_wait_for_what_runs(start: Any):
+    with start() as server:
+        stream = iter(server.openai.completions.create(stream=True, **{**LONG, "max_tokens": 500}))
+        next(stream)
+        os.kill(server.process.pid, signal.SIGINT)
+        server.until(lambda: _refuses(server.url))  # it has seen the first one
+        assert server.process.poll() is None
+        os.kill(server.process.pid, signal.SIGINT)
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+        assert server.process.wait(60) == 0
+    assert "cut off" in "".join(server.said)
+
+
+def _refuses(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health", timeout=5)
+    except httpx.ConnectError:
+        return True
+    return False

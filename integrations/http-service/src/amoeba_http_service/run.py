@@ -42,11 +42,12 @@ def run_server(elastic: Path, how: How, limits: Limits, door: Door) -> None:
                 access_log=False, server_header=False,
             )  # fmt: skip
             done(f"{resident.name} answers at {address(sock)}/v1, its page is {address(sock)}/ (Ctrl-C ends it)")
+            server = uvicorn.Server(config)
             with ending_quietly():
-                uvicorn.Server(config).run([sock])
+                server.run([sock])
         finally:
             resident.service.close(finish=False)  # what runs has finished by now, but where nobody waited for it
-    say("ended; what ran was finished")
+    say("ended at once; what ran was cut off" if server.force_exit else "ended; what ran was finished")
 
 
 @contextlib.contextmanager
