@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,8 +70,8 @@ class _Following:
     """What a shape means for LoRA layers; no closures, so that a second tree takes it along."""
 
     elastic: ElasticModel
-    factors: list[tuple[PartialLinear, ElasticLinear, ElasticLinear]]
-    repaired: list[LoraLayer]
+    factors: Sequence[tuple[PartialLinear, ElasticLinear, ElasticLinear]]
+    repaired: Sequence[LoraLayer]
 
     def follow(self, shape: SubnetShape) -> None:
         for base, factor_a, factor_b in self.factors:

@@ -53,6 +53,16 @@ def cache_name(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def rewindable(cache: Any) -> Any:
+    """Let a cache keep what ``crop`` may need from now on, and return it; one of whole layers always does.
+
+    Layers with a window forget what left it, unless they are told; that can be said since transformers 5.17.
+    """
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    return cache
+
+
 def exchange_checkpointing(model: nn.Module, exchange: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Exchange the functions by which gradient checkpointing runs a model's layers; none are there before it was on."""
     for module in model.modules():

@@ -56,7 +56,7 @@ class NotOfCopies:
         return nullcontext if hold is None else hold()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NotOfCopies:
-        method = None if self._method is None else self._method()
+        method: Any = None if self._method is None else self._method()
         owner = None if method is None else memo.get(id(method.__self__))  # that is copied with the model
         return NotOfCopies() if owner is None else NotOfCopies(getattr(owner, method.__name__))
 

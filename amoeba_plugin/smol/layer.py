@@ -27,6 +27,9 @@ from amoeba_plugin.smol.packed import PackedBackend
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
 
 
+FEW = 16  # tokens at which the products with experts that are not chosen cost less than to copy those that are
+
+
 class ExpertBank(nn.Module):
     """The E LoRA pairs of one layer and adapter, stacked.
 
@@ -83,8 +86,39 @@ class ExpertBank(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor, indices: Tensor, rows: Rows, scaling: float) -> Tensor:
         """Return ``s x A^T B^T``, (..., out), for ``x`` (..., in)."""
+        a, b = a.index_select(0, indices), b.index_select(1, indices)
+        weighted_b = gates[None, :, None] * b
+        # sum_k g_k B_k A_k = [g_1 B_1 ... g_k B_k] [A_1; ...; A_k]
+        return a.flatten(0, 1), weighted_b.flatten(1).to(self.B.dtype)
+
+    def forward(self, x: Tensor, gates: Tensor, indices: Tensor, rows: Rows, scaling: float) -> Tensor:
+        """Return ``s x A^T B^T``, (..., out), for ``x`` (..., in)."""
+        if not self.training and x.numel() // x.shape[-1] <= FEW:
+            return self._mix_states(x, gates, indices, rows, scaling)
         a, b = self.factors(gates, indices, x.shape[-1], rows)
         return F.linear(F.linear(x, a) * scaling, b)  # scaled where the tensor is smallest
+
+    def spread(self, mixture: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+        """Return what :meth:`mix_states` multiplies by at a mixture of all experts, (E,).
+
+        Returns:
+            In front of B, (E*r,); and of states that are summed up before, (E, 1), which "outputs" has not.
+        """
+        each = mixture.to(self.A.dtype)
+        spread = (each * scaling).repeat_interleave(self.rank)
+        return spread, each[:, None] if self.combination == "factors" else None
+
+    def mix_states(self, x: Tensor, weights: tuple[Tensor, Tensor | None], rows: Rows) -> Tensor:
+        """Return what :meth:`forward` does by mixing what the A of all experts make of ``x``; nothing is copied.
+
+        Of a few tokens that is far less than the factors are.
+        """
+        spread, summed = weights
+        states = F.linear(x, self.A[:, : x.shape[-1]])
+        if summed is not None:  # sum_j g_j B_j (sum_k g_k A_k x)
+            states = (states.unflatten(-1, (self.num_experts, self.rank)) * summed).sum(-2)
+            states = states.repeat(*(1,) * (x.dim() - 1), self.num_experts)
+        return F.linear(states * spread, take(self.B, rows))
 
 
 class SmolLinear(nn.Module, SmolLayer):
@@ -155,12 +189,21 @@ class SmolLinear(nn.Module, SmolLayer):
         for name in self.active_adapters:
             if name not in self.smol_experts:
                 continue
-            gates, indices = self.router(name)
             bank = self.bank(name)
             inputs = self.smol_dropout[name](self._cast_input_dtype(x, bank.A.dtype))
-            gates, indices = gates.to(x.device), indices.to(x.device)
-            result = result + bank(inputs, gates, indices, self._rows(result), self.smol_scaling[name])
+            result = result + self._update(name, bank, inputs, self._rows(result))
         return result.to(dtype)
+
+    def _update(self, name: str, bank: ExpertBank, inputs: Tensor, rows: Rows) -> Tensor:
+        scaling = self.smol_scaling[name]
+        if self.training or inputs.numel() > FEW * inputs.shape[-1]:
+            gates, indices = self.router(name)
+            return bank(inputs, gates.to(inputs.device), indices.to(inputs.device), rows, scaling)
+        weights = self.router.once(
+            (name, bank.rank, scaling, inputs.device, inputs.dtype),
+            lambda: bank.spread(self.router.mixture(name).to(inputs.device), scaling),
+        )
+        return bank.mix_states(inputs, weights, rows)
 
     def _rows(self, result: Tensor) -> Rows:
         # Of a fused linear every part keeps a prefix: only the base layer can tell which rows those are.
