@@ -53,14 +53,11 @@ def cache_name(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def rewindable(cache: Any) -> Any:
-    """Let a cache keep what ``crop`` may need from now on, and return it; one of whole layers always does.
+def forgets(config: PretrainedConfig) -> bool:
+    """Tell whether layers of a model forget what left their window, so that a cache cannot be cropped."""
+    from transformers import DynamicCache
 
-    Layers with a window forget what left it, unless they are told; that can be said since transformers 5.17.
-    """
-    if hasattr(cache, "activate_past_recording"):
-        cache.activate_past_recording()
-    return cache
+    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
 
 
 def exchange_checkpointing(model: nn.Module, exchange: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -1,8 +1,8 @@
 """Self-drafting: a small shape writes some tokens ahead, a larger one of the same weights checks them all at once.
 
 Speculative decoding (arXiv:2211.17192) whose drafter is a second tree of modules on the tensors of the model itself.
-What is handed out are the logits of the larger shape, whatever the smaller one wrote, so that answers are its own, drawn
-in any way. A step that checks takes longer; those behind it, whose tokens were foreseen, take nothing.
+What is handed out are the logits of the larger shape, whatever the smaller one wrote, so that answers are its own,
+drawn in any way. A step that checks takes longer; those behind it, whose tokens were foreseen, take nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.second_tree import second_tree
-from amoeba_plugin.runtime.compat import rewindable
+from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.runtime.compat import forgets
 from amoeba_plugin.serving.backend import TorchBackend
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
@@ -48,7 +48,7 @@ class Counts:
     """Of all requests so far.
 
     Attributes:
-        drafted: Tokens that a smaller shape wrote.
+        drafted: Tokens that a smaller shape wrote, and that were taken or thrown away.
         accepted: Those of them that were the answer's.
     """
 
@@ -63,9 +63,17 @@ class DraftingBackend:
         live: As of :class:`TorchBackend`.
         drafters: By the shape that they draft for; shapes that are not named decode alone.
         ahead: Tokens that are drafted at most.
+
+    Raises:
+        ArchitectureError: If layers attend within a window: what left it cannot be brought back.
     """
 
     def __init__(self, live: ElasticModel, drafters: Mapping[SubnetShape, SubnetShape], ahead: int = AHEAD) -> None:
+        if forgets(live.config):
+            raise ArchitectureError(
+                f"{live.config.model_type} attends within a window, and drafts that are not accepted cannot be taken "
+                "back from its cache; serve it without drafters"
+            )
         self._larger, self._smaller = TorchBackend(live), TorchBackend(second_tree(live))
         self._drafters, self._ahead = drafters, ahead
         self.counts = Counts()
@@ -79,7 +87,7 @@ class DraftingBackend:
         """Compute a prompt; the smaller shape reads it when it is to draft."""
         cache, logits = self._larger.prefill(shape, tokens)
         if shape in self._drafters:
-            cache = Foreseen(rewindable(cache), list(tokens))
+            cache = Foreseen(cache, list(tokens))
         return cache, logits
 
     def step(self, shape: SubnetShape, cache: Any, token: int) -> Tensor:
@@ -90,8 +98,10 @@ class DraftingBackend:
         if foreseen == token:
             assert logits is not None
             self.counts.accepted += 1
+            self.counts.drafted += 1
         else:
             if foreseen is not None:
+                self.counts.drafted += 1 + len(cache.ahead)
                 cache.cache.crop(-1 - len(cache.ahead))
             logits = self._check(shape, cache, token)
         cache.known.append(token)
@@ -100,7 +110,6 @@ class DraftingBackend:
     def _check(self, shape: SubnetShape, cache: Foreseen, token: int) -> Tensor:
         """Draft behind a token and compute what was drafted; return the logits behind the token."""
         drafts = self._draft(self._drafters[shape], cache, token)
-        self.counts.drafted += len(drafts)
         _, rows = self._larger.rows(shape, cache.cache, [token, *drafts], 1 + len(drafts))
         cache.ahead = list(zip(drafts, rows[1:], strict=True))
         return rows[0]
@@ -112,10 +121,7 @@ class DraftingBackend:
             cache.drafted = len(cache.known)
         new, found = [*cache.known[cache.drafted :], token], list[int]()
         while len(found) < self._ahead:
-            begins = cache.drafts is None
             cache.drafts, logits = self._smaller.extend(shape, cache.drafts, new)
-            if begins:
-                rewindable(cache.drafts)
             cache.drafted += len(new)
             likeliest = logits.softmax(-1).max(-1)
             new = [int(likeliest.indices)]
