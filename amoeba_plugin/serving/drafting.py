@@ -83,6 +83,11 @@ class DraftingBackend:
         """The shapes of the model."""
         return self._larger.space
 
+    @property
+    def context(self) -> int | None:
+        """The positions that the model was made for."""
+        return self._larger.context
+
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """Compute a prompt; the smaller shape reads it when it is to draft."""
         cache, logits = self._larger.prefill(shape, tokens)
@@ -120,7 +125,8 @@ class DraftingBackend:
             cache.drafts.crop(len(cache.known) - cache.drafted)
             cache.drafted = len(cache.known)
         new, found = [*cache.known[cache.drafted :], token], list[int]()
-        while len(found) < self._ahead:
+        room = self._ahead if self.context is None else min(self._ahead, self.context - len(cache.known) - 1)
+        while len(found) < room:
             cache.drafts, logits = self._smaller.extend(shape, cache.drafts, new)
             cache.drafted += len(new)
             likeliest = logits.softmax(-1).max(-1)
