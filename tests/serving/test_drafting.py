@@ -94,7 +94,7 @@ def test_requests_of_several_shapes_keep_their_drafts_apart(monkeypatch: pytest.
     shapes = itertools.cycle([WHOLE, OTHER, SMALL])
     order: Iterator[SubnetShape] = iter([next(shapes) for _ in range(6)])
     sampling = Sampling(temperature=0.3, seed=3)
-    with ElasticService(backend, lambda *_: Latency(1e-3, 1e-3), lambda _: Decision(next(order))) as service:
+    with ElasticService(backend, lambda *_: Latency(1e-3, 1e-3), lambda *_: Decision(next(order))) as service:
         answers = [service.ask(Request([3 + each, *PROMPT], most=12, sampling=sampling)) for each in range(6)]
         pieces = [list(answer) for answer in answers]
     for number, (answer, found) in enumerate(zip(answers, pieces, strict=True)):
