@@ -125,7 +125,8 @@ class FilesBackend:
         while over:
             engine.ask("forget", request=over.pop())
         told = engine.ask("follow", request=request.number, tokens=list(tokens), most=self._most).value
-        return logits_of(*told, vocabulary=self._vocabulary)
+        ids, log_probabilities = told
+        return logits_of(ids, log_probabilities, self._vocabulary)
 
 
 def logits_of(ids: Sequence[int], log_probabilities: Sequence[float], vocabulary: int) -> Tensor:

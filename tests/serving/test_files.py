@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,27 +13,33 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from amoeba_plugin.deployment.deploy import deploy_shape
+from amoeba_plugin.deployment.deployed import KEY, Opening
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.extraction.cut import extract
+from amoeba_plugin.extraction.parity import PARITY_NAME
 from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.feasible import Decision
 from amoeba_plugin.serving.files import FilesBackend, logits_of
 from amoeba_plugin.serving.service import ElasticService
 from amoeba_plugin.serving.slo import Latency
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.testing.flows import VOCABULARY
-from support.elastic_files import write_elastic
+from amoeba_plugin.testing.flows import CONFIG, VOCABULARY
+from amoeba_plugin.testing.random_models import random_model, random_strategy
 
 SHAPES = ("4x1", "3x1/2")
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("files")
-    write_elastic(directory)
-    found = {shape: directory / str(number) for number, shape in enumerate(SHAPES)}
-    for shape, path in found.items():
-        deploy_shape(directory / "elastic", shape, "torch:fp32", path)
+    """Directories as `amoeba deploy` writes them, without its proofs."""
+    model = random_model(CONFIG)
+    live, found = ElasticModel(model, random_strategy(model)), {}
+    for number, shape in enumerate(SHAPES):
+        found[shape] = tmp_path_factory.mktemp(f"file{number}")
+        extract(live, shape).save_pretrained(found[shape])
+        opening = Opening(entry=".", shape=shape).model_dump()
+        (found[shape] / PARITY_NAME).write_text(json.dumps({"point": "torch:fp32", KEY: opening}))
     return found
 
 
