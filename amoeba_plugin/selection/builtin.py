@@ -55,7 +55,12 @@ IMPORTANCES: tuple[AnyImportance, ...] = (
 )
 
 REPAIRS: tuple[Repair, ...] = (
-    Repair("least_squares", by_least_squares, "removed channels predicted from those kept, as weights (OBS, SlimGPT)"),
+    Repair(
+        "least_squares", by_least_squares,
+        "removed channels predicted from those kept, as weights (OBS, SlimGPT); MLPs make up for what was lost so far",
+        catches_up=0.5,
+    ),
+    Repair("local_least_squares", by_least_squares, "the same, and every linear for itself"),
 )
 
 DEPTH_SELECTORS: tuple[DepthSelector, ...] = (

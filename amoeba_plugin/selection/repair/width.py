@@ -19,10 +19,12 @@ from amoeba_plugin.elastic.strategy import WidthStrategy
 from amoeba_plugin.models.adapter import ChannelGroup, group_key
 from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.runtime.ranks import rank
+from amoeba_plugin.selection.depth.lockstep import Lockstep
 from amoeba_plugin.selection.in_order import in_order
 from amoeba_plugin.selection.kept_steps import NOWHERE, KeptSteps
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.repair.depth import Folds
+from amoeba_plugin.selection.repair.drift import Drift, catching_up, drifting, pass_whole
 from amoeba_plugin.selection.repair.least_squares import best_ridge, repaired_prefixes
 from amoeba_plugin.selection.repair.moments import ChannelMoments, Moments, held_out_rows, watched
 
@@ -40,11 +42,13 @@ class Repair:
         columns: Maps a weight (out, in), the moments of its input, columns of both in order of importance, and several
             numbers of columns that stay, the first ones, to a weight (out, kept) fp64 for each number.
         description: One line for people.
+        catches_up: Share of what narrow layers have lost so far that each layer's MLP makes up for; 0: none.
     """
 
     name: str
     columns: Callable[[Tensor, Moments, Sequence[int]], Mapping[int, Tensor]]
     description: str = ""
+    catches_up: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def _repaired_widths(
     weights: dict[Place, Mapping[str, Tensor]] = {}
     groups, layers = runs.adapter.channel_groups(runs.model.config), len(runs.adapter.layers(runs.model))
     narrow = [share for share in sorted(width.units, reverse=True) if share != 1]
+    neurons = catching_up(runs) if repair.catches_up else None
+    residual = runs.adapter.residual_share(runs.model.config) or 1.0
     silent, held_out = not progress or rank() != 0, held_out_rows(runs.batches)
     shorter = f"{LESS_DATA}, or repair: none"
     bar = StageBar(total=layers * len(narrow), desc="repair", unit="layer", disable=silent, shorter=shorter)
@@ -154,21 +160,22 @@ def _repaired_widths(
         def narrowed(share: Fraction) -> dict[str, Tensor]:
             found: dict[Place, dict[str, Tensor]] = {(None, share): {}}
             held = found[None, share]
-            for index, layer, run in runs.layers():
-                here = {group_key(index, group): group for group in groups}
-                with watched(layer, here, runs.batches, held_out) as (moments, begin):
-                    run(begin)
-                for key, group in here.items():
-                    units, seen = width.units[share][key], moments[key].over_ranks()
-                    columns = units * group.consumer.channels_per_unit
-                    if units < group.units:
-                        held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair)
-                    for depth in (depth for depth, fold in folds.items() if key in fold):
-                        own = found.setdefault((depth, share), {})
-                        own[key] = _repaired(folds[depth][key], seen, columns, repair)
-                elastic.set_layer_units(index, {key: width.units[share][key] for key in here}, held)
-                run()
-                bar.update()
+            with runs.open() as lockstep:
+                for index, layer in enumerate(lockstep.layers):
+                    here = {group_key(index, group): group for group in groups}
+                    moments, drift = _seen(lockstep, index, here, held_out, neurons)
+                    for key, group in here.items():
+                        units, seen = width.units[share][key], moments[key].over_ranks()
+                        columns, lost = units * group.consumer.channels_per_unit, drift.get(key)
+                        if units < group.units:
+                            held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair, lost, residual)
+                        for depth in (depth for depth, fold in folds.items() if key in fold):
+                            own = found.setdefault((depth, share), {})
+                            own[key] = _repaired(folds[depth][key], seen, columns, repair, lost, residual)
+                    elastic.set_layer_units(index, {key: width.units[share][key] for key in here}, held)
+                    lockstep.run_layer(index)
+                    lockstep.forget([index])
+                    bar.update()
             elastic.set_shape(elastic.space.largest)
             return Repairs(found).tensors()
 
@@ -179,9 +186,31 @@ def _repaired_widths(
     return weights
 
 
-def _repaired(weight: Tensor, moments: Moments, kept: int, repair: Repair) -> Tensor:
+def _seen(
+    lockstep: Lockstep, index: int, here: Mapping[str, ChannelGroup], held_out: Sequence[Tensor],
+    neurons: ChannelGroup | None,
+) -> tuple[Mapping[str, Moments], Mapping[str, Drift]]:  # fmt: skip
+    """Run a layer that is whole; return the moments of its groups, and the drift of ``neurons``, by key."""
+    if neurons is None:
+        with watched(lockstep.layers[index], here, lockstep.batches, held_out) as (moments, begin):
+            lockstep.run_layer(index, begin)
+        return moments, {}
+    pass_whole(lockstep, index)
+    with (
+        watched(lockstep.layers[index], here, lockstep.batches, held_out) as (moments, begin),
+        drifting(lockstep, neurons, index) as (begin_too, drift),
+    ):
+        lockstep.run_layer(index, lambda batch: (begin(batch), begin_too(batch)))
+    return moments, {group_key(index, neurons): drift()}
+
+
+def _repaired(
+    weight: Tensor, moments: Moments, kept: int, repair: Repair, drift: Drift | None, residual: float
+) -> Tensor:
     whole = kept == weight.shape[1]
     found = weight if whole else repair.columns(weight, moments, [kept])[kept]
+    if drift is not None and not whole:
+        found = found + repair.catches_up / residual * drift.made_up(moments.all, kept).to(found.device)
     return found.to("cpu", weight.dtype, copy=True).contiguous()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.second_tree import second_tree
 
 DEEP = 24  # layers of a model of which one is within five percent of its time
 
@@ -20,20 +19,17 @@ class Features:
     It may be called in any thread, whatever shape the model has at the time: only weights are shared.
 
     Args:
-        live: At its largest shape.
+        live: At any shape.
         layers: How many, 0 or 1; default: 1 of a model so deep that one is a small part of it.
     """
 
     def __init__(self, live: ElasticModel, layers: int | None = None) -> None:
-        if live.shape != live.space.largest:
-            live.set_shape(live.space.largest)
         self.layers = layers if layers is not None else int(len(live.layers) >= DEEP)
         self.size = int(live.config.get_text_config().hidden_size)
-        weights = itertools.chain(live.model.parameters(), live.model.buffers())
-        tree = copy.deepcopy(live.model, {id(each): each for each in weights})
-        adapter, first = live.adapter, range(self.layers)
-        adapter.set_layers(tree, [adapter.layers(tree)[index] for index in first], tuple(first), live.config)
-        self._decoder = adapter.decoder(tree).eval()
+        second, first = second_tree(live), tuple(range(self.layers))
+        second.set_shape(second.space.largest)
+        second.adapter.set_layers(second.model, [second.layers[index] for index in first], first, second.config)
+        self._decoder = second.adapter.decoder(second.model).eval()
 
     @torch.no_grad()
     def __call__(self, tokens: Sequence[int]) -> Tensor:
