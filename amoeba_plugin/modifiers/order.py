@@ -17,7 +17,6 @@ STAGES = {
     "SubnetExtractionModifier": 2,
     POLICY: 3,
 }
-CHANGES = "changes the model's structure"
 EXPECTED = ", ".join([*STAGES, "quantization"])
 
 
@@ -43,10 +42,8 @@ def require_order(modifiers: Sequence[Modifier]) -> None:
     last = len(names) - 1 - names[::-1].index(ours[-1])
     strangers = [name for name in names[:last] if name not in STAGES]
     if strangers:
-        raise RecipeError(
-            f"{strangers[0]} stands before {ours[-1]}, which {'chooses for those behind it' if ours[-1] == POLICY else CHANGES}"
-            f"; the order is {EXPECTED}"
-        )
+        does = "chooses for those behind it" if ours[-1] == POLICY else "changes the model's structure"
+        raise RecipeError(f"{strangers[0]} stands before {ours[-1]}, which {does}; the order is {EXPECTED}")
     if ours == [POLICY]:  # nothing of the structure changes
         return
     extracts = "SubnetExtractionModifier" in ours

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from compressed_tensors.quantization import QuantizationArgs
 
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.selection.layerwise.units import Unit
 
+Number = TypeVar("Number", int, float)
 WHOLE = 16  # bits of a weight that is not quantized, and of a scale: engines compute in half precision
 SERVED, READ = (4, 8), (2, 3)  # bits that engines serve; bits that transformers alone reads back
 SIZES = (128, 64, 32)  # of groups, as engines have kernels for
@@ -125,3 +127,20 @@ def require_divided(grid: Grid, units: Sequence[Unit]) -> None:
             f"groups of {grid.group_size} do not divide the {odd.columns} inputs of {odd.name}; what fits this "
             f"model is {fitting}"
         )
+
+
+def listed(text: str, kind: Callable[[str], Number], what: str) -> tuple[Number, ...]:
+    """Return numbers from a list with commas.
+
+    Raises:
+        RecipeError: If one is none.
+
+    >>> listed("4,8", int, "bits")
+    (4, 8)
+    """
+    try:
+        return tuple(kind(each) for each in text.split(",") if each.strip())
+    except ValueError as error:
+        raise RecipeError(
+            f"{what} '{text}' are no numbers with commas between them; write 4,8,16 or 0,0.3,0.5"
+        ) from error

@@ -16,6 +16,8 @@ from amoeba_plugin.errors import ArchitectureError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, ChannelGroup
 from amoeba_plugin.models.packed_linear import is_packed
 
+QKV = ("q_proj", "k_proj", "v_proj")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -67,7 +69,7 @@ def layer_units(model: PreTrainedModel, adapter: ArchitectureAdapter) -> list[Un
     units = [
         _unit(index, sorted((paths[layer.get_submodule(path)] for path in together), key=order.__getitem__), model)
         for index, layer in enumerate(adapter.layers(model))
-        for together in _fused(groups)
+        for together in _fused(groups, layer)
     ]
     return sorted(units, key=lambda unit: order[unit.modules[0]])
 
@@ -78,11 +80,21 @@ def modules_in_order(units: Sequence[Unit], model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path in held]
 
 
-def _fused(groups: Sequence[ChannelGroup]) -> Iterator[list[str]]:
-    """Yield the paths within a layer of what goes together; projections that a decoder fuses itself are one path."""
+def _fused(groups: Sequence[ChannelGroup], layer: nn.Module) -> Iterator[list[str]]:
+    """Yield the paths within a layer of what goes together; projections that a decoder fuses itself are one path.
+
+    Of attention whose channels an adapter does not name (OPT, GPT-NeoX), q, k and v go together, and all else alone.
+    """
+    held = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear) or is_packed(module)}
     for group in groups:
-        yield list(dict.fromkeys(axis.path for axis in group.producers))
-        yield [group.consumer.path]
+        for together in (list(dict.fromkeys(axis.path for axis in group.producers)), [group.consumer.path]):
+            yield together
+            held -= set(together)
+    rest = sorted(held)
+    qkv = [path for path in rest if path.rpartition(".")[2] in QKV]
+    if qkv:
+        yield qkv
+    yield from ([path] for path in rest if path not in qkv)
 
 
 def _unit(layer: int, paths: list[str], model: nn.Module) -> Unit:
