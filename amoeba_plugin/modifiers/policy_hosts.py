@@ -94,15 +94,17 @@ class PolicyHosts:
         """The scheme that the recipe gives the quantizer, of which the policy changes the bits; ``None``: none.
 
         Raises:
-            RecipeError: If there are several, or one that is not of integers by group or channel.
+            RecipeError: If there are several that differ in more than bits, or they are not of integers by group or
+                channel.
         """
-        if self.quantizer is None or not self.quantizer.has_config():
+        if self.quantizer is None or (self.quantizer.scheme is None and not self.quantizer.config_groups):
             return None
         name = type(self.quantizer).__name__
         schemes = list(self.quantizer.resolve_quantization_config().config_groups.values())
-        if len(schemes) > 1:
+        if any(_but_bits(each) != _but_bits(schemes[0]) for each in schemes):
             raise RecipeError(
-                f"{name} has {len(schemes)} schemes, and LayerwisePolicyModifier chooses the bits; give it one, or none"
+                f"{name} has {len(schemes)} schemes that differ in more than bits, and LayerwisePolicyModifier chooses "
+                "what is quantized how; give it one scheme, or none"
             )
         weights = schemes[0].weights
         if weights is None or weights.type != "int" or weights.strategy not in ("group", "channel"):
@@ -167,6 +169,11 @@ def pruning_fields(policy: LayerwisePolicy, model: nn.Module) -> dict[str, Any]:
     shares = {path: sparsity for unit, sparsity in units.items() for path in unit.modules}
     targets = modules_in_order(list(units), model)
     return {"sparsity": [shares[path] for path in targets], "targets": targets}
+
+
+def _but_bits(scheme: QuantizationScheme) -> dict[str, Any]:
+    fields: dict[str, Any] = scheme.model_dump(exclude={"targets", "format"})
+    return fields | {"weights": {**(fields["weights"] or {}), "num_bits": None}}
 
 
 def _the_one(behind: Sequence[Modifier], kinds: Sequence[str], field: str, wanted: bool) -> Any:

@@ -77,6 +77,17 @@ def pruned_columns(columns: int, sparsity: float) -> int:
     return int(columns * sparsity)
 
 
+def sparsity_of(columns: int, wanted: float) -> float:
+    """Return the least sparsity that makes so large a share of every row zero, whole weights, at most ``MOST_SPARSE``.
+
+    >>> sparsity_of(64, 0.4), pruned_columns(64, sparsity_of(64, 0.4))
+    (0.40625, 26)
+    """
+    count = min(math.ceil(columns * wanted - 1e-9), pruned_columns(columns, MOST_SPARSE))
+    share = count / columns
+    return share if pruned_columns(columns, share) == count else math.nextafter(share, 1)
+
+
 def counted_sparsity(option: Option, unit: Unit) -> float:
     """Return the share of zeros that a unit gets: whole weights of every row."""
     return pruned_columns(unit.columns, option.sparsity) / unit.columns

@@ -30,6 +30,7 @@ from amoeba_plugin.selection.layerwise.options import (
     require_bits,
     require_divided,
     require_sparsities,
+    sparsity_of,
 )
 from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy, UnitPolicy, option_name
 from amoeba_plugin.selection.layerwise.task import DenseStates, Scores, Sensitivity, SensitivityTask, divergence
@@ -238,7 +239,8 @@ def by_mean(units: Sequence[Unit], scores: Scores, budget: PolicyBudget) -> dict
         lone = [option for option in budget.lone if option.sparsity]
         means = [sum(scores[unit.name, option] for option in lone) / len(lone) for unit in units]
         weights = [unit.weights for unit in units]
-        sparsities = sparsity_by_mean(means, weights, budget.average_sparsity, MOST_SPARSE)
+        found = sparsity_by_mean(means, weights, budget.average_sparsity, MOST_SPARSE)
+        sparsities = [sparsity_of(unit.columns, each) for unit, each in zip(units, found, strict=True)]
     grid = budget.grid(units)
     total = sum(unit.weights for unit in units)
     achieved = sum(unit.weights * grid.counted(each, unit) for unit, each in zip(units, bits, strict=True)) / total
