@@ -167,7 +167,7 @@ def find_policy(
     with DenseStates.of(LayerRuns.of(model, adapter, batches)) as dense:
         task = SensitivityTask(dense, batches, units, budget.lone, compressor)
         scores = sensitivity.measure(task)
-        chosen, lost = _chosen(task, budget, scores)
+        chosen, lost = chosen_options(task, budget, scores)
     policy = LayerwisePolicy(
         fingerprint=model_fingerprint(model, adapter),
         sensitivity=sensitivity.name,
@@ -195,7 +195,8 @@ def described(chosen: dict[Unit, Option], scores: Scores) -> dict[str, UnitPolic
     }  # fmt: skip
 
 
-def _chosen(task: SensitivityTask, budget: PolicyBudget, scores: Scores) -> tuple[dict[Unit, Option], float]:
+def chosen_options(task: SensitivityTask, budget: PolicyBudget, scores: Scores) -> tuple[dict[Unit, Option], float]:
+    """Return what every unit gets of scores, and the divergence that was measured of all together."""
     options, allocation = budget.options, budget.allocation(task.units, scores)
 
     def at(choice: Iterable[int]) -> dict[Unit, Option]:
@@ -219,7 +220,8 @@ def measured_divergence(task: SensitivityTask, chosen: dict[Unit, Option]) -> fl
     total = 0.0
     with task.compressor.at(chosen):
         for batch in range(len(task.dense.batches)):
-            total += divergence(task.dense.dense_log_probabilities(batch), task.dense.model_log_probabilities(batch))
+            dense = task.dense.dense_log_probabilities(batch)
+            total += divergence(dense, dense.exp(), task.dense.model_log_probabilities(batch))
     return float(sum_over_ranks(torch.tensor(total, dtype=torch.float64))) / task.token_count()
 
 

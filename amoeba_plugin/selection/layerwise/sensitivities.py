@@ -53,10 +53,11 @@ def final_divergence(task: SensitivityTask) -> Scores:
         made = {(unit.name, option): task.compressor.weights(unit, option) for unit in units for option in task.options}
         for batch in range(len(task.dense.batches)):
             dense = task.dense.dense_log_probabilities(batch)
+            probabilities = dense.exp()
             for key, weights in made.items():
                 with exchanged(weights):
                     states = task.dense.through(layer, last, batch)
-                sums[key] += divergence(dense, task.dense.log_probabilities(states, batch))
+                sums[key] += divergence(dense, probabilities, task.dense.log_probabilities(states, batch))
     tokens = task.token_count()
     return {key: max(nats, 0.0) / tokens for key, nats in _over_ranks(sums).items()}
 

@@ -90,9 +90,15 @@ class DenseStates:
         return functional.log_softmax(logits[self.present(batch).to(logits.device)].float(), dim=-1)
 
 
-def divergence(dense: Tensor, other: Tensor) -> float:
-    """Return KL(dense || other) summed over tokens, in nats; both are log-probabilities, (tokens, vocabulary)."""
-    return float(functional.kl_div(other, dense, reduction="sum", log_target=True))
+def divergence(dense: Tensor, probabilities: Tensor, other: Tensor) -> float:
+    """Return KL(dense || other) summed over tokens, in nats.
+
+    Args:
+        dense: Log-probabilities, (tokens, vocabulary) fp32.
+        probabilities: Their exponentials, which many others are compared by.
+        other: Log-probabilities.
+    """
+    return float(torch.dot(probabilities.flatten(), (dense - other).flatten()))
 
 
 @dataclass(frozen=True)
