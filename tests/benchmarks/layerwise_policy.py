@@ -5,16 +5,18 @@ Usage: python tests/benchmarks/layerwise_policy.py [--averages 4.5 5 6] [--bits 
        python tests/benchmarks/layerwise_policy.py --model DIRECTORY --text FILE --held-out FILE ...
 
 Without ``--model``: the demo's model, calibrated on its training text, by other blocks for every seed. Printed: average
-bits per weight with scales (weights of the decoder layers' linears), held-out loss above the dense model's in nats per
-token (mean of the seeds, and the least and largest), and CPU seconds of the search. "random" gives units bits at random
-within the average. "mean" is Edge-LLM's rule, twice the least bits above the mean sensitivity; it knows no budget, so
-each is followed by the knapsack at the very average that it took. RTN is measured in memory (a test holds that
-to what llm-compressor stores); GPTQ runs the generated recipe and measures the reloaded checkpoint.
+bits per weight with scales (weights of the decoder layers' linears), held-out loss above the dense model's and KL
+divergence from it, both in nats per token (mean of the seeds, least and largest), and CPU seconds of the search.
+"random" gives units bits at random within the average. "mean" is Edge-LLM's rule, twice the least bits above the mean
+sensitivity; it knows no budget, so each is followed by the knapsack at the very average that it took. RTN is measured
+in memory (a test holds that to what llm-compressor stores); GPTQ runs the generated recipe and measures the reloaded
+checkpoint. Exchanges are tried with the first sensitivity alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import tempfile
 import time
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.data.batch import Batch
+from amoeba_plugin.data.batch import Batch, model_inputs
 from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.demo.corpus import part_files, token_blocks
 from amoeba_plugin.demo.data import BLOCK_SIZE, MODEL, batches_of
@@ -38,13 +40,13 @@ from amoeba_plugin.selection.layerwise.compress import Compressor
 from amoeba_plugin.selection.layerwise.options import Grid, Option
 from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy
 from amoeba_plugin.selection.layerwise.search import PolicyBudget, chosen_options, described
-from amoeba_plugin.selection.layerwise.task import DenseStates, SensitivityTask
+from amoeba_plugin.selection.layerwise.task import DenseStates, SensitivityTask, divergence
 from amoeba_plugin.selection.layerwise.units import Unit, layer_units
 from amoeba_plugin.selection.registry import objective_named, sensitivity_named
 
 HELD_OUT_BLOCKS = 40
 Choice = dict[Unit, Option]
-Row = tuple[str, float, float, float]  # policy, bits, loss, CPU seconds
+Row = tuple[str, float, float, float, float]  # policy, bits, loss, KL, CPU seconds
 
 
 def main() -> None:
@@ -71,13 +73,15 @@ def main() -> None:
     for seed in range(given.seeds):
         for row in _measure(given, model, calibration(seed), held_out, seed):
             rows.setdefault(row[0], []).append(row)
-            print(f"  seed {seed}: {row[0]}: {row[1]:.3f} bits, {row[2]:+.4f} nats, {row[3]:.1f} s", flush=True)
-    print("\n| policy | bits | nats above dense (least to largest) | CPU s |\n|---|---|---|---|")
+            print(
+                f"  seed {seed}: {row[0]}: {row[1]:.3f} bits, {row[2]:+.5f}, KL {row[3]:.5f}, {row[4]:.1f} s",
+                flush=True,
+            )
+    print("\n| policy | bits | loss above dense | KL from dense | CPU s |\n|---|---|---|---|---|")
     for name, found in rows.items():
-        bits, losses, seconds = ([row[place] for row in found] for place in (1, 2, 3))
-        spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(set(losses)) > 1 else ""
+        bits, losses, divergences, seconds = ([row[place] for row in found] for place in (1, 2, 3, 4))
         took = f"{_mean(seconds):.0f}" if any(seconds) else "-"
-        print(f"| {name} | {_mean(bits):.3f} | {_mean(losses):.4f}{spread} | {took} |")
+        print(f"| {name} | {_mean(bits):.3f} | {_shown(losses)} | {_shown(divergences)} | {took} |")
 
 
 def _texts(given: argparse.Namespace) -> tuple[Callable[[int], list[Batch]], list[Batch]]:
@@ -118,11 +122,13 @@ def _measure(
     grid, loss = budget.grid(units), objective_named("loss")
     dense_loss = loss.measure(model, held_out).value
 
-    def lost(choice: Choice, grid: Grid = grid) -> float:
+    def lost(choice: Choice, grid: Grid = grid) -> tuple[float, float]:
         if given.quantizer == "gptq":
-            return loss.measure(_by_gptq(given, choice, grid, batches), held_out).value - dense_loss
-        with Compressor(model, grid).at(choice):
-            return float(loss.measure(model, held_out).value) - dense_loss
+            made = _by_gptq(given, choice, grid, batches)
+            return loss.measure(made, held_out).value - dense_loss, _divergence(model, made, held_out)
+        made = copy.deepcopy(model)
+        with Compressor(made, grid).at(choice):
+            return loss.measure(made, held_out).value - dense_loss, _divergence(model, made, held_out)
 
     def bits_of(choice: Choice, grid: Grid = grid) -> float:
         taken = sum(unit.weights * grid.counted(option.bits, unit) for unit, option in choice.items())
@@ -131,10 +137,10 @@ def _measure(
     for bits in [each for each in given.bits if each < 16]:
         for size in sorted({grid.group_size, 32}, reverse=True):
             choice, finer = {unit: Option(bits) for unit in units}, Grid(size)
-            yield f"uniform {bits} bits, groups of {size}", bits_of(choice, finer), lost(choice, finer), 0.0
+            yield f"uniform {bits} bits, groups of {size}", bits_of(choice, finer), *lost(choice, finer), 0.0
     for average in given.averages:
         choice = _at_random(units, average, given.bits, bits_of, random.Random(seed))
-        yield f"random, {average:g}", bits_of(choice), lost(choice), 0.0
+        yield f"random, {average:g}", bits_of(choice), *lost(choice), 0.0
     with DenseStates.of(LayerRuns.of(model, adapter, batches)) as dense:
         for name in given.sensitivities:
             task = SensitivityTask(dense, batches, units, budget.lone, Compressor(model, grid), progress=False)
@@ -143,12 +149,12 @@ def _measure(
             scoring = time.process_time() - started
             wanted = [(f"{name}, knapsack, {each:g}", replace(budget, average_bits=each, exchanges=0)) for each in
                       given.averages]  # fmt: skip
-            if given.exchanges:
+            if given.exchanges and name == given.sensitivities[0]:
                 wanted += [(f"{name}, exchanges, {each:g}", replace(budget, average_bits=each,
                             exchanges=given.exchanges)) for each in given.averages]  # fmt: skip
             try:
                 choice, _ = chosen_options(task, replace(budget, average_bits=15.9, rule="mean"), scores)
-                yield f"{name}, mean", bits_of(choice), lost(choice), scoring
+                yield f"{name}, mean", bits_of(choice), *lost(choice), scoring
                 wanted.append(
                     (f"{name}, knapsack, as mean", replace(budget, average_bits=bits_of(choice), exchanges=0))
                 )
@@ -158,7 +164,18 @@ def _measure(
                 started = time.process_time()
                 choice, _ = chosen_options(task, asked, scores)
                 took = scoring + time.process_time() - started
-                yield label, bits_of(choice), lost(choice), took
+                yield label, bits_of(choice), *lost(choice), took
+
+
+def _divergence(model: PreTrainedModel, made: PreTrainedModel, held_out: list[Batch]) -> float:
+    """Return the KL divergence from the dense model, nats per token."""
+    nats, tokens = 0.0, 0
+    for batch in held_out:
+        inputs, present = model_inputs(batch, model.device), batch["attention_mask"].bool()
+        with torch.no_grad():
+            p, q = (each(**inputs, use_cache=False).logits[present].log_softmax(-1) for each in (model, made))
+        nats, tokens = nats + divergence(p, p.exp(), q), tokens + int(present.sum())
+    return nats / tokens
 
 
 def _at_random(
@@ -192,6 +209,11 @@ def _by_gptq(given: argparse.Namespace, choice: Choice, grid: Grid, batches: lis
             output_dir=str(Path(directory) / "out"), num_calibration_samples=len(batches),
         )  # fmt: skip
         return AutoModelForCausalLM.from_pretrained(Path(directory) / "out", dtype=torch.float32).eval()
+
+
+def _shown(values: list[float]) -> str:
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(set(values)) > 1 else ""
+    return f"{_mean(values):.4f}{spread}"
 
 
 def _mean(values: list[float]) -> float:
