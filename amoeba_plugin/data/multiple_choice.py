@@ -31,12 +31,14 @@ class QuestionColumns:
         choices: A list of texts, or a mapping with ``text`` and ``label`` (ARC).
         answer: Index of the true choice (also as a digit), its label or letter, or its text.
         subject: What questions are stratified by, where the data set has such a column.
+        context: What stands before the question, where the data set has such a column: a passage, examples.
     """
 
     question: str = "question"
     choices: str = "choices"
     answer: str = "answer"
     subject: str = "subject"
+    context: str = "context"
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,18 @@ class Question:
     choices: tuple[str, ...]
     answer: int
     subject: str = ""
+    context: str = ""
+
+    @property
+    def before(self) -> str:
+        """The context as it stands before the question."""
+        return f"{self.context}\n" if self.context else ""
 
     def prompt(self, letters: bool) -> str:
-        """Return what stands before the answer: the question, with ``letters`` its choices by letter, and "Answer:"."""
+        """Return what stands before the answer: the context, the question, with ``letters`` its choices by letter, and
+        "Answer:"."""
         listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(ascii_uppercase, self.choices, strict=False))
-        return f"{self.text}\n{listed if letters else ''}Answer:"
+        return f"{self.before}{self.text}\n{listed if letters else ''}Answer:"
 
     def continuation(self, choice: int, letters: bool) -> str:
         """Return a choice as it follows the prompt."""
@@ -174,7 +183,8 @@ def _question(row: Mapping[str, Any], columns: QuestionColumns, where: str) -> Q
             f"{where}: the answer {row[columns.answer]!r} is none of its {len(choices)} choices; give an index from 0, "
             "a label or letter, or the text of one of two choices or more"
         )
-    return Question(str(row[columns.question]), choices, answer, str(row.get(columns.subject, "")))
+    subject, context = (str(row.get(column) or "") for column in (columns.subject, columns.context))
+    return Question(str(row[columns.question]), choices, answer, subject, context)
 
 
 def _answer(given: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
@@ -184,6 +194,11 @@ def _answer(given: Any, choices: Sequence[str], labels: Sequence[str]) -> int | 
     if not isinstance(given, int) and text in choices:
         return list(choices).index(text)
     return int(text) if text.isdecimal() and int(text) < len(choices) else None
+
+
+def answered(examples: Sequence[Question], letters: bool) -> str:
+    """Return questions with their answers, as they stand before another."""
+    return "".join(f"{each.prompt(letters)}{each.continuation(each.answer, letters)}\n\n" for each in examples)
 
 
 def _tokenised(
@@ -197,9 +212,7 @@ def _tokenised(
     """Return the tokens of a choice in its prompt, and how many of them are the choice."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for first in range(len(shown) + 1):
-        shots = "".join(
-            f"{each.prompt(letters)}{each.continuation(each.answer, letters)}\n\n" for each in shown[first:]
-        )
+        shots = answered(shown[first:], letters)
         context = tokenizer(shots + question.prompt(letters), add_special_tokens=False)["input_ids"]
         text = shots + question.prompt(letters) + question.continuation(choice, letters)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]

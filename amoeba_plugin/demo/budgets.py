@@ -26,6 +26,7 @@ from amoeba_plugin.reports.report import BudgetRow, DeployedRow
 from amoeba_plugin.shape import ShapeSpace
 
 POINTS = ("torch:fp32", "llama-cpp:Q4_0")
+ELASTIC = "torch:elastic"  # what answers requests
 SHARE = 0.7  # of the whole model's time to the first token, which a budget allows,
 ROOM = 1.02  # or this much more than the smallest shape takes, where that is more
 FINALISTS = 2
@@ -47,7 +48,7 @@ def within_budgets(elastic: Path, judged: Path, output: Path, schedule: Schedule
     path, decoded = output / "profile.json", Measuring().decoded
     lengths = prompts_of([], subject, decoded)
     how = Measuring(lengths, decoded, schedule.profile_rounds, shapes=schedule.profile_shapes)
-    profile_model(subject, flows_of(list(_runnable())), path, how, "the demo's model")
+    profile_model(subject, flows_of([*_runnable(), ELASTIC]), path, how, "the demo's model")
     asked = Asked(
         "hierarchical", str(judged), num_samples=JUDGED_BLOCKS, measure=schedule.measures, finalists=FINALISTS
     )  # fmt: skip

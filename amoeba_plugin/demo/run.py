@@ -25,6 +25,7 @@ from amoeba_plugin.demo.budgets import within_budgets
 from amoeba_plugin.demo.data import BLOCK_SIZE, FULL, MODEL, QUICK, DemoData, Schedule, demo_data
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
 from amoeba_plugin.demo.figures import DENSE, Figures, checkpoint_bytes, quality, quality_by_shape
+from amoeba_plugin.demo.requests import answered_requests
 from amoeba_plugin.deployment.latency import DECODE_TOKENS, PROMPT_TOKENS, measure_latency
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
@@ -84,6 +85,8 @@ def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
         with without_bars():
             data.judged.save_to_disk(judged)
         budgets, profile = within_budgets(output_dir / "elastic", judged, output_dir, schedule)
+    with stages.timed("requests"):
+        requests = answered_requests(elastic, profile, tokenizer, data.judged[0]["input_ids"])
     report = Report(
         title="Demo: a 12-layer Llama trained on the Python standard library",
         dense=figures.row(DENSE),
@@ -92,6 +95,7 @@ def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
         quantized=quantized,
         budgets=budgets,
         profile=profile,
+        requests=requests,
         provenance=_provenance(stages, seed, schedule, elastic, data),
     )
     write_report(report, output_dir)

@@ -133,6 +133,28 @@ class BudgetRow(_Row):
     deployed: DeployedRow
 
 
+class RequestRow(_Row):
+    """One request to a resident model, and its answer.
+
+    Attributes:
+        slo: Its targets, in words.
+        shape: That answered it.
+        said: The answer.
+        promised_ttft_ms: Milliseconds to the first token, by the profile.
+        ttft_ms: Measured.
+        promised_tpot_ms: Milliseconds of each token behind it, by the profile.
+        tpot_ms: Measured.
+    """
+
+    slo: str
+    shape: str
+    said: str
+    promised_ttft_ms: float
+    ttft_ms: float
+    promised_tpot_ms: float
+    tpot_ms: float
+
+
 class Provenance(_Row):
     """How the figures came about, so that somebody else can come to them.
 
@@ -170,6 +192,7 @@ class Report(_Row):
         quantized: ``None`` where nothing was quantized.
         budgets: The best subnets within budgets of this machine.
         profile: What shapes cost on it; ``None`` where that was not measured.
+        requests: The same prompt under several targets for time.
         provenance: How the figures came about.
     """
 
@@ -184,6 +207,7 @@ class Report(_Row):
     quantized: QuantizedRow | None = None
     budgets: list[BudgetRow] = Field(default_factory=list)
     profile: Profile | None = None
+    requests: list[RequestRow] = Field(default_factory=list)
     provenance: Provenance
 
     def gap_before(self, row: ShapeRow) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from amoeba_plugin.reports.format import millions, number, percent, size
 from amoeba_plugin.reports.frontier_table import table_of
-from amoeba_plugin.reports.report import QuantizedRow, Report
+from amoeba_plugin.reports.report import QuantizedRow, Report, RequestRow
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -28,6 +30,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(table_of(row.frontier))
         of = row.deployed
         console.print(f"{of.shape} as {of.flow}, {size(of.bytes)} in {of.directory}: {of.parity}")
+    if report.requests:
+        console.print(_request_table(report.requests))
     closed = report.median_gap_closed()
     if closed is not None:
         console.print(
@@ -53,6 +57,17 @@ def _quality_table(report: Report) -> Table:
             _change(percent(before.accuracy), None if after is None else percent(after.accuracy)),
             style="bold" if row is report.dense else None,
         )
+    return table
+
+
+def _request_table(requests: Sequence[RequestRow]) -> Table:
+    table = Table(title="One resident model, the same prompt, three targets for time", title_justify="left")
+    table.add_column("target")
+    for heading in ("shape", "first token, ms: promised", "measured", "each behind it, ms: promised", "measured"):
+        table.add_column(heading, justify="right")
+    for row in requests:
+        took = (row.promised_ttft_ms, row.ttft_ms, row.promised_tpot_ms, row.tpot_ms)
+        table.add_row(row.slo, row.shape, *(number(each, 1) for each in took))
     return table
 
 

@@ -26,6 +26,7 @@ class Request:
         sampling: How tokens are drawn.
         ends: Tokens that end the answer; they are not part of it.
         best_effort: Be answered below the targets where they cannot be kept, rather than refused.
+        droppable: Positions of the prompt that may be left out, ascending: no question, no template.
     """
 
     tokens: Sequence[int]
@@ -34,6 +35,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     ends: Collection[int] = ()
     best_effort: bool = False
+    droppable: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,17 @@ class Answer:
 
     Args:
         decision: What the request got.
+        kept: Positions of the prompt that are computed, ascending.
         promised: When tokens will be there, if steps take what was predicted.
         in_time: Whether that keeps the request's targets.
         on_cancel: Called once, when nobody wants the rest.
     """
 
-    def __init__(self, decision: Decision, promised: Latency, in_time: bool, on_cancel: Callable[[], None]) -> None:
-        self.decision, self.promised, self.in_time = decision, promised, in_time
+    def __init__(
+        self, decision: Decision, kept: Sequence[int], promised: Latency, in_time: bool,
+        on_cancel: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.decision, self.kept, self.promised, self.in_time = decision, kept, promised, in_time
         self.measured: Latency | None = None
         self.end: End | None = None
         self.error: str = ""

@@ -20,6 +20,10 @@ class Backend(Protocol):
     def space(self) -> ShapeSpace:
         """The shapes that requests may get."""
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None``: any number."""
+
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """Compute a prompt; return what its next step needs, of this shape alone, and the logits (vocabulary,)."""
 
@@ -44,6 +48,11 @@ class TorchBackend:
     def space(self) -> ShapeSpace:
         """The shapes of the model."""
         return self._live.space
+
+    @property
+    def context(self) -> int | None:
+        """The positions that the model was made for."""
+        return getattr(self._live.model.config, "max_position_embeddings", None)
 
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """Compute a prompt; see :class:`Backend`."""

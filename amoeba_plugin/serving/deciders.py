@@ -1,4 +1,4 @@
-"""Which of the feasible decisions a request gets, without having read it."""
+"""Which of the feasible decisions a request gets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from amoeba_plugin.serving.feasible import Decision, Feasible
+from amoeba_plugin.serving.reading import Reading
 from amoeba_plugin.shape import SubnetShape
 
-Decider = Callable[[Feasible], Decision | None]  # None: it has no opinion
+Decider = Callable[[Feasible, Reading | None], Decision | None]  # of what nobody read; None: it has no opinion
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class DeciderOptions:
 
 def largest_feasible(options: DeciderOptions) -> Decider:
     """Take the shape that takes longest per token, on as much of the prompt as it has time for."""
-    return lambda feasible: best_of(feasible)
+    return lambda feasible, reading: best_of(feasible)
 
 
 def fixed(options: DeciderOptions) -> Decider:
     """Take one shape and share for all requests."""
 
-    def decide(feasible: Feasible) -> Decision:
+    def decide(feasible: Feasible, reading: Reading | None) -> Decision:
         shape = next(iter(feasible.latencies)).shape if options.shape is None else options.shape
         return Decision(shape, options.share)
 
@@ -46,25 +47,35 @@ def fixed(options: DeciderOptions) -> Decider:
 def random_feasible(options: DeciderOptions) -> Decider:
     """Draw among those that keep the targets, each equally likely."""
     draw = random.Random(options.seed)
-    return lambda feasible: draw.choice(feasible.decisions) if feasible.decisions else None
+    return lambda feasible, reading: draw.choice(feasible.decisions) if feasible.decisions else None
+
+
+def dual_head(options: DeciderOptions) -> Decider:
+    """Take what the compact model that read the prompt wants."""
+    return lambda feasible, reading: None if reading is None else reading.wanted(feasible)
 
 
 def best_of(feasible: Feasible) -> Decision | None:
     """Return the feasible decision of the largest shape by time per token, and of those that of the longest prompt."""
+    return next(iter(best_first(feasible)), None)
+
+
+def best_first(feasible: Feasible) -> list[Decision]:
+    """Return the feasible decisions, larger shapes by time per token first, and of each longer prompts first."""
     latencies = feasible.latencies
-    return max(feasible.decisions, key=lambda each: (latencies[each].tpot, each.share), default=None)
+    return sorted(feasible.decisions, key=lambda each: (latencies[each].tpot, each.share), reverse=True)
 
 
-def decided(decider: Decider, feasible: Feasible) -> Decision:
+def decided(decider: Decider, feasible: Feasible, reading: Reading | None = None) -> Decision:
     """Return a decision that keeps the targets: the decider's, or where that does not, the largest that does.
 
     Raises:
         SloError: If none keeps them.
     """
     possible = feasible.require()
-    wanted = decider(feasible)
-    if wanted in possible:
-        return wanted
+    wanted = decider(feasible, reading)
+    if wanted is not None and (listed := feasible.listed(wanted)) in possible:
+        return listed
     best = best_of(feasible)
     assert best is not None  # there is one that is possible
     return best

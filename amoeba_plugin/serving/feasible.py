@@ -101,6 +101,16 @@ class Feasible:
 
         return min(self.latencies, key=excess)
 
+    def listed(self, decision: Decision) -> Decision:
+        """Return the decision of ``latencies`` that keeps as many tokens: of shares that do, only the largest is there.
+
+        Of a shape that is not there it is the decision itself.
+        """
+        shares = [
+            each.share for each in self.latencies if each.shape == decision.shape and each.share >= decision.share
+        ]
+        return Decision(decision.shape, min(shares, default=decision.share))
+
     def require(self) -> list[Decision]:
         """Return the decisions that keep the targets.
 

@@ -6,15 +6,16 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from amoeba_plugin.errors import DataError, ServiceError, SloError
 from amoeba_plugin.serving.answer import Answer, End, Piece, Request
 from amoeba_plugin.serving.backend import Backend
-from amoeba_plugin.serving.deciders import Decider, best_of, decided
+from amoeba_plugin.serving.deciders import Decider, best_first, decided
 from amoeba_plugin.serving.feasible import Asked, Decision, Feasible, LatencyOf, Prompt, feasible
+from amoeba_plugin.serving.reading import Reader, Reading, kept_positions
 from amoeba_plugin.serving.sampling import Sampler
 from amoeba_plugin.serving.schedule import Job, admits, most_urgent, promises
 from amoeba_plugin.serving.slo import Latency, Limits
@@ -56,15 +57,18 @@ class ElasticService:
         backend: Computes.
         latency_of: Returns what a shape takes on so many tokens.
         decider: Chooses among what is feasible.
+        reader: Reads prompts before they are computed; without one nothing of a prompt is left out.
         most_waiting: Requests that may be taken and not done.
         clock: In seconds.
     """
 
     def __init__(
-        self, backend: Backend, latency_of: LatencyOf, decider: Decider = lambda found: None,
-        most_waiting: int = MOST_WAITING, clock: Callable[[], float] = time.perf_counter,
+        self, backend: Backend, latency_of: LatencyOf, decider: Decider = lambda found, reading: None,
+        reader: Reader | None = None, most_waiting: int = MOST_WAITING,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
-        self._backend, self._latency_of, self._decider, self._clock = backend, latency_of, decider, clock
+        self._backend, self._latency_of, self._clock = backend, latency_of, clock
+        self._decider, self._reader = decider, reader
         self._most, self._numbers = most_waiting, itertools.count()
         self._running: dict[int, Running] = {}
         self._step: tuple[int, float] | None = None  # whose step is computed, and when it will be done
@@ -82,17 +86,19 @@ class ElasticService:
         """Take a request.
 
         Raises:
-            DataError: If it has no tokens, or wants none.
+            DataError: If it has no tokens, wants none, or wants more than the model has positions for.
             ServiceError: If the service is closed, or too many requests wait.
             SloError: If its targets cannot be kept, and it does not allow to be answered below them.
         """
-        if not request.tokens or request.most < 1:
-            raise DataError("a request has a token of prompt at least, and asks for one at least")
+        came = self._clock()
+        _require_possible(request, self._backend.context)
+        self._require_room()
+        reading = None if self._reader is None else self._reader(request)
         with self._wake:
             self._require_room()
-            now = self._clock()
-            decision, job, promised, in_time = self._taken(request, now)
-            answer = Answer(decision, promised, in_time, lambda: self._cancel(job.number))
+            decision, job, promised, in_time = self._taken(request, reading, came)
+            kept = _kept(request, reading, decision)
+            answer = Answer(decision, kept, promised, in_time, lambda: self._cancel(job.number))
             running = Running(job, request, decision, answer, Sampler(request.sampling))
             self._running[job.number] = running
             self._wake.notify_all()
@@ -122,20 +128,21 @@ class ElasticService:
         if len(self._running) >= self._most:
             raise ServiceError(f"{self._most} requests are waiting, as many as may; ask again later")
 
-    def _taken(self, request: Request, now: float) -> tuple[Decision, Job, Latency, bool]:
+    def _taken(self, request: Request, reading: Reading | None, came: float) -> tuple[Decision, Job, Latency, bool]:
         """Return what a request gets, its job, what it is promised, and whether that keeps its targets."""
-        found = feasible(
-            self._backend.space, self._latency_of, Asked(Prompt(len(request.tokens)), request.most, request.slo)
-        )
+        now = self._clock()
+        asked = Asked(_prompt(request, reading), request.most, request.slo, now - came)
+        found = feasible(self._backend.space, self._latency_of, asked)
+        limits = asked.slo.limits(found.whole)  # from when it came
         number, jobs, begins = next(self._numbers), self._jobs(), self._begins(now)
 
         def job_of(decision: Decision, limits: Limits) -> Job:
-            return Job(number, now, limits, found.latencies[decision], request.most)
+            return Job(number, came, limits, found.latencies[decision], request.most)
 
         try:
-            first, before = decided(self._decider, found), promises(jobs, begins)
+            first, before = decided(self._decider, found, reading), promises(jobs, begins)
             for decision in (first, *_lighter(found, first)):
-                job = job_of(decision, found.limits)
+                job = job_of(decision, limits)
                 behind = promises([*jobs, job], begins)
                 if admits(before, behind, number):
                     return decision, job, behind[number].latency, True
@@ -198,7 +205,8 @@ class ElasticService:
         if running.job.done:
             logits = self._backend.step(shape, running.cache, running.last)
         else:
-            running.cache, logits = self._backend.prefill(shape, running.request.tokens)
+            tokens = running.request.tokens
+            running.cache, logits = self._backend.prefill(shape, [tokens[each] for each in running.answer.kept])
         return Piece(*running.sampler.draw(logits))
 
     def _record(self, running: Running, piece: Piece) -> None:
@@ -218,13 +226,33 @@ class ElasticService:
             running.answer.close(end, running.measured, error)
 
 
-def _lighter(found: Feasible, first: Decision) -> Iterator[Decision]:
-    """Yield the feasible decisions that take less than one, the best first."""
-    took, left = found.latencies[first], dict(found.latencies)
-    while left:
-        best = best_of(Feasible(found.whole, found.limits, left, found.answer))
-        if best is None:
-            return
-        latency = left.pop(best)
-        if best != first and latency.total(found.answer) < took.total(found.answer):
-            yield best
+def _require_possible(request: Request, context: int | None) -> None:
+    tokens, droppable = len(request.tokens), list(request.droppable)
+    if not tokens or request.most < 1:
+        raise DataError("a request has a token of prompt at least, and asks for one at least")
+    if context is not None and tokens + request.most > context:
+        raise DataError(
+            f"{tokens} tokens of prompt and {request.most} of answer are {tokens + request.most}, and the model has "
+            f"{context} positions; shorten the prompt, or ask for fewer tokens"
+        )
+    if sorted({*droppable} & {*range(tokens)}) != droppable:
+        raise DataError(f"positions that may be left out must ascend, and lie in the prompt of {tokens} tokens")
+    if len(droppable) == tokens:
+        raise DataError("the whole prompt may be left out; something of it has to stay, such as the question")
+
+
+def _prompt(request: Request, reading: Reading | None) -> Prompt:
+    return Prompt(len(request.tokens), 0 if reading is None else len(request.droppable))
+
+
+def _kept(request: Request, reading: Reading | None, decision: Decision) -> Sequence[int]:
+    tokens = len(request.tokens)
+    if reading is None:
+        return range(tokens)
+    return kept_positions(tokens, request.droppable, reading.scores, _prompt(request, reading).kept(decision.share))
+
+
+def _lighter(found: Feasible, first: Decision) -> list[Decision]:
+    """Return the feasible decisions that take less than one, the best first."""
+    took = found.latencies[first].total(found.answer)
+    return [each for each in best_first(found) if found.latencies[each].total(found.answer) < took]

@@ -148,6 +148,11 @@ def test_a_shortened_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.
     assert row.deployed.shape == row.frontier.chosen
     assert row.frontier.best.costs[limit.name].value <= limit.most
     AutoModelForCausalLM.from_pretrained(row.deployed.directory)
+    free, middle, tight = report.requests
+    assert (free.slo, free.shape) == ("none", "12x1")
+    assert tight.promised_ttft_ms < middle.promised_ttft_ms < free.promised_ttft_ms
+    for request in (middle, tight):
+        assert request.promised_ttft_ms <= float(request.slo.split()[1])
     assert report.quantized is not None
     assert report.quantized.checkpoint_bytes < report.quantized.unquantized_bytes / 3
     assert {"depth search", "width ranking", "one-for-all training"} <= report.provenance.stage_seconds.keys()

@@ -18,6 +18,7 @@ from amoeba_plugin.reports.report import (
     Quality,
     QuantizedRow,
     Report,
+    RequestRow,
     ShapeRow,
 )
 from amoeba_plugin.reports.terminal import print_report
@@ -59,6 +60,17 @@ def report() -> Report:
             unquantized=quality(2.4),
             mean_kl_divergence=0.01,
         ),
+        requests=[
+            RequestRow(
+                slo="ttft 12 ms",
+                shape="8x3/4",
+                said="if a < b: <i>",
+                promised_ttft_ms=11.25,
+                ttft_ms=11.5,
+                promised_tpot_ms=3.0,
+                tpot_ms=3.125,
+            )
+        ],
         provenance=Provenance(
             seed=7,
             created="2026-01-01T00:00:00+00:00",
@@ -145,6 +157,7 @@ def test_the_page_escapes_what_it_is_given(report: Report):
     text = render_html(report)
     assert "A model &lt;with&gt; &amp; in its name" in text
     assert "<with>" not in text
+    assert "if a &lt; b: &lt;i&gt;" in text
 
 
 def test_the_page_holds_every_shape_and_is_the_same_every_time(report: Report):
@@ -153,6 +166,13 @@ def test_the_page_holds_every_shape_and_is_the_same_every_time(report: Report):
         assert text.count(each.shape) >= 2  # in the plot and in the table
     assert text == render_html(report)
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]\b", text)  # no colour that only one theme can show
+
+
+def test_requests_have_what_they_were_promised_and_what_they_got(report: Report):
+    row = ("ttft 12 ms", "8x3/4", "11.2", "11.5", "3.0", "3.1")
+    shown = printed(report).partition("three targets for time")[2]
+    page = render_html(report).partition("three targets for time")[2]
+    assert all(each in shown and each in page for each in row)
 
 
 def test_every_point_of_the_latency_plots_has_its_name(report: Report):

@@ -87,8 +87,9 @@ def test_whatever_decides_the_targets_are_kept(name: str, asked: Asked, seed: in
         return
     decision = decided(decider_named(name, options), found)
     assert decision in found.decisions
-    if name == "fixed" and Decision(options.shape or SPACE.largest, share) in found.decisions:
-        assert decision == Decision(options.shape or SPACE.largest, share)
+    asked_for = [each for each in found.decisions if each.shape == options.shape and each.share >= share]
+    if name == "fixed" and any(asked.prompt.kept(each.share) == asked.prompt.kept(share) for each in asked_for):
+        assert decision == min(asked_for, key=lambda each: each.share)
     if name == "random_feasible":
         assert decision == decided(decider_named(name, options), found)
 
@@ -105,10 +106,21 @@ def test_the_largest_is_by_time_per_token_and_then_by_the_prompt():
     assert best_of(Feasible(Latency(3, 3), Limits(ttft=0.1), latencies, 1)) is None
 
 
+@given(requests, st.sampled_from(list(SPACE)), st.sampled_from(SHARES))
+def test_a_share_that_keeps_as_many_tokens_as_a_listed_one_is_that_one(
+    asked: Asked, shape: SubnetShape, share: Fraction
+):
+    found = feasible(SPACE, latency, asked)
+    listed = found.listed(Decision(shape, share))
+    assert listed in found.latencies
+    assert listed.shape == shape
+    assert asked.prompt.kept(listed.share) == asked.prompt.kept(share)
+
+
 def test_every_feasible_decision_is_drawn_about_as_often():
     asked = Asked(Prompt(100, 80), 1, Slo.parse("ttft<=30%"))
     found, decide = feasible(SPACE, latency, asked), decider_named("random_feasible", DeciderOptions(seed=1))
-    drawn = [decide(found) for _ in range(100 * len(found.decisions))]
+    drawn = [decide(found, None) for _ in range(100 * len(found.decisions))]
     assert all(50 < drawn.count(each) < 160 for each in found.decisions)
 
 
@@ -126,5 +138,7 @@ def test_a_profile_tells_latencies():
 
 
 def test_an_unknown_decision_names_the_known_ones():
-    with pytest.raises(PluginError, match="no decision named 'largest'.*fixed, largest_feasible, random_feasible"):
+    with pytest.raises(
+        PluginError, match="no decision named 'largest'.*dual_head, fixed, largest_feasible, random_feasible"
+    ):
         decider_named("largest")

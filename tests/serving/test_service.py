@@ -20,7 +20,7 @@ from amoeba_plugin.errors import DataError, ServiceError, SloError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.backend import TorchBackend
-from amoeba_plugin.serving.feasible import Decision, Feasible
+from amoeba_plugin.serving.feasible import Decision
 from amoeba_plugin.serving.sampling import Sampler, Sampling
 from amoeba_plugin.serving.service import ElasticService
 from amoeba_plugin.serving.slo import Latency, Slo, Target
@@ -44,6 +44,7 @@ class Clocked:
     gate: threading.Event = field(default_factory=threading.Event)
     space: ShapeSpace = SPACE
     fails: tuple[int, ...] = ()
+    context: int | None = None
 
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         assert self.gate.wait(60)
@@ -86,7 +87,7 @@ def test_answers_computed_step_by_step_between_others_are_those_of_each_subnet_a
     subnets = {shape: extract(live, shape) for shape in set(taken)}
     prompts = [[5 + number, 9, 31, 2, 77][: 2 + number % 4] for number in range(8)]
     order = iter(taken)
-    decider: Callable[[Feasible], Decision] = lambda found: Decision(SubnetShape.parse(next(order)))  # noqa: E731
+    decider: Callable[..., Decision] = lambda found, reading: Decision(SubnetShape.parse(next(order)))  # noqa: E731
     with ElasticService(TorchBackend(live), lambda shape, tokens: Latency(1e-3, 1e-3), decider) as service:
         answers = [service.ask(Request(prompt, most=6)) for prompt in prompts]
         pieces = [list(answer) for answer in answers]
@@ -117,7 +118,7 @@ asked = st.builds(
 @settings(deadline=None, max_examples=60)
 def test_nothing_that_was_taken_is_late_in_silence(requests: list[Request], wanted: Decision | None):
     backend, answers, refused = Clocked(), [], 0
-    with service_of(backend, decider=lambda found: wanted) as service:
+    with service_of(backend, decider=lambda found, reading: wanted) as service:
         for request in requests:
             try:
                 answers.append((request, service.ask(request)))
