@@ -24,9 +24,11 @@ from amoeba_plugin.recipes.run import run_recipe
 from amoeba_plugin.selection.layerwise.compress import rounded
 from amoeba_plugin.selection.layerwise.options import Grid
 from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy
+from support.architectures import CONFIGS
 from support.batches import token_dataset
 from support.models import logits, make_tiny_model, save_base
 from support.recipes import WIDTH, config_of, recipe
+from support.recipes import run as oneshot_run
 
 # What a user without this package runs. Printed: how far the reloaded model is from the one in memory.
 ALONE = """
@@ -284,6 +286,43 @@ def test_the_modifier_fills_pruner_and_quantizer_behind_an_extraction(
                 assert share >= int(module.in_features * sparsity) / module.in_features - 0.02
                 zeros, total = zeros + share * module.weight.numel(), total + module.weight.numel()
     assert zeros / total >= 0.28
+
+
+@pytest.mark.parametrize("pruner", [[], [WANDA]], ids=["bits alone", "with zeros"])
+def test_inside_oneshot_the_reloaded_model_computes_the_same(tmp_path: Path, half: Path, pruner: list[dict[str, Any]]):
+    fields = {"average_bits": 6, "exchanges": 0} | ({"average_sparsity": 0.2} if pruner else {})
+    text = recipe({"LayerwisePolicyModifier": fields}, *pruner, GPTQ)
+    made = oneshot_run(half, text, token_dataset(), tmp_path / "out", precision="float32").eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]) > 1
+    with torch.no_grad():
+        torch.testing.assert_close(logits(again), logits(made), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "allocation"), [("gemma2", "uniform"), ("llama", "global")],
+    ids=["extracted in a stage of its own", "layers of different sizes"],
+)  # fmt: skip
+def test_a_policy_is_for_the_subnet_however_it_is_extracted(
+    tmp_path: Path, data: Path, model_type: str, allocation: str
+):
+    config = {name: value for name, value in CONFIGS[model_type].items() if name != "model_type"}
+    sizes = config if model_type == "gemma2" else {}
+    base = save_base(make_tiny_model(model_type, **sizes).bfloat16(), tmp_path / "base")
+    depth = {"DepthShrinkingModifier": {"min_depth": 3, "selector": "last_layers", "repair": "none"}}
+    width = {
+        "WidthShrinkingModifier": {
+            "widths": ["1", "1/2"], "allocation": allocation, "round_to": 32, "repair": "none",
+        }
+    }  # fmt: skip
+    out = run(base, data, tmp_path / "out", depth, width, {"SubnetExtractionModifier": {"shape": "3x1/2"}}, POLICY, RTN)
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3
+    assert ("per_layer_config" in config) == (allocation == "global")
+    assert len(config["quantization_config"]["config_groups"]) > 1
+    assert stored_bits(out) <= 6
+    reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True).eval()
+    assert bool(torch.isfinite(logits(reloaded)).all())
 
 
 def test_what_a_host_ignores_is_not_decided_on(tmp_path: Path, half: Path, data: Path):
