@@ -27,6 +27,7 @@ from amoeba_plugin.selection.depth.dynamic_program import evaluations, exchange_
 from amoeba_plugin.selection.depth.search import LAZY
 from amoeba_plugin.selection.depth.steps import steps_per_layer
 from amoeba_plugin.selection.importance import GroupImportance
+from amoeba_plugin.selection.layerwise.exchanges import BITS_STEP, SPARSITY_STEP
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.repair.fold_table import LEAST_JUDGING
 from amoeba_plugin.selection.repair.moments import held_out_count
@@ -45,7 +46,7 @@ SELECTOR_PASSES = {"block_influence": 1, "angular_distance": 1, "taylor": 3, "ta
 UNITS = 4  # of a layer
 # Passes by sensitivity, of a number of layers and of options: of KL, a candidate runs half of the layers on average.
 POLICY_PASSES: dict[str, Callable[[int, int], float]] = {
-    "kl": lambda layers, options: UNITS * layers * options / 2,
+    "kl": lambda layers, options: UNITS * options * (layers + 1) / 2,
     "output_error": lambda layers, options: UNITS * options,
     "fisher": lambda layers, options: FORWARD_AND_BACKWARD,
 }
@@ -154,9 +155,20 @@ def _policy(modifier: LayerwisePolicyModifier, layers: int, samples: int, length
     used = samples if modifier.max_batches is None else min(samples, modifier.max_batches)
     options, known = len(modifier.budget(None).lone), POLICY_PASSES.get(modifier.sensitivity)
     if known is not None:
-        passes = known(layers, options)
+        passes = known(layers, options) + _exchange_passes(modifier)
         what = f"about {passes:.0f} passes over {used:,} sequences of {length} tokens"
         yield StageCost("layer-wise policy", what, passes * used, length, f"{LESS_DATA}, max_batches or fewer options")
+
+
+def _exchange_passes(modifier: LayerwisePolicyModifier) -> float:
+    """Return how many choices are measured at most, on the way to the average."""
+    if not modifier.exchanges or modifier.allocation != "knapsack":
+        return 1
+    if modifier.average_bits is None:
+        way = (max(modifier.sparsities) - modifier.average_sparsity) / SPARSITY_STEP
+    else:
+        way = (modifier.average_bits - min(modifier.bits)) / BITS_STEP
+    return (1 + max(way, 0)) * (1 + modifier.exchanges)
 
 
 def _training(modifier: OneForAllDistillationModifier, length: int) -> StageCost:
