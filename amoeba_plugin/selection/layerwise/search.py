@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.errors import ArchitectureError, BudgetError, RecipeError
+from amoeba_plugin.errors import ArchitectureError, BudgetError, DataError, RecipeError
 from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.runtime.module_calls import is_offloaded
@@ -154,6 +155,7 @@ def find_policy(
     Raises:
         ArchitectureError: If its layers cannot be run one at a time, or weights are packed or offloaded.
         BudgetError: If the averages are out of reach.
+        DataError: If a score is NaN or infinite.
     """
     if is_offloaded(model):
         raise ArchitectureError(
@@ -167,6 +169,7 @@ def find_policy(
     with DenseStates.of(LayerRuns.of(model, adapter, batches)) as dense:
         task = SensitivityTask(dense, batches, units, budget.lone, compressor)
         scores = sensitivity.measure(task)
+        _require_finite(scores, sensitivity.name)
         chosen, lost = chosen_options(task, budget, scores)
     policy = LayerwisePolicy(
         fingerprint=model_fingerprint(model, adapter),
@@ -252,6 +255,15 @@ def by_mean(units: Sequence[Unit], scores: Scores, budget: PolicyBudget) -> dict
             f"asked for; the nearest is {achieved:.4g}, or take the knapsack"
         )
     return {unit: Option(each, zeros) for unit, each, zeros in zip(units, bits, sparsities, strict=True)}
+
+
+def _require_finite(scores: Scores, name: str) -> None:
+    wrong = next((unit for (unit, _), score in scores.items() if not math.isfinite(score)), None)
+    if wrong is not None:
+        raise DataError(
+            f"sensitivity {name} of {wrong} is NaN or infinite; check the weights, load them in bfloat16 or float32 "
+            "instead of float16, and look at the calibration data"
+        )
 
 
 def _score(scores: Scores | None, unit: Unit, option: Option) -> float:

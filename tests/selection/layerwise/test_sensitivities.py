@@ -9,11 +9,12 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.elastic.subnet_config import weightless
-from amoeba_plugin.errors import ArchitectureError
+from amoeba_plugin.errors import ArchitectureError, DataError
 from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.layerwise.compress import Compressor, input_norms, pruned, rounded
 from amoeba_plugin.selection.layerwise.options import Grid, Option
+from amoeba_plugin.selection.layerwise.search import PolicyBudget, find_policy
 from amoeba_plugin.selection.layerwise.task import DenseStates, Scores, SensitivityTask
 from amoeba_plugin.selection.layerwise.units import Unit, layer_units, modules_in_order
 from amoeba_plugin.selection.registry import sensitivity_named
@@ -155,3 +156,34 @@ def test_a_policy_is_found_for_decoders_of_other_kinds(model_type: str):
     scores = measured(model, "kl", make_random_batches(1))
     assert len(scores) == len(layer_units(model, architecture_of(config))) * len(OPTIONS)
     assert all(score >= 0 for score in scores.values())
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    model = make_tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] = float("nan")
+    budget = PolicyBudget(average_bits=6)
+    with pytest.raises(DataError, match="sensitivity kl of .* is NaN or infinite; check the weights"):
+        find_policy(model, architecture_of(model.config), make_random_batches(1), sensitivity_named("kl"), budget)
+
+
+@pytest.mark.parametrize("name", ["kl", "output_error", "fisher"])
+def test_a_policy_is_within_its_averages_and_knows_its_loss(name: str):
+    """Measured again by hand, on a model whose weights were changed for good."""
+    model, batches = make_tiny_model("llama"), make_random_batches(lengths=[12, 7])
+    adapter, budget = architecture_of(model.config), PolicyBudget(6.0, 0.3, exchanges=2)
+    found = find_policy(model, adapter, batches, sensitivity_named(name), budget)
+    assert found.average_bits <= 6
+    assert found.average_sparsity >= 0.3
+    norms = input_norms(model, layer_units(model, adapter), batches)
+    changed = make_tiny_model("llama")
+    with torch.no_grad():
+        for unit, policy in found.units.items():
+            for path in policy.modules:
+                weight = changed.get_submodule(path).weight
+                weight.copy_(rounded(pruned(weight, policy.sparsity, norms[unit]), policy.bits, found.grid))
+    nats, tokens = 0.0, 0
+    for batch in batches:
+        p, q = (functional.log_softmax(run(each, batch), dim=-1) for each in (model, changed))
+        nats, tokens = nats + float((p.exp() * (p - q)).sum()), tokens + len(p)
+    assert found.divergence == pytest.approx(nats / tokens, rel=1e-3)
