@@ -25,12 +25,14 @@ demo: $(STAMP) ## compress, quantize, reload and measure the model that comes wi
 
 test: lint types layers unit ## all checks and tests; the default
 
-# Each brings an engine: installed beside the package, with nothing to skip but what a compiler makes.
+# Each brings an engine: installed beside the package, with nothing to skip but what a compiler makes, and a page.
 INTEGRATIONS := $(patsubst %/pyproject.toml,%,$(wildcard integrations/*/pyproject.toml))
+# What drives the HTTP service; its page is tested where a Chromium is installed.
+CLIENTS := openai playwright
 
 test-integrations: $(STAMP) ## tests of the packages in integrations/, by the engines that they bring
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(addprefix -e ,$(INTEGRATIONS))
-	set -e; for each in $(INTEGRATIONS); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$each/tests $(PYTEST_ARGS); done
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(addprefix -e ,$(INTEGRATIONS)) $(CLIENTS)
+	set -e; for each in $(INTEGRATIONS); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $$each/tests $(PYTEST_ARGS); done
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .

@@ -63,6 +63,9 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="Threads; with one, CPU time counts.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     shapes: Annotated[int | None, typer.Option(min=2, help="How many are measured. Default: a quarter.")] = None,
+    drafting: Annotated[
+        str | None, typer.Option(help="Text on which small shapes of ELASTIC draft for larger ones; with its weights.")
+    ] = None,
     plot: PlotOption = None,
     base: BaseOption = None,
 ) -> None:
@@ -71,12 +74,17 @@ def profile(
     from amoeba_plugin.reports.picture import require_picture, save_figure
     from amoeba_plugin.reports.profile_plot import drawn
     from amoeba_plugin.reports.profile_table import notes_on, tables_of
+    from amoeba_plugin.serving.drafted_pairs import measure_drafting, require_elastic
 
     require_picture(plot)
+    if drafting is not None:
+        require_elastic(Path(model), flow)
     subject = asked.subject_of(model, strategy, _listed(depths), _listed(widths), base)
     lengths = asked.prompts_of(_listed(prompts), subject, decoded)
     how = measure.Measuring(lengths, decoded, rounds, threads, batch, shapes)
     found = measure.profile_model(subject, asked.flows_of(flow), output, how, model)
+    if drafting is not None:
+        found = measure_drafting(Path(model), output, drafting, base)
     save_figure(lambda: drawn(found), plot, "profile")
     for each in tables_of(found):
         Console().print(each)

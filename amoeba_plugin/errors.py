@@ -14,6 +14,7 @@
     ├── DeploymentError    an engine that is missing, cannot hold a subnet, fails, crashes or does not answer
     ├── BudgetError        a budget that is none, contradicts itself, or that no shape keeps
     ├── SloError           a request's targets for time that are none, contradict each other, or that no shape keeps
+    │   └── BusyError      targets that no shape keeps behind the requests that were taken before: later one may
     ├── ServiceError       a service that takes no more requests: it is closing, or too many wait
     └── PluginError        a name that nobody registered, or that two plugins registered
 
@@ -101,6 +102,10 @@ class BudgetError(AmoebaError, ValueError):
 
 class SloError(AmoebaError, ValueError):
     """A request's targets for time that cannot be parsed, or that no shape keeps."""
+
+
+class BusyError(SloError):
+    """A request's targets that no shape keeps behind what was taken before it."""
 
 
 class ServiceError(AmoebaError, RuntimeError):

@@ -74,13 +74,14 @@ def read_opening(directory: Path) -> tuple[str, Opening]:
 
 
 @contextmanager
-def running(directory: Path, context: int, threads: int = 1) -> Iterator[EngineProcess]:
+def running(directory: Path, context: int, threads: int = 1, requests: int | None = None) -> Iterator[EngineProcess]:
     """Run a deployed subnet in its engine, as users do, for a block of code.
 
     Args:
         directory: What ``amoeba deploy`` wrote.
         context: Tokens that one prompt and what follows it may have.
         threads: That compute.
+        requests: How many ``follow`` is asked for at a time; ``None``: it is not.
 
     Raises:
         ArtifactError: If it is no such directory, or lacks a file.
@@ -92,8 +93,9 @@ def running(directory: Path, context: int, threads: int = 1) -> Iterator[EngineP
     path = directory / opening.entry
     if not path.exists():
         raise ArtifactError(f"{directory} lacks {opening.entry}, which {named} runs; copy the whole directory")
+    options = flow.options(point.scheme) | ({} if requests is None else {"requests": requests})
     with EngineProcess(flow.name, flow.command(), threads, PATIENCE) as engine:
-        engine.ask("load", path=str(path), threads=threads, context=context, batch=1, **flow.options(point.scheme))
+        engine.ask("load", path=str(path), threads=threads, context=context, batch=1, **options)
         yield engine
 
 

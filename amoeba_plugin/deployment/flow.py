@@ -12,6 +12,10 @@ to) which defines a class ``Engine`` with these methods; tokens are lists of ids
   little-endian fp32.
 - ``token_log_probabilities(tokens, behind) -> list[float]``: of the token that follows each number of tokens, which
   ascend. An engine need not have it: it is picked from ``log_probabilities`` then.
+- ``follow(request, tokens, most) -> [ids, log-probabilities]``: the ``most`` likeliest tokens behind ``tokens``, which
+  come behind those that earlier calls gave this request; log-probabilities are of the whole vocabulary. An engine need
+  not have it, but only one that has can serve requests side by side; it is told by ``load(..., requests=count)`` how
+  many there will be at a time, each of ``context`` tokens, and by ``forget(request)`` that one is over.
 - ``tokenize(texts) -> list[list[int]]``: without special tokens added.
 - ``render(messages) -> str``: a chat as the exported template writes it, ready for an answer.
 - ``generate(prompt, count) -> str``: what follows, greedily.

@@ -14,6 +14,7 @@ The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
@@ -44,7 +45,7 @@ from amoeba_plugin.runtime.model_files import copy_tokenizer, why_not
 from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.runtime.streaming import StreamedWeights, streamed_model
 from amoeba_plugin.runtime.whole_weights import require_weights
-from amoeba_plugin.shape import ShapeSpace, parse_width
+from amoeba_plugin.shape import ShapeSpace, SubnetShape, parse_width
 from amoeba_plugin.smol import SmolConfig
 
 logger = logging.getLogger(__name__)
@@ -259,4 +260,8 @@ def _follow(elastic: ElasticModel, peft_model: PeftModel) -> None:
     if not isinstance(peft_model.active_peft_config, SmolConfig):
         follow_lora(elastic, peft_model)
         return
-    elastic.on_shape_change(lambda shape: peft_model.set_shape(shape, elastic.listed(shape)))
+    elastic.on_shape_change(partial(_set_shape, elastic, peft_model))  # no closure: a second tree takes it along
+
+
+def _set_shape(elastic: ElasticModel, peft_model: PeftModel, shape: SubnetShape) -> None:
+    peft_model.set_shape(shape, elastic.listed(shape))

@@ -89,13 +89,13 @@ class ElasticGroup:
 
     def set_units(self, units: int, compensation_row: int | None, repaired: str | None = None) -> None:
         """Activate the first ``units`` units, and of the consumer a repaired weight of so many."""
-        for fields, values in self.active_fields(units, compensation_row, repaired):
-            fields.update(values)
+        for module, values in self.active_fields(units, compensation_row, repaired):
+            vars(module).update(values)
 
     def active_fields(
         self, units: int, compensation_row: int | None, repaired: str | None = None
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return which modules' fields :meth:`set_units` writes, and what; so that a shape's are looked up once.
+    ) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Return which modules :meth:`set_units` writes to, and what; so that a shape's are looked up once.
 
         Written past ``nn.Module.__setattr__``, which takes ten times as long to write the same.
         """
@@ -108,9 +108,9 @@ class ElasticGroup:
         }
         columns = units * self.group.consumer.channels_per_unit
         return [
-            *((vars(linear), {"active_rows": joined(rows)}) for linear, rows in blocks.items()),
-            *((vars(norm), {"active": active}) for norm, active in of_norms.items()),
-            (vars(self.consumer), {
+            *((linear, {"active_rows": joined(rows)}) for linear, rows in blocks.items()),
+            *((norm, {"active": active}) for norm, active in of_norms.items()),
+            (self.consumer, {
                 "active_in": columns, "compensation_row": compensation_row, "repaired": repaired
             }),
         ]  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -55,24 +58,32 @@ def follow_lora(elastic: ElasticModel, peft_model: PeftModel) -> None:
         for layer in layers
         for name in layer.lora_A
     ]
-
     repaired = [layer for layer in layers if _partial(layer.get_base_layer()).holds_repaired]
+    following = _Following(elastic, factors, repaired)
+    elastic.on_shape_change(following.follow)
+    if repaired:
+        elastic.model.register_forward_pre_hook(following.require_unmerged)
 
-    def follow(shape: SubnetShape) -> None:
-        for base, factor_a, factor_b in factors:
+
+@dataclass(frozen=True, eq=False)
+class _Following:
+    """What a shape means for LoRA layers; no closures, so that a second tree takes it along."""
+
+    elastic: ElasticModel
+    factors: Sequence[tuple[PartialLinear, ElasticLinear, ElasticLinear]]
+    repaired: Sequence[LoraLayer]
+
+    def follow(self, shape: SubnetShape) -> None:
+        for base, factor_a, factor_b in self.factors:
             factor_a.active_in, factor_b.active_rows = base.active_in, base.active_rows
 
-    def require_unmerged(*_: object) -> None:
-        for layer in repaired:
+    def require_unmerged(self, *_: object) -> None:
+        for layer in self.repaired:
             if layer.merged and _partial(layer.get_base_layer()).repaired is not None:
                 raise AdapterError(
-                    f"the LoRA is merged into shared weights, and shape {elastic.shape} has repaired ones beside them; "
-                    f"call unmerge_adapter(); they are kept apart, {NOT_MERGED}"
+                    f"the LoRA is merged into shared weights, and shape {self.elastic.shape} has repaired ones beside "
+                    f"them; call unmerge_adapter(); they are kept apart, {NOT_MERGED}"
                 )
-
-    elastic.on_shape_change(follow)
-    if repaired:
-        elastic.model.register_forward_pre_hook(require_unmerged)
 
 
 def _partial(base: nn.Module) -> PartialLinear:

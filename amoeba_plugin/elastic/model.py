@@ -40,7 +40,7 @@ from amoeba_plugin.smol.router import ShapeRouter
 if TYPE_CHECKING:
     from amoeba_plugin.runtime.streaming import StreamedWeights
 
-Switch = tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]
+Switch = tuple[int, list[tuple[nn.Module, dict[str, Any]]]]
 
 
 class ElasticModel:
@@ -73,7 +73,7 @@ class ElasticModel:
         _require_at_hand(model)
         self.model = model
         self.strategy = strategy
-        self._weights = weights
+        self.streamed = weights
         self.adapter = architecture_of(model.config)
         strategy.require_model(model, self.adapter, nullcontext if weights is None else weights.loaded)
         self.config = copy_config(model.config)
@@ -118,10 +118,10 @@ class ElasticModel:
 
         Only a model whose weights are streamed has them anywhere else.
         """
-        if self._weights is None:
+        if self.streamed is None:
             yield
             return
-        with self._weights.loaded(part) as fresh:
+        with self.streamed.loaded(part) as fresh:
             inside = set(part.modules()) if fresh else set()
             groups = [group for group in self.groups if group.consumer in inside]
             for group in groups:
@@ -174,8 +174,8 @@ class ElasticModel:
         if shape not in self._switches:
             self._switches[shape] = [self._switch_of(group, shape) for group in self.groups]
         for group, (units, written) in zip(self.groups, self._switches[shape], strict=True):
-            for fields, values in written:
-                fields.update(values)
+            for module, values in written:
+                vars(module).update(values)
             self.adapter.set_units(group.layer, group.group, units)
         for experts in self.experts:
             experts.set_units(self.strategy.width.units[shape.width], experts.repaired_at(shape))

@@ -28,6 +28,9 @@ class Integration:
 #: By command; an integration that comes with a command adds its line.
 INTEGRATIONS: Mapping[str, Integration] = {
     "evaluate": Integration("./integrations/lm-eval", "Score models, shapes and deployed subnets by lm_eval's tasks."),
+    "serve": Integration(
+        "./integrations/http-service", "Serve an elastic model by HTTP, each request in its own time."
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.profiling.profile import Drafting, Profile
 from amoeba_plugin.deployment.profiling.table import disagreements, rows
 
 
@@ -31,3 +31,17 @@ def notes_on(profile: Profile) -> Iterator[str]:
             yield f"{flow}: the machine was busy; times are those of the CPU, not of the clock"
     for one, first, other, second in disagreements(profile):
         yield f"{one} is faster at {first} than at {second}, {other} the other way round"
+    if profile.drafting is not None:
+        yield from _notes_on_drafting(profile.drafting)
+
+
+def _notes_on_drafting(drafting: Drafting) -> Iterator[str]:
+    drafters = drafting.drafters()
+    for pair in drafting.pairs:
+        if drafters.get(pair.target) == pair.drafter:
+            yield (
+                f"{pair.drafter} drafts for {pair.target}: {pair.drafted:.3g} tokens/s instead of {pair.alone:.3g}, "
+                f"{pair.acceptance:.0%} of the drafts accepted"
+            )
+    if not drafters:
+        yield f"drafting: none of {len(drafting.pairs)} pairs is faster than the larger shape alone"

@@ -53,6 +53,13 @@ def cache_name(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def forgets(config: PretrainedConfig) -> bool:
+    """Tell whether layers of a model forget what left their window, so that a cache cannot be cropped."""
+    from transformers import DynamicCache
+
+    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
+
+
 def exchange_checkpointing(model: nn.Module, exchange: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Exchange the functions by which gradient checkpointing runs a model's layers; none are there before it was on."""
     for module in model.modules():

@@ -45,7 +45,7 @@ class AsItWasRun:
 
 
 class NotOfCopies:
-    """A ``hold`` that is a method of something outside the model; in a copy of the model it holds nothing."""
+    """A ``hold`` that is a method of something outside the model; in a copy of the model alone it holds nothing."""
 
     def __init__(self, hold: Hold | None = None) -> None:
         self._method = None if hold is None else WeakMethod(hold)  # the model shall not keep it alive
@@ -54,6 +54,11 @@ class NotOfCopies:
         """Return what the method returns."""
         hold = None if self._method is None else self._method()
         return nullcontext if hold is None else hold()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NotOfCopies:
+        method: Any = None if self._method is None else self._method()
+        owner = None if method is None else memo.get(id(method.__self__))  # that is copied with the model
+        return NotOfCopies() if owner is None else NotOfCopies(getattr(owner, method.__name__))
 
     def __reduce__(self) -> tuple[type[NotOfCopies], tuple[()]]:
         return NotOfCopies, ()

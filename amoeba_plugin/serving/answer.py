@@ -11,6 +11,7 @@ from typing import Literal
 from amoeba_plugin.serving.feasible import Decision
 from amoeba_plugin.serving.sampling import Sampling
 from amoeba_plugin.serving.slo import Latency, Slo
+from amoeba_plugin.shape import SubnetShape
 
 End = Literal["stop", "length", "cancelled", "failed"]
 
@@ -26,6 +27,8 @@ class Request:
         sampling: How tokens are drawn.
         ends: Tokens that end the answer; they are not part of it.
         best_effort: Be answered below the targets where they cannot be kept, rather than refused.
+        shape: That it must get; ``None``: the decider's.
+        alternatives: How many of the likeliest tokens each piece tells beside its own.
         droppable: Positions of the prompt that may be left out, ascending: no question, no template.
     """
 
@@ -35,15 +38,24 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     ends: Collection[int] = ()
     best_effort: bool = False
+    shape: SubnetShape | None = None
+    alternatives: int = 0
     droppable: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of an answer, and the logarithm of the probability that the model gives it."""
+    """One token of an answer, and the logarithm of the probability that the model gives it.
+
+    Attributes:
+        token: That was drawn.
+        log_probability: Of the model, whatever the sampling made of it.
+        alternatives: The likeliest tokens, each with its own; as many as the request asked for.
+    """
 
     token: int
     log_probability: float
+    alternatives: Sequence[tuple[int, float]] = ()
 
 
 class Answer:
@@ -67,12 +79,25 @@ class Answer:
         self.error: str = ""
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._on_cancel, self._over = on_cancel, threading.Event()
+        self._tell: Callable[[Piece | None], object] = self._pieces.put
+        self._telling = threading.Lock()
 
     def __iter__(self) -> Iterator[Piece]:
         """Yield the pieces as they come; ends with the answer, whose ``end`` says how."""
         while (piece := self._pieces.get()) is not None:
             yield piece
         self._pieces.put(None)  # for whoever asks again
+
+    def follow(self, tell: Callable[[Piece | None], object]) -> None:
+        """Have every piece told as it comes, in place of iterating; ``None`` is told at the end.
+
+        Args:
+            tell: Called from the worker's thread, which waits for it; must not raise. What came before is told at once.
+        """
+        with self._telling:
+            while not self._pieces.empty():
+                tell(self._pieces.get())
+            self._tell = tell
 
     def cancel(self) -> None:
         """Say that nobody wants the rest; it ends within a step."""
@@ -85,10 +110,12 @@ class Answer:
 
     def put(self, piece: Piece) -> None:
         """Hand over a piece; for the worker."""
-        self._pieces.put(piece)
+        with self._telling:
+            self._tell(piece)
 
     def close(self, end: End, measured: Latency | None = None, error: str = "") -> None:
         """End it; for the worker."""
         self.end, self.measured, self.error = end, measured, error
         self._over.set()
-        self._pieces.put(None)
+        with self._telling:
+            self._tell(None)

@@ -38,10 +38,14 @@ class TorchBackend:
 
     Args:
         live: With or without an adapter on it; in evaluation mode from now on.
+
+    Attributes:
+        switches: How often the shape changed.
     """
 
     def __init__(self, live: ElasticModel) -> None:
         self._live = live
+        self.switches = 0
         live.model.eval()
 
     @property
@@ -56,17 +60,34 @@ class TorchBackend:
 
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """Compute a prompt; see :class:`Backend`."""
-        output = self._run(shape, list(tokens), {})
-        return getattr(output, cache_name(self._live.model)), output.logits[0, -1]
+        return self.extend(shape, None, tokens)
 
     def step(self, shape: SubnetShape, cache: Any, token: int) -> Tensor:
         """Compute one more token; see :class:`Backend`."""
-        logits: Tensor = self._run(shape, [token], {cache_name(self._live.model): cache}).logits[0, -1]
-        return logits
+        return self.extend(shape, cache, [token])[1]
+
+    def extend(self, shape: SubnetShape, cache: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:
+        """Compute some more tokens.
+
+        Args:
+            shape: Of the cache.
+            cache: ``None``: there is none yet.
+            tokens: Behind those that the cache holds.
+
+        Returns:
+            The cache, and the logits behind the last of the tokens, (vocabulary,).
+        """
+        cache, rows = self.rows(shape, cache, tokens, 1)
+        return cache, rows[0]
 
     @torch.inference_mode()
-    def _run(self, shape: SubnetShape, tokens: list[int], given: dict[str, Any]) -> Any:
+    def rows(self, shape: SubnetShape, cache: Any, tokens: Sequence[int], count: int) -> tuple[Any, Tensor]:
+        """Do what :meth:`extend` does; return the logits behind the last ``count`` tokens, (count, vocabulary)."""
         if self._live.shape != shape:
             self._live.set_shape(shape)
-        ids = torch.tensor([tokens], device=self._live.model.device)
-        return self._live.model(ids, use_cache=True, logits_to_keep=1, **given)
+            self.switches += 1
+        name = cache_name(self._live.model)
+        given = {} if cache is None else {name: cache}
+        ids = torch.tensor([list(tokens)], device=self._live.model.device)
+        output = self._live.model(ids, use_cache=True, logits_to_keep=count, **given)
+        return getattr(output, name), output.logits[0]

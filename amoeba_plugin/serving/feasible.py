@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from amoeba_plugin.deployment.profiling.cost_model import cost_models
@@ -100,6 +100,10 @@ class Feasible:
             )
 
         return min(self.latencies, key=excess)
+
+    def at(self, shape: SubnetShape) -> Feasible:
+        """Return it without the decisions for other shapes."""
+        return replace(self, latencies={each: took for each, took in self.latencies.items() if each.shape == shape})
 
     def listed(self, decision: Decision) -> Decision:
         """Return the decision of ``latencies`` that keeps as many tokens: of shares that do, only the largest is there.

@@ -11,6 +11,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from amoeba_plugin.errors import DataError
 
+TINY = torch.finfo(torch.float32).tiny  # a temperature below it is 0 in fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,7 +53,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        self._greedy, self._warpers = sampling.temperature == 0, LogitsProcessorList()
+        self._greedy, self._warpers = sampling.temperature < TINY, LogitsProcessorList()
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -74,6 +76,20 @@ class Sampler:
         token = int(known.argmax())
         if not self._greedy:
             none = torch.empty(1, 0, dtype=torch.long)  # no warper here looks at the tokens so far
-            warped = self._warpers(none, known[None])  # type: ignore[arg-type]
+            shifted = known - known.max()  # of tiny temperatures what is not the likeliest alone overflows
+            warped = self._warpers(none, shifted[None])  # type: ignore[arg-type]
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
         return token, float(known.log_softmax(-1)[token])
+
+
+def likeliest(logits: Tensor, count: int) -> list[tuple[int, float]]:
+    """Return the likeliest tokens with the logarithms of their probabilities, the likeliest first.
+
+    Args:
+        logits: (vocabulary,), any float dtype.
+        count: How many of them, at most.
+    """
+    if not count:
+        return []
+    found = logits.float().cpu().log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

@@ -48,6 +48,11 @@ class Job:
         return self.latency.tpot if self.done else self.latency.ttft
 
     @property
+    def rest(self) -> float:
+        """Seconds of all steps that are left."""
+        return self.next_takes + (self.left - 1) * self.latency.tpot if self.left else 0.0
+
+    @property
     def deadline(self) -> float:
         """When the next token must be there; of a total what leaves the others time."""
         last = self.came + self.limits.total - (self.left - 1) * self.latency.tpot

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amoeba_plugin.errors import DataError, ServiceError, SloError
+from amoeba_plugin.errors import BusyError, DataError, ServiceError, SloError
 from amoeba_plugin.serving.answer import Answer, End, Piece, Request
 from amoeba_plugin.serving.backend import Backend
 from amoeba_plugin.serving.deciders import Decider, best_first, decided
 from amoeba_plugin.serving.feasible import Asked, Decision, Feasible, LatencyOf, Prompt, feasible
 from amoeba_plugin.serving.reading import Reader, Reading, kept_positions
-from amoeba_plugin.serving.sampling import Sampler
+from amoeba_plugin.serving.sampling import Sampler, likeliest
 from amoeba_plugin.serving.schedule import Job, admits, most_urgent, promises
 from amoeba_plugin.serving.slo import Latency, Limits
 
@@ -88,7 +88,9 @@ class ElasticService:
         Raises:
             DataError: If it has no tokens, wants none, or wants more than the model has positions for.
             ServiceError: If the service is closed, or too many requests wait.
-            SloError: If its targets cannot be kept, and it does not allow to be answered below them.
+            SloError: If its targets cannot be kept, and it does not allow to be answered below them; a ``BusyError``
+                where they could, were it not for what was taken before.
+            ShapeError: If it names a shape that the model has not.
         """
         came = self._clock()
         _require_possible(request, self._backend.context)
@@ -122,6 +124,13 @@ class ElasticService:
         """Requests that were taken and are not done."""
         return len(self._running)
 
+    @property
+    def backlog(self) -> float:
+        """Seconds until all that was taken is done, by prediction."""
+        with self._wake:
+            now = self._clock()
+            return self._begins(now) - now + sum(job.rest for job in self._jobs())
+
     def _require_room(self) -> None:
         if self._closing:
             raise ServiceError("the service is closing, and takes no more requests")
@@ -133,6 +142,7 @@ class ElasticService:
         now = self._clock()
         asked = Asked(_prompt(request, reading), request.most, request.slo, now - came)
         found = feasible(self._backend.space, self._latency_of, asked)
+        found = found if request.shape is None else found.at(self._backend.space.require(request.shape))
         limits = asked.slo.limits(found.whole)  # from when it came
         number, jobs, begins = next(self._numbers), self._jobs(), self._begins(now)
 
@@ -146,7 +156,7 @@ class ElasticService:
                 behind = promises([*jobs, job], begins)
                 if admits(before, behind, number):
                     return decision, job, behind[number].latency, True
-            raise SloError(
+            raise BusyError(
                 f"{len(self._running)} requests were taken before, and behind them no shape keeps its targets "
                 f"({request.slo}); ask again later, or for more time"
             )
@@ -207,7 +217,7 @@ class ElasticService:
         else:
             tokens = running.request.tokens
             running.cache, logits = self._backend.prefill(shape, [tokens[each] for each in running.answer.kept])
-        return Piece(*running.sampler.draw(logits))
+        return Piece(*running.sampler.draw(logits), likeliest(logits, running.request.alternatives))
 
     def _record(self, running: Running, piece: Piece) -> None:
         with self._wake:

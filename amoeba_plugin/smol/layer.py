@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ from amoeba_plugin.smol.host import (
 )
 from amoeba_plugin.smol.packed import PackedBackend
 from amoeba_plugin.smol.router import ShapeRouter, SmolLayer
+
+FEW = 16  # tokens at which the products with experts that are not chosen cost less than to copy those that are
+
+
+class Spread(NamedTuple):
+    """What the states of all experts are multiplied by.
+
+    Attributes:
+        weights: In front of B, scaled, (E*r,).
+        summed: In front of a sum over experts, (E, 1); ``None``: there is none ("outputs").
+    """
+
+    weights: Tensor
+    summed: Tensor | None
 
 
 class ExpertBank(nn.Module):
@@ -81,10 +95,34 @@ class ExpertBank(nn.Module):
         # sum_k g_k B_k A_k = [g_1 B_1 ... g_k B_k] [A_1; ...; A_k]
         return a.flatten(0, 1), weighted_b.flatten(1).to(self.B.dtype)
 
-    def forward(self, x: Tensor, gates: Tensor, indices: Tensor, rows: Rows, scaling: float) -> Tensor:
-        """Return ``s x A^T B^T``, (..., out), for ``x`` (..., in)."""
+    def forward(self, x: Tensor, routing: tuple[Tensor, Tensor] | Spread, rows: Rows, scaling: float) -> Tensor:
+        """Return ``s x A^T B^T``, (..., out), for ``x`` (..., in).
+
+        Args:
+            x: Inputs.
+            routing: Gates and indices of experts, whose factors are mixed; or what their states are mixed by.
+            rows: Output channels in use.
+            scaling: s.
+        """
+        if isinstance(routing, Spread):
+            return self._mix_states(x, routing, rows)
+        gates, indices = routing
         a, b = self.factors(gates, indices, x.shape[-1], rows)
         return F.linear(F.linear(x, a) * scaling, b)  # scaled where the tensor is smallest
+
+    def spread(self, mixture: Tensor, scaling: float) -> Spread:
+        """Return what states are mixed by at a mixture of all experts, (E,)."""
+        each = mixture.to(self.A.dtype)
+        spread = (each * scaling).repeat_interleave(self.rank)
+        return Spread(spread, each[:, None] if self.combination == "factors" else None)
+
+    def _mix_states(self, x: Tensor, spread: Spread, rows: Rows) -> Tensor:
+        # What the A of all experts make of x is mixed: of a few tokens far less than factors, which stay where they are
+        states = F.linear(x, self.A[:, : x.shape[-1]])
+        if spread.summed is not None:  # sum_j g_j B_j (sum_k g_k A_k x)
+            states = (states.unflatten(-1, (self.num_experts, self.rank)) * spread.summed).sum(-2)
+            states = states.repeat(*(1,) * (x.dim() - 1), self.num_experts)
+        return F.linear(states * spread.weights, take(self.B, rows))
 
 
 class SmolLinear(nn.Module, SmolLayer):
@@ -155,12 +193,21 @@ class SmolLinear(nn.Module, SmolLayer):
         for name in self.active_adapters:
             if name not in self.smol_experts:
                 continue
-            gates, indices = self.router(name)
             bank = self.bank(name)
             inputs = self.smol_dropout[name](self._cast_input_dtype(x, bank.A.dtype))
-            gates, indices = gates.to(x.device), indices.to(x.device)
-            result = result + bank(inputs, gates, indices, self._rows(result), self.smol_scaling[name])
+            result = result + self._update(name, bank, inputs, self._rows(result))
         return result.to(dtype)
+
+    def _update(self, name: str, bank: ExpertBank, inputs: Tensor, rows: Rows) -> Any:
+        scaling = self.smol_scaling[name]
+        if self.training or inputs.numel() > FEW * inputs.shape[-1]:
+            gates, indices = self.router(name)
+            return bank(inputs, (gates.to(inputs.device), indices.to(inputs.device)), rows, scaling)
+        spread = self.router.once(
+            (name, bank.rank, scaling, inputs.device, inputs.dtype),
+            lambda: bank.spread(self.router.mixture(name).to(inputs.device), scaling),
+        )
+        return bank(inputs, spread, rows, scaling)
 
     def _rows(self, result: Tensor) -> Rows:
         # Of a fused linear every part keeps a prefix: only the base layer can tell which rows those are.

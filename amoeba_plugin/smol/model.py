@@ -303,7 +303,7 @@ class SmolModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         router = self.router
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        router.hook.remove()
+        router.detach()
         delattr(self.model, ROUTER_NAME)
         return model
 

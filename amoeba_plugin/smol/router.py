@@ -45,14 +45,23 @@ class ShapeRouter(nn.Module, SmolLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.in_features = self.out_features = 0
-        self.hook: Any = None
+        self.hooks: list[Any] = []
         self.active_shape: tuple[SubnetShape, tuple[Kept, ...] | None] | None = None  # None: the largest, never set
         self._pinned = False
+        self._found: dict[tuple[Any, ...], Any] | None = None  # in the forward that is under way; None: is not kept
 
     def attach(self, root: nn.Module) -> None:
         """Draw fresh noise before each forward of ``root``; gradient checkpointing recomputes layers, with the noise of
         their run."""
-        self.hook = root.register_forward_pre_hook(self.before_forward)
+        self.hooks = [
+            root.register_forward_pre_hook(self.before_forward),
+            root.register_forward_hook(self.after_forward),
+        ]
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        for hook in self.hooks:
+            hook.remove()
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the root. Under ``torch.compile`` it does nothing, and ``set_shape`` draws the noise."""
@@ -62,6 +71,19 @@ class ShapeRouter(nn.Module, SmolLayer):
         for name in self._active():
             self.weights(name).place()
             self.weights(name).draw_noise()
+        self._found = None if self.training or torch.is_grad_enabled() else {}
+
+    def after_forward(self, *_: Any) -> None:
+        """Forward hook of the root: what was found holds for one forward, whose layers all ask for it."""
+        self._found = None
+
+    def once(self, key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+        """Return what ``find`` does, for which it is called once in a forward of the root without gradients."""
+        if self._found is None or torch.compiler.is_compiling():
+            return find()
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def add_adapter(self, name: str, config: SmolConfig) -> RouterWeights:
         """Create the router of a new adapter, at the model's active shape."""
@@ -84,7 +106,13 @@ class ShapeRouter(nn.Module, SmolLayer):
         """
         if not isinstance(adapter, str):
             return adapter
-        return self.smol_router[adapter](deterministic)
+        return self.once((adapter, deterministic), lambda: self.smol_router[adapter](deterministic))
+
+    def mixture(self, adapter: str) -> Any:
+        """Return the weights of all experts at the active shape, (experts,) fp32, zero where not chosen."""
+        gates, indices = self(adapter)
+        found = torch.zeros(self.weights(adapter).config.num_experts, dtype=gates.dtype, device=gates.device)
+        return found.scatter(0, indices, gates)
 
     def set_shape(self, shape: SubnetShape | str, kept_layers: Sequence[Kept] | None = None) -> None:
         """Set the active shape of the model, which holds for all its adapters, also those that come later.

@@ -39,7 +39,7 @@ def test_one_graph_for_all_shapes(
 def _eager_logits(model: PeftModel, tokens: Tensor, state: Any) -> Tensor:
     """The same forward uncompiled, with the same noise."""
     router = model.base_model.router
-    router.hook.remove()
+    router.detach()
     router.weights("default").state = state
     logits = model(tokens, use_cache=False).logits
     router.attach(model.base_model.model)

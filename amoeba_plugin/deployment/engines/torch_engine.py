@@ -32,6 +32,7 @@ class Engine:
         self._path = Path()
         self._elastic: tuple[Path, Any] | None = None  # that is resident, whatever shape is asked for next
         self._output: Any = None
+        self._caches: dict[int, Any] = {}  # of requests
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -40,9 +41,11 @@ class Engine:
         return {"engine": "torch", "version": version("torch"), "transformers": version("transformers")}
 
     def load(
-        self, path: str, threads: int, context: int, batch: int, dtype: str = "float32", shape: str | None = None
-    ) -> None:
+        self, path: str, threads: int, context: int, batch: int, dtype: str = "float32", shape: str | None = None,
+        requests: int = 1,
+    ) -> None:  # fmt: skip
         """Load a checkpoint in a dtype; or, with a shape, an elastic checkpoint, once for all shapes."""
+        self._caches.clear()
         torch.set_num_threads(threads)
         self._output, self._path = None, Path(path)
         if shape is None:
@@ -69,6 +72,21 @@ class Engine:
         """Return the log-probabilities of the next token behind so many tokens."""
         logits = self._loaded(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
         return [base64.b64encode(logits[count - 1].numpy().astype("<f4").tobytes()).decode() for count in behind]
+
+    @torch.inference_mode()
+    def follow(self, request: int, tokens: Sequence[int], most: int) -> tuple[list[int], list[float]]:
+        """Return the likeliest tokens behind some more of a request, with their log-probabilities."""
+        name = cache_name(self._loaded)
+        given = {name: self._caches[request]} if request in self._caches else {}
+        output = self._loaded(torch.tensor([tokens]), use_cache=True, logits_to_keep=1, **given)
+        self._caches[request] = getattr(output, name)
+        row = output.logits[0, -1].float().log_softmax(-1)
+        found = row.topk(min(most, len(row)))
+        return found.indices.tolist(), found.values.tolist()
+
+    def forget(self, request: int) -> None:
+        """Drop the keys and values of a request."""
+        self._caches.pop(request, None)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ids."""

@@ -18,6 +18,7 @@ from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.documents import Document, Part
 
+SURELY = 1.05  # by which drafting must be faster: repeated measurements differ by less
 BUSY = 0.95  # of CPU time to wall time, at one thread: below it something else computed, too
 CPU_INFO, CPU_NAME = Path("/proc/cpuinfo"), "model name"
 NOT_OF_SIZE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -135,6 +136,51 @@ class FlowProfile(Part):
         return self.threads == 1 and bool(told) and statistics.mean(told) > 0.5
 
 
+class DraftedPair(Part):
+    """A shape that decoded with another one drafting for it, and alone, in turns.
+
+    Attributes:
+        drafter: The smaller shape.
+        target: The larger one, whose tokens they are.
+        acceptance: Share of what was drafted that was what the larger one said.
+        alone: Tokens per second of the larger one by itself.
+        drafted: Tokens per second of both.
+    """
+
+    drafter: str
+    target: str
+    acceptance: float
+    alone: float
+    drafted: float
+
+    @property
+    def gains(self) -> bool:
+        """Whether drafting was faster, by more than measurements differ."""
+        return self.drafted > SURELY * self.alone
+
+
+class Drafting(Part):
+    """Which shapes draft for which, measured with a model's own weights on somebody's text.
+
+    Attributes:
+        fingerprint: Of the weights of its base model.
+        ahead: Tokens that were drafted at most.
+        pairs: That were measured.
+    """
+
+    fingerprint: str
+    ahead: int
+    pairs: list[DraftedPair]
+
+    def drafters(self) -> dict[str, str]:
+        """Return the best drafter of every shape that gains from one, by that shape."""
+        best: dict[str, DraftedPair] = {}
+        for pair in self.pairs:
+            if pair.gains and (pair.target not in best or pair.drafted > best[pair.target].drafted):
+                best[pair.target] = pair
+        return {target: pair.drafter for target, pair in best.items()}
+
+
 class Profile(Document):
     """What shapes of a model cost on a machine.
 
@@ -145,6 +191,7 @@ class Profile(Document):
         sizes: Work of every shape of the space, by its name.
         machine: What it is; a profile of another one says nothing of this.
         flows: By ``flow:scheme``.
+        drafting: Of the elastic model; ``None``: it was not measured.
     """
 
     what: ClassVar[str] = "a profile"
@@ -154,6 +201,7 @@ class Profile(Document):
     sizes: dict[str, tuple[int, int, int]]
     machine: dict[str, str]
     flows: dict[str, FlowProfile] = Field(default_factory=dict)
+    drafting: Drafting | None = None
 
     @property
     def works(self) -> Mapping[str, Work]:

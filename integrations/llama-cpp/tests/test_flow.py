@@ -54,6 +54,35 @@ def test_biases_of_queries_and_outputs_together_are_llamas(tmp_path: Path):
     )
 
 
+def test_requests_are_followed_in_turns_as_each_alone(tmp_path: Path):
+    model = random_model(CONFIG)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.2)
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer().save_pretrained(tmp_path / "whole")
+    flow = LlamaCpp()
+    entry = tmp_path / flow.export(tmp_path / "whole", "F32", tmp_path).entry
+    rows: dict[int, list[int]] = {1: [5, 9, 31, 2, 77], 2: [5, 9, 31, 40], 3: [8]}
+    with EngineProcess(flow.name, flow.command()) as engine:
+        engine.ask("load", path=str(entry), threads=1, context=64, batch=1, requests=2, exact_cache=True)
+        new = dict(rows)
+        for turn in range(4):
+            for request, tokens in rows.items():
+                ids, told = engine.ask("follow", request=request, tokens=new[request], most=20).value
+                with torch.no_grad():
+                    known = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+                assert len(ids) == 20
+                torch.testing.assert_close(torch.tensor(told), known[ids], atol=1e-3, rtol=0)
+                torch.testing.assert_close(torch.tensor(told), known.topk(20).values, atol=1e-3, rtol=0)
+                new[request] = [ids[turn]]
+                rows[request] = [*tokens, ids[turn]]
+        engine.ask("forget", request=1)
+        ids, told = engine.ask("follow", request=1, tokens=[8], most=5).value
+        with torch.no_grad():
+            known = model(torch.tensor([[8]])).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(torch.tensor(told), known[ids], atol=1e-3, rtol=0)
+
+
 def saved_elastic(directory: Path, config: dict[str, Any]) -> Path:
     """Save a random model and its elastic checkpoint, whose directory is returned."""
     model = random_model(config)

@@ -22,12 +22,15 @@ class Engine:
     def __init__(self) -> None:
         self._server: Any = None
         self._prompts: list[list[int]] = []
+        self._requests: dict[int, list[int]] = {}
 
     def about(self) -> dict[str, str]:
         """Return what computes."""
         return {"engine": "llama.cpp", "version": f"xllamacpp {xllamacpp.__version__}"}
 
-    def load(self, path: str, threads: int, context: int, batch: int, exact_cache: bool = False) -> None:
+    def load(
+        self, path: str, threads: int, context: int, batch: int, exact_cache: bool = False, requests: int = 1
+    ) -> None:
         """Load a file.
 
         Args:
@@ -36,14 +39,15 @@ class Engine:
             context: Tokens that one prompt and what follows it may have.
             batch: Prompts at a time; 1.
             exact_cache: Keep keys and values in fp32, to compare logits.
+            requests: Whose keys and values :meth:`follow` keeps, each of ``context`` tokens.
         """
         if batch != 1:
             raise ValueError("llama.cpp is measured with one prompt at a time")
         self._server = None  # first: two models at once would be one too many
         parameters = xllamacpp.CommonParams()
         parameters.model.path = path
-        parameters.n_ctx = context
-        parameters.n_parallel = 1
+        parameters.n_ctx = context * requests
+        parameters.n_parallel = requests
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
         parameters.warmup = False
         parameters.use_jinja = True
@@ -68,6 +72,23 @@ class Engine:
     def token_log_probabilities(self, tokens: Sequence[int], behind: Sequence[int]) -> list[float]:
         """Return the log-probability of the token that follows, in a tenth of the time of the whole vocabulary."""
         return [self._of_token(list(tokens[:count]), tokens[count]) for count in behind]
+
+    def follow(self, request: int, tokens: Sequence[int], most: int) -> tuple[list[int], list[float]]:
+        """Return the likeliest tokens behind some more of a request, with their log-probabilities.
+
+        The server finds the keys and values that it has of the longest beginning of a prompt; with more requests than
+        it was loaded for, it computes some of them anew.
+        """
+        known = self._requests.setdefault(request, [])
+        known.extend(tokens)
+        # What is sampled must be a letter, see below; its bias does not reach the probabilities that are told.
+        answer = self._complete(known, n_probs=most, logit_bias=[[self._letter, 1e4]])
+        told = answer["logprobs"]["content"][0]["top_logprobs"]
+        return [each["id"] for each in told], [each["logprob"] for each in told]
+
+    def forget(self, request: int) -> None:
+        """Forget the tokens of a request; the server writes over its keys and values when it needs room."""
+        self._requests.pop(request, None)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ids."""
