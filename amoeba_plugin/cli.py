@@ -155,6 +155,53 @@ def check(
 
 
 @app.command()
+def policy(
+    model: Annotated[str, typer.Argument(help="Path or hub id of a causal LM of a supported architecture.")],
+    dataset: Annotated[str, typer.Option(help="Text to measure on, as for `amoeba run`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe, a new .yaml file.")],
+    average_bits: Annotated[
+        float | None, typer.Option(help="The most bits per weight of the layers' linears, scales counted.")
+    ] = None,
+    average_sparsity: Annotated[float, typer.Option(help="The least share of zeros, 0 to 0.7; they save no time.")] = 0,
+    bits: Annotated[str, typer.Option(help="That weights may have; 2 and 3 load in transformers only.")] = "4,8,16",
+    sparsities: Annotated[str, typer.Option(help="That units may have.")] = "0,0.2,0.3,0.4,0.5,0.6,0.7",
+    sensitivity: Annotated[str, typer.Option(help="kl, output_error, fisher, or a plugin's.")] = "kl",
+    allocation: Annotated[
+        Literal["knapsack", "mean"], typer.Option(help="What loses least within the averages, or Edge-LLM's rule.")
+    ] = "knapsack",
+    exchanges: Annotated[int, typer.Option(min=0, help="Tried by measuring, at every quarter of a bit.")] = 4,
+    quantizer: Annotated[Literal["gptq", "rtn"], typer.Option(help="Of the recipe; rtn: round to nearest.")] = "gptq",
+    pruner: Annotated[Literal["sparsegpt", "wanda"], typer.Option(help="Of the recipe.")] = "sparsegpt",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale, -1: a row. Default: of 128, 64, 32 the first to fit.")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
+    data: Annotated[Path | None, typer.Option(help="The policy itself with all scores, a new .json file.")] = None,
+    num_calibration_samples: SamplesOption = 16,
+    max_seq_length: LengthOption = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draw of rows.")] = 42,
+    dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Choose bits and sparsity layer by layer, and write them as a recipe of llm-compressor's own modifiers."""
+    _hush_if(quiet)
+    from amoeba_plugin.recipes.inputs import RunOptions
+    from amoeba_plugin.recipes.policy import PolicyTools, make_policy
+    from amoeba_plugin.selection.layerwise.options import listed
+    from amoeba_plugin.selection.layerwise.search import PolicyBudget
+
+    budget = PolicyBudget(
+        average_bits, average_sparsity, listed(bits, int, "bits"), listed(sparsities, float, "sparsities"),
+        allocation, exchanges, group_size, not asymmetric,
+    )  # fmt: skip
+    options = RunOptions(num_samples=num_calibration_samples, max_seq_length=max_seq_length, seed=seed, dtype=dtype)
+    found = make_policy(model, dataset, output, budget, PolicyTools(sensitivity, quantizer, pruner), options, data)
+    for note in found.notes:
+        warn(note)
+    done(f"recipe written to {output}: {found.in_words}")
+
+
+@app.command()
 def extract(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
     shape: Annotated[str, typer.Option(help="DEPTHxWIDTH, for example 24x7/8.")],

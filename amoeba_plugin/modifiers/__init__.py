@@ -8,6 +8,7 @@ from llmcompressor.modifiers import ModifierFactory
 
 from amoeba_plugin.modifiers.depth import DepthShrinkingModifier, QuestionOptions
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
+from amoeba_plugin.modifiers.layerwise_policy import LayerwisePolicyModifier
 from amoeba_plugin.modifiers.one_for_all import OneForAllDistillationModifier
 from amoeba_plugin.modifiers.one_for_all_fields import AdapterOptions
 from amoeba_plugin.modifiers.session_training import TrainingEventsCallback, TrainingEventsMixin, begin_session
@@ -17,6 +18,7 @@ from amoeba_plugin.modifiers.width import WidthShrinkingModifier
 __all__ = [
     "AdapterOptions",
     "DepthShrinkingModifier",
+    "LayerwisePolicyModifier",
     "OneForAllDistillationModifier",
     "QuestionOptions",
     "SubnetExtractionModifier",
@@ -35,6 +37,7 @@ def register_with_llmcompressor() -> None:
         WidthShrinkingModifier,
         OneForAllDistillationModifier,
         SubnetExtractionModifier,
+        LayerwisePolicyModifier,
     ):
         ModifierFactory.register(modifier.__name__, modifier)
     complete_tables()

@@ -1,4 +1,4 @@
-"""The order in which modifiers can follow one another: select, train, extract, then quantize."""
+"""The order in which modifiers can follow one another: select, train, extract, choose a policy, then quantize."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from llmcompressor.modifiers import Modifier
 
 from amoeba_plugin.errors import RecipeError
 
+POLICY = "LayerwisePolicyModifier"
 STAGES = {
     "DepthShrinkingModifier": 0,
     "WidthShrinkingModifier": 0,
     "OneForAllDistillationModifier": 1,
     "SubnetExtractionModifier": 2,
+    POLICY: 3,
 }
 EXPECTED = ", ".join([*STAGES, "quantization"])
 
@@ -40,13 +42,16 @@ def require_order(modifiers: Sequence[Modifier]) -> None:
     last = len(names) - 1 - names[::-1].index(ours[-1])
     strangers = [name for name in names[:last] if name not in STAGES]
     if strangers:
-        raise RecipeError(
-            f"{strangers[0]} stands before {ours[-1]}, which changes the model's structure; the order is {EXPECTED}"
-        )
+        does = "chooses for those behind it" if ours[-1] == POLICY else "changes the model's structure"
+        raise RecipeError(f"{strangers[0]} stands before {ours[-1]}, which {does}; the order is {EXPECTED}")
+    if ours == [POLICY]:  # nothing of the structure changes
+        return
     extracts = "SubnetExtractionModifier" in ours
-    if names[last + 1 :] and not extracts:
+    structural = [name for name in ours if name != POLICY]
+    if (names[last + 1 :] or POLICY in ours) and not extracts:
+        follower = POLICY if POLICY in ours else names[last + 1]
         raise RecipeError(
-            f"{names[last + 1]} follows {ours[-1]} with no SubnetExtractionModifier between them: it would work on the "
+            f"{follower} follows {structural[-1]} with no SubnetExtractionModifier between them: it would work on the "
             "whole model and the selection would be lost; add SubnetExtractionModifier with a shape"
         )
     trainer = next(

@@ -29,6 +29,7 @@ STAGES = {
     "WidthShrinkingModifier": "select_stage",
     "OneForAllDistillationModifier": "finetune_stage",
     "SubnetExtractionModifier": "extract_stage",
+    "LayerwisePolicyModifier": "policy_stage",
 }
 SAVED_IN: ContextVar[torch.dtype | None] = ContextVar("SAVED_IN", default=None)  # None: as it is computed in
 

@@ -6,14 +6,19 @@ short matrices, or memory that runs out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.subnet_config import weightless
-from amoeba_plugin.modifiers import DepthShrinkingModifier, OneForAllDistillationModifier, WidthShrinkingModifier
+from amoeba_plugin.modifiers import (
+    DepthShrinkingModifier,
+    LayerwisePolicyModifier,
+    OneForAllDistillationModifier,
+    WidthShrinkingModifier,
+)
 from amoeba_plugin.modifiers.selection import NO_REPAIR
 from amoeba_plugin.recipes.plan import RecipePlan
 from amoeba_plugin.runtime.machine_speed import flops_per_second
@@ -22,6 +27,7 @@ from amoeba_plugin.selection.depth.dynamic_program import evaluations, exchange_
 from amoeba_plugin.selection.depth.search import LAZY
 from amoeba_plugin.selection.depth.steps import steps_per_layer
 from amoeba_plugin.selection.importance import GroupImportance
+from amoeba_plugin.selection.layerwise.exchanges import BITS_STEP, SPARSITY_STEP
 from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.repair.fold_table import LEAST_JUDGING
 from amoeba_plugin.selection.repair.moments import held_out_count
@@ -37,6 +43,13 @@ USED = 0.4  # of the speed of a large matrix product: 0.23 to 0.41 by the demo's
 # Passes of the other selectors; of those that plugins bring nothing is known.
 SELECTOR_PASSES = {"block_influence": 1, "angular_distance": 1, "taylor": 3, "taylor_plus": 3, "magnitude": 0,
                    "magnitude_plus": 0, "last_layers": 0}  # fmt: skip
+UNITS = 4  # of a layer
+# Passes by sensitivity, of a number of layers and of options: of KL, a candidate runs half of the layers on average.
+POLICY_PASSES: dict[str, Callable[[int, int], float]] = {
+    "kl": lambda layers, options: UNITS * options * (layers + 1) / 2,
+    "output_error": lambda layers, options: UNITS * options,
+    "fisher": lambda layers, options: FORWARD_AND_BACKWARD,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,8 @@ def stage_costs(plan: RecipePlan, config: PretrainedConfig, samples: int, length
     if plan.width is not None:
         costs += _width(plan.width, samples, length)
     costs += _repairs(plan, config.num_hidden_layers, samples, length)
+    if plan.policy is not None and not plan.policy.is_decided:
+        costs += _policy(plan.policy, config.num_hidden_layers, samples, length)
     if plan.training is not None and plan.training.max_steps:
         costs.append(_training(plan.training, length))
     return costs
@@ -133,6 +148,27 @@ def _repairs(plan: RecipePlan, layers: int, samples: int, length: int) -> Iterat
         passes = REPAIR_PASSES * plan.width.reduced
         what = f"{passes} passes over {samples:,} sequences of {length} tokens"
         yield StageCost("repair", what, passes * samples, length, f"{LESS_DATA}, fewer widths, or repair: none")
+
+
+def _policy(modifier: LayerwisePolicyModifier, layers: int, samples: int, length: int) -> Iterator[StageCost]:
+    """Yield what scoring takes at most, of a whole model; of sensitivities that plugins bring nothing is known."""
+    used = samples if modifier.max_batches is None else min(samples, modifier.max_batches)
+    options, known = len(modifier.budget(None).lone), POLICY_PASSES.get(modifier.sensitivity)
+    if known is not None:
+        passes = known(layers, options) + _exchange_passes(modifier)
+        what = f"about {passes:.0f} passes over {used:,} sequences of {length} tokens"
+        yield StageCost("layer-wise policy", what, passes * used, length, f"{LESS_DATA}, max_batches or fewer options")
+
+
+def _exchange_passes(modifier: LayerwisePolicyModifier) -> float:
+    """Return how many choices are measured at most, on the way to the average."""
+    if not modifier.exchanges or modifier.allocation != "knapsack":
+        return 1
+    if modifier.average_bits is None:
+        way = (max(modifier.sparsities) - modifier.average_sparsity) / SPARSITY_STEP
+    else:
+        way = (modifier.average_bits - min(modifier.bits)) / BITS_STEP
+    return (1 + max(way, 0)) * (1 + modifier.exchanges)
 
 
 def _training(modifier: OneForAllDistillationModifier, length: int) -> StageCost:

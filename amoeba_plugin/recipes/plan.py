@@ -25,6 +25,7 @@ from amoeba_plugin.models.expert_linears import take_apart
 from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.modifiers import (
     DepthShrinkingModifier,
+    LayerwisePolicyModifier,
     OneForAllDistillationModifier,
     SubnetExtractionModifier,
     WidthShrinkingModifier,
@@ -79,13 +80,18 @@ class RecipePlan:
 
     @cached_property
     def structural(self) -> tuple[Any, ...]:
-        """The modifiers of this package."""
-        return tuple(filter(_is_ours, self.modifiers))
+        """The modifiers of this package that change the model's structure or train it."""
+        return tuple(filter(_is_structural, self.modifiers))
 
     @cached_property
     def rest(self) -> tuple[Any, ...]:
-        """The modifiers of others."""
-        return tuple(filterfalse(_is_ours, self.modifiers))
+        """The modifiers of others, and the policy that fills them."""
+        return tuple(filterfalse(_is_structural, self.modifiers))
+
+    @cached_property
+    def policy(self) -> LayerwisePolicyModifier | None:
+        """The modifier that chooses bits and sparsity layer by layer."""
+        return self._only(LayerwisePolicyModifier)
 
     @cached_property
     def shape(self) -> SubnetShape | None:
@@ -113,7 +119,8 @@ class RecipePlan:
     @property
     def needs_data(self) -> bool:
         """Whether a modifier wants calibration data."""
-        return bool(self.structural) or any(modifier.requires_calibration_data for modifier in self.modifiers)
+        measures = bool(self.structural) or (self.policy is not None and not self.policy.is_decided)
+        return measures or any(modifier.requires_calibration_data for modifier in self.modifiers)
 
     @property
     def card(self) -> dict[str, str]:
@@ -159,6 +166,8 @@ class RecipePlan:
         for modifier, shape in self.shapes:
             self.asking(modifier, _require_depth, shape, depth)
             self.asking(modifier, _require_width, shape, widths)
+        if self.policy is not None:
+            self.asking(self.policy, self.policy.hosts, list(self.modifiers))
         if self.extraction is not None and self.extraction.total is not None:
             self.asking(self.extraction, _require_total, self.extraction.total, width)
 
@@ -195,7 +204,7 @@ class RecipePlan:
             ShapeError: If the shape to extract is outside the space.
         """
         require_full_precision(config)
-        adapter = architecture_of(config) if self.structural else known_architecture(config)
+        adapter = architecture_of(config) if self.structural or self.policy else known_architecture(config)
         subnet = config if adapter is None or not self.structural else self._subnet_config(config, adapter)
         own_stage = False
         if self.structural:
@@ -204,6 +213,8 @@ class RecipePlan:
             if self.training is not None and self.training.adapter != "none":
                 self.asking(self.training, require_linears, self.training.adapter.target_modules or (), whole)
         plan = ModelPlan(config, adapter, subnet, own_stage)
+        if self.policy is not None and adapter is not None and not self.sizes_unknown:
+            self.asking(self.policy, self.policy.require_fits, list(self.modifiers), weightless(plan.subnet), adapter)
         self._require_quantizable(plan)
         return plan
 
@@ -273,5 +284,6 @@ def _require_width(shape: SubnetShape, widths: Collection[Fraction]) -> None:
         )
 
 
-def _is_ours(modifier: Any) -> bool:
-    return type(modifier).__module__.startswith("amoeba_plugin.")
+def _is_structural(modifier: Any) -> bool:
+    ours = type(modifier).__module__.startswith("amoeba_plugin.")
+    return ours and not isinstance(modifier, LayerwisePolicyModifier)

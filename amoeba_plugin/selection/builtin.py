@@ -1,4 +1,4 @@
-"""The objectives, importances, repairs and depth selectors that come with the package: a line each."""
+"""The objectives, importances, repairs, depth selectors and sensitivities that come with the package: a line each."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from amoeba_plugin.selection.importance import (
     weighted_input_fluctuation,
     weighted_input_norm,
 )
+from amoeba_plugin.selection.layerwise.sensitivities import final_divergence, fisher, output_error
+from amoeba_plugin.selection.layerwise.task import Sensitivity
 from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, Objective, Perplexity, PerTokenLoss
 from amoeba_plugin.selection.repair.elimination import elimination_errors
 from amoeba_plugin.selection.repair.width import Repair, by_least_squares
@@ -61,6 +63,12 @@ REPAIRS: tuple[Repair, ...] = (
         catches_up=0.5,
     ),
     Repair("local_least_squares", by_least_squares, "the same, and every linear for itself"),
+)
+
+SENSITIVITIES: tuple[Sensitivity, ...] = (
+    Sensitivity("kl", final_divergence, "nats per token", "KL of the model with one unit compressed, from the dense"),
+    Sensitivity("output_error", output_error, "share", "error of the layer's output, of what the layer adds"),
+    Sensitivity("fisher", fisher, "nats per token", "change of weights squared x gradients squared"),
 )
 
 DEPTH_SELECTORS: tuple[DepthSelector, ...] = (
@@ -105,3 +113,9 @@ def amoeba_repairs() -> Mapping[str, Repair]:
 def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:
     """Return the depth selectors by name."""
     return {selector.name: selector for selector in DEPTH_SELECTORS}
+
+
+@hookimpl
+def amoeba_sensitivities() -> Mapping[str, Sensitivity]:
+    """Return the sensitivities by name."""
+    return {sensitivity.name: sensitivity for sensitivity in SENSITIVITIES}

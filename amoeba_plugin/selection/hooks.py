@@ -1,4 +1,7 @@
-"""The hooks by which objectives, importances, repairs and depth selectors come in; built-in ones use the same door."""
+"""The hooks by which objectives, importances, repairs, depth selectors and sensitivities come in.
+
+Built-in ones use the same door.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from amoeba_plugin.plugins.hooks import hookspec
 if TYPE_CHECKING:
     from amoeba_plugin.selection.depth.task import DepthSelector
     from amoeba_plugin.selection.importance import AnyImportance
+    from amoeba_plugin.selection.layerwise.task import Sensitivity
     from amoeba_plugin.selection.objectives import Objective
     from amoeba_plugin.selection.repair.width import Repair
 
@@ -32,3 +36,8 @@ def amoeba_repairs() -> Mapping[str, Repair]:  # type: ignore[empty-body]
 @hookspec
 def amoeba_depth_selectors() -> Mapping[str, DepthSelector]:  # type: ignore[empty-body]
     """Return depth selectors by the name that ``DepthShrinkingModifier.selector`` takes."""
+
+
+@hookspec
+def amoeba_sensitivities() -> Mapping[str, Sensitivity]:  # type: ignore[empty-body]
+    """Return sensitivities by the name that ``LayerwisePolicyModifier.sensitivity`` takes."""

@@ -1,10 +1,11 @@
-"""Objectives, importances, repairs and depth selectors by the names that recipes give them."""
+"""Objectives, importances, repairs, depth selectors and sensitivities by the names that recipes give them."""
 
 from __future__ import annotations
 
 from amoeba_plugin.plugins.manager import named
 from amoeba_plugin.selection.depth.task import DepthSelector
 from amoeba_plugin.selection.importance import AnyImportance
+from amoeba_plugin.selection.layerwise.task import Sensitivity
 from amoeba_plugin.selection.objectives import Objective
 from amoeba_plugin.selection.repair.width import Repair
 
@@ -30,4 +31,10 @@ def repair_named(name: str) -> Repair:
 def depth_selector_named(name: str) -> DepthSelector:
     """Return the depth selector of that name, or raise :class:`PluginError` with the names that exist."""
     found: DepthSelector = named("depth selector", "amoeba_depth_selectors", name)
+    return found
+
+
+def sensitivity_named(name: str) -> Sensitivity:
+    """Return the sensitivity of that name, or raise :class:`PluginError` with the names that exist."""
+    found: Sensitivity = named("sensitivity", "amoeba_sensitivities", name)
     return found

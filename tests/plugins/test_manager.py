@@ -31,8 +31,15 @@ from amoeba_plugin.plugins.manager import collected, modules_named, plugin_manag
 from amoeba_plugin.selection.activation_stats import ActivationStats
 from amoeba_plugin.selection.depth.task import DepthSelector
 from amoeba_plugin.selection.importance import Importance
+from amoeba_plugin.selection.layerwise.task import Sensitivity
 from amoeba_plugin.selection.objectives import Objective, PerTokenLoss
-from amoeba_plugin.selection.registry import depth_selector_named, importance_named, objective_named, repair_named
+from amoeba_plugin.selection.registry import (
+    depth_selector_named,
+    importance_named,
+    objective_named,
+    repair_named,
+    sensitivity_named,
+)
 from amoeba_plugin.selection.repair.width import Repair
 from amoeba_plugin.serving.deciders import Decider, DeciderOptions
 from amoeba_plugin.serving.registry import decider_named
@@ -155,6 +162,13 @@ def test_hook_amoeba_decisions(install: Callable[..., None]) -> None:
 
     install("their_package", amoeba_decisions=lambda: {"none": theirs})
     assert decider_named("none")(None) is None  # type: ignore[arg-type]
+
+
+def test_hook_amoeba_sensitivities(install: Callable[..., None]) -> None:
+    theirs = Sensitivity("by_name", lambda task: {}, "share", "nothing")
+    install("their_package", amoeba_sensitivities=lambda: {"by_name": theirs})
+    assert sensitivity_named("by_name") is theirs
+    assert sensitivity_named("kl").name == "kl"
 
 
 def test_hook_amoeba_commands(install: Callable[..., None]) -> None:

@@ -9,9 +9,19 @@ import pytest
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
+from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.recipes.estimate import estimated, stage_costs
 from amoeba_plugin.recipes.read import plan_recipe
-from support.recipes import GOOD, config_of
+from amoeba_plugin.selection.layer_runs import LayerRuns
+from amoeba_plugin.selection.layerwise.compress import Compressor
+from amoeba_plugin.selection.layerwise.options import Grid
+from amoeba_plugin.selection.layerwise.search import PolicyBudget
+from amoeba_plugin.selection.layerwise.task import DenseStates, SensitivityTask
+from amoeba_plugin.selection.layerwise.units import layer_units
+from amoeba_plugin.selection.registry import sensitivity_named
+from support.batches import make_random_batches
+from support.models import make_tiny_model
+from support.recipes import GOOD, config_of, recipe
 
 
 def test_stages_are_counted_as_they_are_run() -> None:
@@ -24,6 +34,26 @@ def test_stages_are_counted_as_they_are_run() -> None:
     assert repair.what == "3 passes over 7 sequences of 16 tokens"
     assert training.what == "2 steps, 16 sequences of 16 tokens through 4 subnets each"
     assert training.passes == 3 * 4 * 16
+
+
+@pytest.mark.parametrize("name", ["kl", "output_error"])
+def test_scoring_units_is_counted_as_it_is_run(name: str) -> None:
+    """In layer-forwards: of 4 layers, beside the dense model's own pass; one choice is measured at the end."""
+    fields = {"average_bits": 6, "exchanges": 0, "sensitivity": name}
+    plan = plan_recipe(recipe({"LayerwisePolicyModifier": fields}, {"QuantizationModifier": {"ignore": ["lm_head"]}}))
+    (cost,) = stage_costs(plan, config_of(), samples=2, length=12)
+    model = make_tiny_model("llama")
+    adapter, batches = architecture_of(model.config), make_random_batches(2, rows=1)
+    units = layer_units(model, adapter)
+    with DenseStates.of(LayerRuns.of(model, adapter, batches)) as dense:
+        before = dense.lockstep.step_forwards
+        lone = PolicyBudget(average_bits=6).lone
+        sensitivity_named(name).measure(
+            SensitivityTask(dense, batches, units, lone, Compressor(model, Grid(32)), False)
+        )
+        layers = dense.lockstep.step_forwards - before
+    assert cost.passes == layers / 4 + 2
+    assert "passes over 2 sequences of 12 tokens" in cost.what
 
 
 ALL = ["depth search", "width ranking", "depth repair", "repair", "one-for-all training"]

@@ -33,6 +33,7 @@ MODELS = {
     "small-llama": SMOLLM2,
     "smollm2": SMOLLM2,
     "select_only": SMOLLM2,
+    "mixed_bits": SMOLLM2,
     "fit": SMOLLM2,
     "qwen3": config_of(
         "qwen3",

@@ -1,6 +1,6 @@
-"""What every registered importance, objective, repair and depth selector must do, a plugin's too: one matrix.
+"""What all registered importances, objectives, repairs, depth selectors and sensitivities must do: one matrix.
 
-To register one is all that it takes to have it tested here.
+To register one is all that it takes to have it tested here, a plugin's too.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ from amoeba_plugin.selection.importance import (
     MomentImportance,
 )
 from amoeba_plugin.selection.layer_runs import LayerRuns
+from amoeba_plugin.selection.layerwise.compress import Compressor, input_norms
+from amoeba_plugin.selection.layerwise.options import Grid, Option
+from amoeba_plugin.selection.layerwise.task import DenseStates, Scores, Sensitivity, SensitivityTask
+from amoeba_plugin.selection.layerwise.units import layer_units
 from amoeba_plugin.selection.objectives import Objective, better
 from amoeba_plugin.selection.registry import objective_named
 from amoeba_plugin.selection.repair.collect import collect_moments
@@ -55,12 +59,14 @@ IMPORTANCES: dict[str, AnyImportance] = collected("importance", "amoeba_importan
 OBJECTIVES: dict[str, Objective] = collected("objective", "amoeba_objectives")
 SELECTORS: dict[str, DepthSelector] = collected("depth selector", "amoeba_depth_selectors")
 REPAIRS: dict[str, Repair] = collected("repair", "amoeba_repairs")
+SENSITIVITIES: dict[str, Sensitivity] = collected("sensitivity", "amoeba_sensitivities")
 LLAMA = architecture_for("llama")
 WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2)]
 LAYERS, MIN_DEPTH, KEEP_LAST = 9, 7, 3  # what the selectors that protect the first four and the last two can do
 
 every_importance = pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES)
 every_repair = pytest.mark.parametrize("repair", REPAIRS.values(), ids=REPAIRS)
+every_sensitivity = pytest.mark.parametrize("sensitivity", SENSITIVITIES.values(), ids=SENSITIVITIES)
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 every_selector = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
 
@@ -395,3 +401,35 @@ def test_a_selector_says_what_it_is_and_what_it_looks_at(name: str, selector: De
     assert selector.name == name
     assert selector.description
     assert set(selector.options) <= {field.name for field in dataclasses.fields(SearchOptions)}
+
+
+# --- sensitivities
+
+LONE_OPTIONS = [Option(2), Option(4), Option(8), Option(16, 0.3), Option(16, 0.6)]
+
+
+def scored(sensitivity: Sensitivity, model: PreTrainedModel, batches: list[Batch]) -> Scores:
+    units = layer_units(model, LLAMA)
+    compressor = Compressor(model, Grid(32), input_norms(model, units, batches))
+    with DenseStates.of(LayerRuns.of(model, LLAMA, batches)) as dense:
+        task = SensitivityTask(dense, batches, units, LONE_OPTIONS, compressor, progress=False)
+        return sensitivity.measure(task)
+
+
+@every_sensitivity
+def test_a_sensitivity_scores_every_unit_at_every_option_and_leaves_the_model(sensitivity: Sensitivity) -> None:
+    model = make_tiny_model("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    scores = scored(sensitivity, model, make_random_batches(2))
+    assert set(scores) == {(unit.name, option) for unit in layer_units(model, LLAMA) for option in LONE_OPTIONS}
+    assert all(score >= 0 for score in scores.values())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@every_sensitivity
+def test_more_bits_and_fewer_zeros_lose_less_of_a_model(sensitivity: Sensitivity) -> None:
+    scores = scored(sensitivity, make_tiny_model("llama"), make_random_batches(3))
+    total = {option: sum(score for (_, each), score in scores.items() if each == option) for option in LONE_OPTIONS}
+    assert total[Option(2)] > total[Option(4)] > total[Option(8)] > 0
+    assert total[Option(16, 0.6)] > total[Option(16, 0.3)] > 0
