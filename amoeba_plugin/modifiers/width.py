@@ -77,7 +77,8 @@ class WidthShrinkingModifier(Modifier):
         round_to: Channels that kept sizes are multiples of, for all groups or per group (``attention``, ``mlp``).
             Default 1. W4A16 quantization with groups of 128 wants 128.
         repair: ``least_squares``: what missing channels said is predicted from those kept, by weights of its own for
-            every width of the linears that read them; ``none``; or a plugin's. Default ``least_squares``, with
+            every width of the linears that read them, and MLPs make up for what narrow layers have lost so far;
+            ``local_least_squares``: every linear for itself; ``none``; or a plugin's. Default ``least_squares``, with
             ``bias_compensation`` ``none``.
         bias_compensation: Add what missing channels contributed on average to the output bias. Default false.
         resume_dir: A directory that keeps the ranking, and every depth and every width that is repaired, so that a

@@ -24,6 +24,7 @@ from training import Space, measure
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "as cut": {"repair": "none"},
     "mean of what is missing as bias": {"bias_compensation": True},
+    "least squares, every linear for itself": {"repair": "local_least_squares"},
     "least squares": {"repair": "least_squares"},
 }
 

@@ -23,13 +23,15 @@ from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenL
 TOTALS = ["4/5", "13/20", "1/2"]
 WIDTHS = ["1", *TOTALS]
 OBS = {"totals": TOTALS, "importance": "obs"}
-BASELINE = "all layers, repaired"
+BASELINE, LOCALLY = "all layers, repaired", "local_least_squares"
 RESAMPLES = 2000
 
 # by name; the published ways have the whole width's layers at the ends, and rows of their own for what they are
 SELECTIONS: Mapping[str, Way] = {
     BASELINE: Way(width={"widths": WIDTHS}),
+    "all layers, repaired locally": Way(width={"widths": WIDTHS, "repair": LOCALLY}),
     "depth and width, searched repaired, obs": Way("lazy_greedy", REPAIRED, True, OBS),
+    "depth and width, searched repaired, obs, locally": Way("lazy_greedy", REPAIRED, True, {**OBS, "repair": LOCALLY}),
     "all layers, as cut": Way(width={"widths": WIDTHS, "repair": CUT}),
     "all layers, repaired, obs": Way(width={"widths": WIDTHS, "importance": "obs"}),
     "depth and width, searched repaired": Way("lazy_greedy", REPAIRED, True, {"totals": TOTALS}),
