@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from amoeba_plugin.errors import BusyError, DataError, ServiceError, SloError
 from amoeba_plugin.serving.answer import Answer, End, Piece, Request
 from amoeba_plugin.serving.backend import Backend
-from amoeba_plugin.serving.deciders import Decider, best_first, decided
+from amoeba_plugin.serving.deciders import Decider, decided
 from amoeba_plugin.serving.feasible import Asked, Decision, Feasible, LatencyOf, Prompt, feasible
 from amoeba_plugin.serving.reading import Reader, Reading, kept_positions
 from amoeba_plugin.serving.sampling import Sampler, likeliest
@@ -151,11 +152,14 @@ class ElasticService:
 
         try:
             first, before = decided(self._decider, found, reading), promises(jobs, begins)
-            for decision in (first, *_lighter(found, first)):
+
+            def is_admitted(decision: Decision) -> bool:
+                return admits(before, promises([*jobs, job_of(decision, limits)], begins), number)
+
+            decision = first if is_admitted(first) else _heaviest(_lighter(found, first), is_admitted)
+            if decision is not None:
                 job = job_of(decision, limits)
-                behind = promises([*jobs, job], begins)
-                if admits(before, behind, number):
-                    return decision, job, behind[number].latency, True
+                return decision, job, promises([*jobs, job], begins)[number].latency, True
             raise BusyError(
                 f"{len(self._running)} requests were taken before, and behind them no shape keeps its targets "
                 f"({request.slo}); ask again later, or for more time"
@@ -263,6 +267,12 @@ def _kept(request: Request, reading: Reading | None, decision: Decision) -> Sequ
 
 
 def _lighter(found: Feasible, first: Decision) -> list[Decision]:
-    """Return the feasible decisions that take less than one, the best first."""
-    took = found.latencies[first].total(found.answer)
-    return [each for each in best_first(found) if found.latencies[each].total(found.answer) < took]
+    """Return the feasible decisions that take less than one, those first that take longest."""
+    took = {each: found.latencies[each].total(found.answer) for each in found.decisions}
+    return sorted((each for each in took if took[each] < took[first]), key=took.__getitem__, reverse=True)
+
+
+def _heaviest(decisions: Sequence[Decision], is_admitted: Callable[[Decision], bool]) -> Decision | None:
+    """Return the first that is admitted, as if all behind it were, too: every try plays all requests through."""
+    at = bisect_left(range(len(decisions)), True, key=lambda index: is_admitted(decisions[index]))
+    return decisions[at] if at < len(decisions) else None
