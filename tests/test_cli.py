@@ -486,6 +486,10 @@ SHIPPED_MODELS = {
         },
     ),
     "select_only": ("llama", {"layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}),
+    "mixed_bits": (
+        "llama",
+        {"layers": 6, "hidden_size": 64, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
 }
 
 
@@ -508,7 +512,7 @@ def test_a_shipped_recipe_runs_on_a_tiny_model(
         asked["budget"]["file"] = "18MB"  # of 24
         asked["search"]["profile"] = str(files["recipe"].with_name("profile.json"))
     files["recipe"].write_text(yaml.safe_dump(recipe, sort_keys=False))
-    result = invoke(*run_arguments(files), "--num-calibration-samples", "4" if name == "select_only" else "2")
+    result = invoke(*run_arguments(files), "--num-calibration-samples", "4" if "total" in asked else "2")
     assert result.exit_code == 0, result.output
     config = AutoConfig.from_pretrained(files["out"])
     queries = config.num_attention_heads // config.num_key_value_heads
