@@ -57,13 +57,8 @@ def dual_head(options: DeciderOptions) -> Decider:
 
 def best_of(feasible: Feasible) -> Decision | None:
     """Return the feasible decision of the largest shape by time per token, and of those that of the longest prompt."""
-    return next(iter(best_first(feasible)), None)
-
-
-def best_first(feasible: Feasible) -> list[Decision]:
-    """Return the feasible decisions, larger shapes by time per token first, and of each longer prompts first."""
     latencies = feasible.latencies
-    return sorted(feasible.decisions, key=lambda each: (latencies[each].tpot, each.share), reverse=True)
+    return max(feasible.decisions, key=lambda each: (latencies[each].tpot, each.share), default=None)
 
 
 def decided(decider: Decider, feasible: Feasible, reading: Reading | None = None) -> Decision:

@@ -51,7 +51,7 @@ class ResidentShapes(ShapeSpace):
         return ", ".join(map(str, self))
 
 
-class Request:
+class Followed:
     """A request that an engine keeps keys and values of, until nobody holds this any more."""
 
     def __init__(self, number: int) -> None:
@@ -110,17 +110,17 @@ class FilesBackend:
         """Tokens that a prompt and its answer may have together."""
         return self._context
 
-    def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Request, Tensor]:
+    def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Followed, Tensor]:
         """Compute a prompt; see :class:`Backend`."""
-        request = Request(next(self._numbers))
+        request = Followed(next(self._numbers))
         weakref.finalize(request, self._over[shape].append, request.number)  # told with the next step: one thread asks
         return request, self._follow(shape, request, tokens)
 
-    def step(self, shape: SubnetShape, cache: Request, token: int) -> Tensor:
+    def step(self, shape: SubnetShape, cache: Followed, token: int) -> Tensor:
         """Compute one more token; see :class:`Backend`."""
         return self._follow(shape, cache, [token])
 
-    def _follow(self, shape: SubnetShape, request: Request, tokens: Sequence[int]) -> Tensor:
+    def _follow(self, shape: SubnetShape, request: Followed, tokens: Sequence[int]) -> Tensor:
         engine, over = self._engines[shape], self._over[shape]
         while over:
             engine.ask("forget", request=over.pop())

@@ -37,7 +37,7 @@ from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.backend import TorchBackend
 from amoeba_plugin.serving.compact.features import Features
-from amoeba_plugin.serving.compact.heads import Choices
+from amoeba_plugin.serving.compact.heads import Choices, marked
 from amoeba_plugin.serving.compact.labels import SCORE_LABELS, chosen, shortened
 from amoeba_plugin.serving.compact.reader import CompactModel
 from amoeba_plugin.serving.compact.training import Read, trained_decisions, trained_scores
@@ -132,7 +132,7 @@ def decode_seconds(live: ElasticModel, choices: Choices) -> Mapping[str, float]:
 def tuned(
     features: Features, train: Sequence[PromptedQuestion], label: str, live: ElasticModel, kept: Kept, choices: Choices
 ) -> CompactModel:
-    reads = [Read(features(each.prompt), droppable(each)) for each in train]
+    reads = [Read(features(each.prompt), marked(each.droppable, len(each.prompt))) for each in train]
     scores, explained = trained_scores(reads, [SCORE_LABELS[label](live, each) for each in train])
     rows = []
     for number, (each, read) in enumerate(zip(train, reads, strict=True)):
@@ -147,12 +147,6 @@ def tuned(
     for index, each in enumerate(choices.shapes):
         print(f"  {each}: right at {'/'.join(map(str, choices.shares))}: {right[:, index].float().mean(0).tolist()}")
     return CompactModel(features, scores, decisions, choices)
-
-
-def droppable(question: PromptedQuestion) -> torch.Tensor:
-    found = torch.zeros(len(question.prompt), dtype=torch.bool)
-    found[list(question.droppable)] = True
-    return found
 
 
 def measured(model: CompactModel, key: str, question: PromptedQuestion, live: ElasticModel, kept: Kept) -> Measured:

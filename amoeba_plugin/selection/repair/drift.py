@@ -3,8 +3,8 @@
 A repair of each linear by itself predicts what its own removed channels said, from states that narrow layers below have
 changed already, and that change adds up. So the MLP also predicts what the whole model's state behind the layer has and
 the narrow one's has not, from the neurons that stay. To aim at the whole model's outputs is GPTAQ's idea for
-quantization (arXiv:2504.02692); to aim at all of it overfits the calibration data, layer upon layer, so that half of it
-is made up for (tests/benchmarks/ablations/RESULTS.md).
+quantization (arXiv:2504.02692). Half of it is made up for by default: all of it fits the calibration data closer still,
+which on a small model is no worse on other text (selection/README.md has both).
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Drift:
     """Of one layer and width.
 
     Attributes:
-        cross: (hidden, neurons) fp64, sum over the tokens of all ranks of ``d x^T``: d is the whole model's state
-            behind the layer less the narrow one's, x the neurons in the model's order now.
+        cross: (hidden, neurons) fp64, sum over the tokens of all ranks of ``d x^T``: d is the share that is made
+            up for of the whole model's state behind the layer less the narrow one's, divided by what the output is
+            multiplied by; x the neurons in the model's order now.
     """
 
     cross: Tensor
@@ -72,7 +73,7 @@ def pass_whole(lockstep: Lockstep, layer: int) -> None:
 
 @contextmanager
 def drifting(
-    lockstep: Lockstep, group: ChannelGroup, layer: int
+    lockstep: Lockstep, group: ChannelGroup, layer: int, share: float
 ) -> Iterator[tuple[Callable[[int], None], Callable[[], Drift]]]:
     """Watch, in a block, the neurons of a layer while the narrow model's states run through it, itself whole.
 
@@ -80,6 +81,7 @@ def drifting(
         lockstep: Where the whole model's states behind the layer are known, from :func:`pass_whole`.
         group: The neurons.
         layer: Its number.
+        share: Of what was lost that is made up for, divided by what the output is multiplied by.
 
     Yields:
         What has to be told the number of every batch before it runs, and what gives the drift once all have.
@@ -97,7 +99,7 @@ def drifting(
             lost = (whole - narrow).flatten(0, -2)[present]
             cross += (lost.mT @ lockstep.flying["neurons", batch].float()[present]).to("cpu", torch.float64)
             lockstep.flying.discard(("neurons", batch))
-        return Drift(sum_over_ranks(cross))
+        return Drift(share * sum_over_ranks(cross))
 
     handle = lockstep.layers[layer].get_submodule(group.consumer.path).register_forward_pre_hook(keep)
     try:

@@ -151,7 +151,7 @@ def _repaired_widths(
     groups, layers = runs.adapter.channel_groups(runs.model.config), len(runs.adapter.layers(runs.model))
     narrow = [share for share in sorted(width.units, reverse=True) if share != 1]
     neurons = catching_up(runs) if repair.catches_up else None
-    residual = runs.adapter.residual_share(runs.model.config) or 1.0
+    made_up = repair.catches_up / (runs.adapter.residual_share(runs.model.config) or 1.0)
     silent, held_out = not progress or rank() != 0, held_out_rows(runs.batches)
     shorter = f"{LESS_DATA}, or repair: none"
     bar = StageBar(total=layers * len(narrow), desc="repair", unit="layer", disable=silent, shorter=shorter)
@@ -163,15 +163,15 @@ def _repaired_widths(
             with runs.open() as lockstep:
                 for index, layer in enumerate(lockstep.layers):
                     here = {group_key(index, group): group for group in groups}
-                    moments, drift = _seen(lockstep, index, here, held_out, neurons)
+                    moments, drift = _seen(lockstep, index, here, held_out, neurons, made_up)
                     for key, group in here.items():
                         units, seen = width.units[share][key], moments[key].over_ranks()
                         columns, lost = units * group.consumer.channels_per_unit, drift.get(key)
                         if units < group.units:
-                            held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair, lost, residual)
+                            held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair, lost)
                         for depth in (depth for depth, fold in folds.items() if key in fold):
                             own = found.setdefault((depth, share), {})
-                            own[key] = _repaired(folds[depth][key], seen, columns, repair, lost, residual)
+                            own[key] = _repaired(folds[depth][key], seen, columns, repair, lost)
                     elastic.set_layer_units(index, {key: width.units[share][key] for key in here}, held)
                     lockstep.run_layer(index)
                     lockstep.forget([index])
@@ -188,9 +188,18 @@ def _repaired_widths(
 
 def _seen(
     lockstep: Lockstep, index: int, here: Mapping[str, ChannelGroup], held_out: Sequence[Tensor],
-    neurons: ChannelGroup | None,
+    neurons: ChannelGroup | None, share: float,
 ) -> tuple[Mapping[str, Moments], Mapping[str, Drift]]:  # fmt: skip
-    """Run a layer that is whole; return the moments of its groups, and the drift of ``neurons``, by key."""
+    """Run a layer that is whole; return the moments of its groups, and the drift to make up for, by key.
+
+    Args:
+        lockstep: Runs it.
+        index: Its number.
+        here: Its groups, by key.
+        held_out: Rows of every batch.
+        neurons: Of its MLP; ``None``: nothing is made up for.
+        share: Of what was lost that is.
+    """
     if neurons is None:
         with watched(lockstep.layers[index], here, lockstep.batches, held_out) as (moments, begin):
             lockstep.run_layer(index, begin)
@@ -198,19 +207,17 @@ def _seen(
     pass_whole(lockstep, index)
     with (
         watched(lockstep.layers[index], here, lockstep.batches, held_out) as (moments, begin),
-        drifting(lockstep, neurons, index) as (begin_too, drift),
+        drifting(lockstep, neurons, index, share) as (begin_too, drift),
     ):
         lockstep.run_layer(index, lambda batch: (begin(batch), begin_too(batch)))
     return moments, {group_key(index, neurons): drift()}
 
 
-def _repaired(
-    weight: Tensor, moments: Moments, kept: int, repair: Repair, drift: Drift | None, residual: float
-) -> Tensor:
+def _repaired(weight: Tensor, moments: Moments, kept: int, repair: Repair, drift: Drift | None) -> Tensor:
     whole = kept == weight.shape[1]
     found = weight if whole else repair.columns(weight, moments, [kept])[kept]
     if drift is not None and not whole:
-        found = found + repair.catches_up / residual * drift.made_up(moments.all, kept).to(found.device)
+        found = found + drift.made_up(moments.all, kept).to(found.device)
     return found.to("cpu", weight.dtype, copy=True).contiguous()
 
 

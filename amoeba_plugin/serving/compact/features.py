@@ -10,7 +10,7 @@ from torch import Tensor
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.second_tree import second_tree
 
-DEEP = 24  # layers of a model of which one is within five percent of its time
+DEEP = 24  # layers from which on one is a small part of the whole model
 
 
 class Features:
@@ -33,7 +33,7 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, tokens: Sequence[int]) -> Tensor:
-        """Return what the final norm makes of the layers' outputs, (tokens, hidden), fp32."""
+        """Return what the final norm makes of the layers' outputs, (tokens, hidden), fp32, on the CPU."""
         ids = torch.tensor([list(tokens)], device=next(self._decoder.parameters()).device)
         hidden: Tensor = self._decoder(ids, use_cache=False).last_hidden_state[0]
-        return hidden.float()
+        return hidden.float().cpu()

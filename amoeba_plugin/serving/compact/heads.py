@@ -7,6 +7,7 @@ the targets allow is known exactly, so the best of that is taken, and no target 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -29,6 +30,13 @@ class Choices:
 
     shapes: tuple[SubnetShape, ...]
     shares: tuple[Fraction, ...]
+
+
+def marked(positions: Sequence[int], tokens: int) -> Tensor:
+    """Return which of so many tokens are at positions, (tokens,) bool."""
+    found = torch.zeros(tokens, dtype=torch.bool)
+    found[list(positions)] = True
+    return found
 
 
 class ScoreHead(nn.Module):

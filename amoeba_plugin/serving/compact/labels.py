@@ -24,11 +24,11 @@ def self_information(live: ElasticModel, question: PromptedQuestion) -> Tensor:
 
     What a model foresees can be left out (Selective Context, arXiv:2310.06201).
     """
-    ids = torch.tensor([question.prompt])
+    ids = _ids([question.prompt], live)
     with live.active(live.space.smallest) as model, evaluating(model), torch.inference_mode():
         logits = model(ids, use_cache=False).logits[0, :-1].float()
     nats = functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-    return torch.cat([nats.new_zeros(1), nats])
+    return torch.cat([nats.new_zeros(1), nats]).cpu()
 
 
 def saliency(live: ElasticModel, question: PromptedQuestion) -> Tensor:
@@ -37,13 +37,13 @@ def saliency(live: ElasticModel, question: PromptedQuestion) -> Tensor:
     |gradient x embedding|, summed over channels.
     """
     prompt, choice = question.prompt, question.choices[question.answer]
-    ids = torch.tensor([[*prompt, *choice]])
+    ids = _ids([[*prompt, *choice]], live)
     with live.active(live.space.largest) as model, evaluating(model), torch.enable_grad():
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        [gradient] = torch.autograd.grad(functional.cross_entropy(logits, torch.tensor(choice)), embedded)
+        [gradient] = torch.autograd.grad(functional.cross_entropy(logits, ids[0, len(prompt) :]), embedded)
     moved: Tensor = (gradient * embedded).detach()[0, : len(prompt)]
-    return moved.float().sum(-1).abs()
+    return moved.float().sum(-1).abs().cpu()
 
 
 SCORE_LABELS: Mapping[str, Callable[[ElasticModel, PromptedQuestion], Tensor]] = {
@@ -62,7 +62,7 @@ def shortened(question: PromptedQuestion, scores: Sequence[float], share: Fracti
 def answers(live: ElasticModel, prompt: Sequence[int], question: PromptedQuestion) -> bool:
     """Tell whether the active shape gives the true choice the most probability per token, behind a prompt."""
     with torch.inference_mode():
-        first = live.model(torch.tensor([[*prompt]]), use_cache=True, logits_to_keep=1)
+        first = live.model(_ids([prompt], live), use_cache=True, logits_to_keep=1)
     return (
         chosen(live, getattr(first, cache_name(live.model)), first.logits[0, -1], question.choices) == question.answer
     )
@@ -79,7 +79,7 @@ def chosen(live: ElasticModel, cache: Any, behind: Tensor, choices: Sequence[Seq
         choices: In tokens.
     """
     longest = max(map(len, choices))
-    rows = torch.tensor([[*choice] + [0] * (longest - len(choice)) for choice in choices])
+    rows = _ids([[*choice] + [0] * (longest - len(choice)) for choice in choices], live)
     cache.batch_repeat_interleave(len(rows))
     rest = live.model(rows, use_cache=True, **{cache_name(live.model): cache}).logits[:, :-1]
     logits = torch.cat([behind.expand(len(rows), 1, -1), rest], dim=1).float().log_softmax(-1)
@@ -111,3 +111,7 @@ def rightness(
                     found[number, row, column] = answers(live, shortened(question, score, share), question)
                     told()
     return found
+
+
+def _ids(rows: Sequence[Sequence[int]], live: ElasticModel) -> Tensor:
+    return torch.tensor([list(row) for row in rows], device=live.model.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.compact.features import Features
-from amoeba_plugin.serving.compact.heads import Choices, DecisionHead, ScoreHead
+from amoeba_plugin.serving.compact.heads import Choices, DecisionHead, ScoreHead, marked
 from amoeba_plugin.serving.feasible import Decision, Feasible
 from amoeba_plugin.serving.reading import Reading
 
@@ -37,8 +37,7 @@ class CompactModel:
         scores = self.scores(seen).tolist() if len(request.droppable) else [0.0] * len(request.tokens)
         if self.decisions is None:
             return Reading(scores)
-        droppable = torch.zeros(len(request.tokens), dtype=torch.bool)
-        droppable[list(request.droppable)] = True
+        droppable = marked(request.droppable, len(request.tokens))
         logits = self.decisions(self.decisions.summary(seen, droppable)[None])[0]
         return Reading(scores, lambda feasible: likeliest(feasible, self.choices, logits))
 

@@ -19,6 +19,7 @@ from amoeba_plugin.data.multiple_choice import QuestionColumns, read_questions
 from amoeba_plugin.data.prompted import PromptedQuestion, prompted
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
+from amoeba_plugin.elastic.record import read_record
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import ArtifactError, DataError, did_you_mean
 from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing
@@ -26,7 +27,7 @@ from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.runtime.progress import StageBar
 from amoeba_plugin.serving.compact.features import Features
 from amoeba_plugin.serving.compact.files import Tuned, save_compact
-from amoeba_plugin.serving.compact.heads import Choices, ScoreHead
+from amoeba_plugin.serving.compact.heads import Choices, ScoreHead, marked
 from amoeba_plugin.serving.compact.labels import SCORE_LABELS, rightness
 from amoeba_plugin.serving.compact.reader import CompactModel
 from amoeba_plugin.serving.compact.training import Read, trained_decisions, trained_scores
@@ -84,11 +85,10 @@ def tune_decisions(elastic: Path, output: Path, asked: Asked, base: str | None =
     if not is_vacant(output):
         raise ArtifactError(f"{output} is not empty; name a new directory")
     require_writable(output, whole=True)
-    read_questions(asked.dataset, asked.split, asked.columns)  # words before weights
     for shape in asked.shapes:
         SubnetStrategy.load(elastic).space.require(shape)
+    questions = drawn(asked, load_tokenizer(base or read_record(elastic).base_of(elastic)))  # words before weights
     live, _ = load_elastic(elastic, base)
-    questions = drawn(asked, load_tokenizer(str(live.config.name_or_path)))
     model, tuned = tuned_on(live, questions, asked)
     with whole_or_nothing(output) as partial:
         save_compact(model, live.strategy.fingerprint, tuned, partial)
@@ -117,7 +117,7 @@ def tuned_on(live: ElasticModel, questions: Sequence[PromptedQuestion], asked: A
     before, features = time.process_time(), Features(live)
     shares = asked.shares if any(len(each.droppable) for each in questions) else asked.shares[:1]
     choices = Choices(asked.shapes or spread(live.space), shares)
-    reads = [Read(features(question.prompt), _droppable(question)) for question in questions]
+    reads = [Read(features(each.prompt), marked(each.droppable, len(each.prompt))) for each in questions]
     label = SCORE_LABELS[asked.labels]
     with StageBar(total=len(questions), desc="labels of tokens", unit="prompt", shorter="--num-questions") as bar:
         labels = []
@@ -156,12 +156,6 @@ def _ends(values: Sequence[Any], most: int) -> list[Any]:
     """Return at most so many of a sequence, evenly, with both ends."""
     last, count = len(values) - 1, min(most, len(values))
     return [values[round(last * index / max(count - 1, 1))] for index in range(count)]
-
-
-def _droppable(question: PromptedQuestion) -> torch.Tensor:
-    found = torch.zeros(len(question.prompt), dtype=torch.bool)
-    found[list(question.droppable)] = True
-    return found
 
 
 def _no_scores(features: Features) -> tuple[ScoreHead, float]:

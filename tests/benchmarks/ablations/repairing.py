@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from results import Losses, Results, above, header, row
@@ -25,6 +26,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "as cut": {"repair": "none"},
     "mean of what is missing as bias": {"bias_compensation": True},
     "least squares, every linear for itself": {"repair": "local_least_squares"},
+    "least squares, all of what was lost made up for": {"repair": "least_squares", "catches_up": 1.0},
     "least squares": {"repair": "least_squares"},
 }
 
@@ -54,7 +56,7 @@ def _measured(
     model, widths = subject.model(), subject.widths[:3]
     modifier = WidthShrinkingModifier(
         widths=[str(width) for width in widths], importance=importance, allocation=subject.allocation,
-        round_to=subject.round_to, **fields,
+        round_to=subject.round_to, **{name: each for name, each in fields.items() if name != "catches_up"},
     )  # fmt: skip
     before = time.process_time()
     batches = subject.calibrations[subject.own_text]
@@ -62,7 +64,9 @@ def _measured(
     selection = Selection(None, adapter, model_fingerprint(model, adapter), batches, ExitStack())  # type: ignore[arg-type]
     width = modifier._ranked(model, selection).width
     if modifier.repair != "none":
-        repairs = repair_shapes(LayerRuns.of(model, adapter, batches), width, repair_named(modifier.repair))
+        repair = repair_named(modifier.repair)
+        repair = replace(repair, catches_up=fields.get("catches_up", repair.catches_up))
+        repairs = repair_shapes(LayerRuns.of(model, adapter, batches), width, repair)
     yield "seconds", time.process_time() - before
     yield "bytes", repairs.bytes
     layers = subject.depths[0]
