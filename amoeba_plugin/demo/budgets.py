@@ -12,11 +12,10 @@ from amoeba_plugin.demo.data import JUDGED_BLOCKS, Schedule
 from amoeba_plugin.deployment.budget import Budget, Limit
 from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.flow import Point
-from amoeba_plugin.deployment.profiling.asked import flows_of, prompts_of
+from amoeba_plugin.deployment.profiling.asked import flows_of, prompts_of, subject_of
 from amoeba_plugin.deployment.profiling.cost_model import cost_models
 from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
 from amoeba_plugin.deployment.profiling.profile import Profile
-from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.run import ShapeSearch
@@ -44,7 +43,7 @@ def within_budgets(elastic: Path, judged: Path, output: Path, schedule: Schedule
         schedule: How much is measured.
     """
     live, _ = load_elastic(elastic)
-    subject = Subject.of(live.config, live.space, live.strategy)
+    subject = subject_of(str(elastic), None, [], [])
     path, decoded = output / "profile.json", Measuring().decoded
     lengths = prompts_of([], subject, decoded)
     how = Measuring(lengths, decoded, schedule.profile_rounds, shapes=schedule.profile_shapes)

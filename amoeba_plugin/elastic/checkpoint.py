@@ -13,6 +13,7 @@ The adapter belongs to the *reordered* base: load it with :func:`load_elastic`, 
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amoeba_plugin.elastic.lora import follow_lora
+from amoeba_plugin.elastic.lora import attach_lora, follow_lora
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.record import (
     ADAPTER_DIRECTORY,
@@ -70,6 +71,35 @@ def attach_smol(elastic: ElasticModel, config: SmolConfig) -> PeftModel:
     peft_model = get_peft_model(elastic.model, config)
     _follow(elastic, peft_model)
     return peft_model
+
+
+def attach_untrained(elastic: ElasticModel, config: PeftConfig) -> PeftModel:
+    """Put an adapter of a kind that checkpoints hold on an elastic model, as it is before a training.
+
+    Raises:
+        AdapterError: If it cannot be put there.
+    """
+    fresh = copy.deepcopy(config)  # what is attached fills it in
+    if isinstance(fresh, SmolConfig):
+        return attach_smol(elastic, fresh)
+    assert isinstance(fresh, LoraConfig)  # checkpoints hold no other
+    return attach_lora(elastic, fresh)
+
+
+def adapter_config(directory: Path) -> PeftConfig | None:
+    """Return the configuration of an elastic checkpoint's adapter; ``None``: it has none.
+
+    Raises:
+        ArtifactError: If it is damaged.
+    """
+    adapter = directory / ADAPTER_DIRECTORY
+    if not adapter.is_dir():
+        return None
+    try:
+        found: PeftConfig = PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:  # PEFT raises anything of a configuration that is not what it wrote
+        raise ArtifactError(f"the adapter in {adapter} is damaged ({error}); copy the checkpoint anew") from error
+    return found
 
 
 def _require_within(config: SmolConfig, space: ShapeSpace) -> None:

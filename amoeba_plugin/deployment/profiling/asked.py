@@ -9,6 +9,7 @@ from pathlib import Path
 from amoeba_plugin.deployment.flow import DeploymentFlow, Point
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.registry import point_named
+from amoeba_plugin.elastic.checkpoint import adapter_config
 from amoeba_plugin.elastic.record import ELASTIC_NAME, read_record
 from amoeba_plugin.elastic.strategy import SubnetStrategy
 from amoeba_plugin.errors import DeploymentError, RecipeError
@@ -36,14 +37,16 @@ def subject_of(
         RecipeError: If a space is given for a strategy, which has its own.
         ShapeError: If a depth or width is none.
     """
+    adapted = None
     if (Path(model) / ELASTIC_NAME).is_file():
+        adapted = adapter_config(Path(model))
         strategy, model = Path(model), base or read_record(Path(model)).base_of(Path(model))
     config = load_config(model)
     if strategy is not None:
         if depths or widths:
             raise RecipeError("a strategy has depths and widths of its own; leave out --depths and --widths")
         found = SubnetStrategy.load(strategy)
-        return Subject.of(config, found.space, found)
+        return Subject.of(config, found.space, found, adapted)
     space = ShapeSpace(
         tuple(parse_depth(depth) for depth in depths) or _down_to_half(config.num_hidden_layers),
         tuple(parse_width(width) for width in widths) or WIDTHS,

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from amoeba_plugin.deployment.loads import uniform_sizes
-from amoeba_plugin.elastic.checkpoint import save_elastic
+from amoeba_plugin.elastic.checkpoint import attach_untrained, save_elastic
 from amoeba_plugin.elastic.layer_sizes import LayerSizes
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.repairs import Repairs
@@ -34,17 +35,23 @@ class Subject:
         adapter: Of its architecture.
         space: Its shapes.
         strategy: Which sizes its shapes have; ``None``: the same share of everything in every layer.
+        adapted: The configuration of the adapter that the elastic model computes with; ``None``: there is none.
     """
 
     config: PretrainedConfig
     adapter: ArchitectureAdapter
     space: ShapeSpace
     strategy: SubnetStrategy | None = None
+    adapted: PeftConfig | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, space: ShapeSpace, strategy: SubnetStrategy | None = None) -> Subject:
+    def of(
+        cls, config: PretrainedConfig, space: ShapeSpace, strategy: SubnetStrategy | None = None,
+        adapted: PeftConfig | None = None,
+    ) -> Subject:  # fmt: skip
         """Return the subject; a strategy brings its own space."""
-        return cls(config, architecture_of(config), space if strategy is None else strategy.space, strategy)
+        space = space if strategy is None else strategy.space
+        return cls(config, architecture_of(config), space, strategy, adapted)
 
     def sizes(self, shape: SubnetShape) -> LayerSizes:
         """Return what every layer keeps at a shape."""
@@ -60,13 +67,15 @@ class Subject:
         return directory
 
     def save_elastic(self, directory: Path) -> Path:
-        """Save an elastic checkpoint of random weights with the subject's sizes."""
+        """Save an elastic checkpoint of random weights with the subject's sizes and adapter."""
         model = _random(self.config)
         model.save_pretrained(directory / "base")
         fingerprint = model_fingerprint(model, self.adapter)
         strategy = self._uniform(fingerprint) if self.strategy is None else self.strategy
         strategy = replace(strategy, fingerprint=fingerprint, repairs=Repairs())
-        save_elastic(ElasticModel(model, strategy), None, directory / "elastic", str(directory / "base"))
+        live = ElasticModel(model, strategy)
+        peft_model = None if self.adapted is None else attach_untrained(live, self.adapted)
+        save_elastic(live, peft_model, directory / "elastic", str(directory / "base"))
         return directory / "elastic"
 
     def _uniform(self, fingerprint: str) -> SubnetStrategy:
