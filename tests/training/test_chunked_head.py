@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from amoeba_plugin.training.one_for_all import losses as distillation
-from amoeba_plugin.training.one_for_all.chunked_head import ChunkedHead, chunked_head, has_plain_head
+from amoeba_plugin.training import next_token as distillation
+from amoeba_plugin.training.chunked_head import ChunkedHead, chunked_head, has_plain_head
 from support.models import tiny_llama
 
 TOKENS = torch.arange(1, 19).view(2, 9)

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amoeba_plugin.training.one_for_all.losses import (
-    DIVERGENCES,
-    balance,
-    distilled_rows,
-    next_token_rows,
-    shifted_target_mask,
-    sum_over_rows,
-    target_positions,
-)
+from amoeba_plugin.training.next_token import next_token_rows, shifted_target_mask, sum_over_rows, target_positions
+from amoeba_plugin.training.one_for_all.losses import DIVERGENCES, balance, distilled_rows
 
 LN2, LN3 = math.log(2), math.log(3)
 

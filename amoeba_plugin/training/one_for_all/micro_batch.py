@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from amoeba_plugin.training.one_for_all.losses import Positions
+from amoeba_plugin.training.next_token import Positions
 
 
 class Share(NamedTuple):

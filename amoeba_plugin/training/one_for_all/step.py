@@ -24,17 +24,9 @@ from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.models.finite import not_finite
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol.router_weights import RouterWeights
-from amoeba_plugin.training.one_for_all.chunked_head import chunked_head, has_plain_head
-from amoeba_plugin.training.one_for_all.losses import (
-    DIVERGENCES,
-    Positions,
-    RowLoss,
-    balance,
-    distilled_rows,
-    next_token_rows,
-    sum_over_rows,
-    target_positions,
-)
+from amoeba_plugin.training.chunked_head import chunked_head, has_plain_head
+from amoeba_plugin.training.next_token import Positions, RowLoss, next_token_rows, sum_over_rows, target_positions
+from amoeba_plugin.training.one_for_all.losses import DIVERGENCES, balance, distilled_rows
 from amoeba_plugin.training.one_for_all.metrics import GradientConflict, SubnetMeans
 from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions

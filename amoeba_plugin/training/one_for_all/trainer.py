@@ -29,6 +29,7 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.shape import SubnetShape
+from amoeba_plugin.training.next_token import Positions
 from amoeba_plugin.training.one_for_all.checkpoints import (
     could_not_write,
     is_complete,
@@ -43,7 +44,6 @@ from amoeba_plugin.training.one_for_all.evaluation import (
     shapes_to_measure,
     with_direction,
 )
-from amoeba_plugin.training.one_for_all.losses import Positions
 from amoeba_plugin.training.one_for_all.metrics import routing_log
 from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions

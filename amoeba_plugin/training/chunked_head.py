@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from amoeba_plugin.training.one_for_all.losses import RowLoss, chunk_rows, kept_scale
+from amoeba_plugin.training.next_token import RowLoss, chunk_rows, kept_scale
 
 
 class ChunkedHead(nn.Module):
