@@ -126,6 +126,8 @@ class ArchitectureAdapter(ABC):
     model_types: tuple[str, ...]
     #: Fields of the configuration that list one value per layer.
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    #: Where the norm behind the last layer stands in the decoder.
+    final_norm: str = "norm"
 
     @abstractmethod
     def decoder(self, model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from amoeba_plugin.training import next_token as distillation
+from amoeba_plugin.training import next_token
 from amoeba_plugin.training.chunked_head import ChunkedHead, chunked_head, has_plain_head
 from support.models import tiny_llama
 
@@ -45,7 +45,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 def test_value_and_gradients_are_those_of_the_logits(
     monkeypatch: pytest.MonkeyPatch, chunk: int, tied: bool, bias: bool, frozen: bool
 ) -> None:
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", {"cpu": 61 * chunk})
+    monkeypatch.setattr(next_token, "CHUNK_ELEMENTS", {"cpu": 61 * chunk})
     model = tiny_llama(tie_word_embeddings=tied)
     model = (with_bias(model) if bias else model).double()
     model.get_output_embeddings().requires_grad_(not frozen)
@@ -116,7 +116,7 @@ def test_fp16_keeps_the_small_gradients_of_a_mean_over_many_positions() -> None:
             states = hidden.clone().requires_grad_()
             with torch.autocast("cpu", torch.float16, enabled=half):
                 if whole:
-                    loss = distillation.sum_over_rows(mean, head(states), torch.arange(16))
+                    loss = next_token.sum_over_rows(mean, head(states), torch.arange(16))
                 else:
                     loss = ChunkedHead(head, torch.arange(16), mean)(states)
             (2.0**16 * loss).backward()  # what a GradScaler starts with

@@ -100,8 +100,8 @@ def test_every_way_to_the_logits_gives_the_same_gradients(tmp_path: Path):
     for chunked, keeps in ((True, True), (False, True), (False, False)):
         elastic = make_elastic()
         trainer = make_trainer(elastic, tmp_path)
-        assert trainer.subnets.chunked
-        trainer.subnets.chunked, trainer.subnets.keeps_logits = chunked, keeps
+        assert trainer.subnets.head_loss.chunked
+        trainer.subnets.head_loss.chunked, trainer.subnets.head_loss.keeps_logits = chunked, keeps
         trainer.training_step(elastic.model, PaddingCollator()(make_rows(3)), 15)
         gradients.append(gradients_of(elastic.model))
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -110,9 +110,9 @@ def test_every_way_to_the_logits_gives_the_same_gradients(tmp_path: Path):
 
 def test_logits_are_picked_where_they_come_out_of_a_model_on_several_devices(tmp_path: Path):
     elastic = make_elastic()
-    assert make_trainer(elastic, tmp_path).subnets.keeps_logits
+    assert make_trainer(elastic, tmp_path).subnets.head_loss.keeps_logits
     elastic.model.hf_device_map = {"model": 0, "lm_head": 1}
-    assert not make_trainer(elastic, tmp_path).subnets.keeps_logits
+    assert not make_trainer(elastic, tmp_path).subnets.head_loss.keeps_logits
 
 
 @pytest.mark.parametrize(("checkpointing", "all_tokens"), [(False, False), (True, False), (False, True)])

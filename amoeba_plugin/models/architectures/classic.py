@@ -19,6 +19,7 @@ class GPTNeoX(ArchitectureAdapter):
     """Pythia and others; attention and MLP run in parallel on one residual, or one after the other."""
 
     model_types = ("gpt_neox",)
+    final_norm = "final_layer_norm"
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """Return ``model.gpt_neox``."""
@@ -64,6 +65,7 @@ class OPT(ArchitectureAdapter):
     """OPT, with or without projections around the decoder."""
 
     model_types = ("opt",)
+    final_norm = "final_layer_norm"
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """Return ``model.model.decoder``."""

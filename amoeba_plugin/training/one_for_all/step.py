@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from amoeba_plugin.models.adapter import text_model
 from amoeba_plugin.models.finite import not_finite
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol.router_weights import RouterWeights
-from amoeba_plugin.training.chunked_head import chunked_head, has_plain_head
+from amoeba_plugin.training.head_loss import HeadLoss, logits_at
 from amoeba_plugin.training.next_token import Positions, RowLoss, next_token_rows, sum_over_rows, target_positions
 from amoeba_plugin.training.one_for_all.losses import DIVERGENCES, balance, distilled_rows
 from amoeba_plugin.training.one_for_all.metrics import GradientConflict, SubnetMeans
@@ -75,8 +74,7 @@ class SubnetStep:
     Attributes:
         means: Running means, as they are logged: ``loss/SHAPE`` before balancing, ``balance/SHAPE`` (the ratio),
             ``conflict/SHAPE~SHAPE`` (cosine of gradients), ``load_balancing`` (the routers' term).
-        chunked: Take the losses where the head stands, so that a subnet's logits never exist at once.
-        keeps_logits: Else let the model compute logits only where a sequence has a loss.
+        head_loss: How a subnet's loss is taken.
     """
 
     def __init__(
@@ -97,13 +95,7 @@ class SubnetStep:
         assert isinstance(inner, PreTrainedModel)
         self._model, self._inner = model, inner
         self._routers = [module for module in model.modules() if isinstance(module, RouterWeights)]
-        self.chunked = may_chunk and has_plain_head(inner)
-        parameters = signature(self._inner.forward).parameters
-        # positions are where the tokens are, and a model on several devices has its last hidden states elsewhere
-        devices = set(getattr(inner, "hf_device_map", {}).values())
-        self.keeps_logits = "logits_to_keep" in parameters and len(devices) < 2
-        # A cache would hold all keys and values, and makes transformers see a packed row as one document.
-        self._without_cache = {"use_cache": False} if "use_cache" in parameters else {}
+        self.head_loss = HeadLoss(inner, may_chunk)
 
     def positions(self, inputs: Mapping[str, Any]) -> Positions:
         """Return where a micro-batch, labels included, has losses.
@@ -203,7 +195,7 @@ class SubnetStep:
             if logits is None:
                 loss = self._loss(batch, row_loss)
             else:
-                loss = sum_over_rows(row_loss, _at(logits, positions), positions.rows)
+                loss = sum_over_rows(row_loss, logits_at(logits, positions), positions.rows)
             overall = self.host.mean_over_processes(loss.detach(), positions.num_targets)
             if learns:
                 self._backward(loss, batch.share.targets, last)
@@ -248,16 +240,7 @@ class SubnetStep:
         return distilled_rows(positions, teacher.values, divergence, options.temperature, weight, targets)
 
     def _loss(self, batch: MicroBatch, row_loss: RowLoss) -> Tensor:
-        model, positions, inputs = batch.model, batch.positions, self._without_cache | dict(batch.inputs)
-        if self.chunked:
-            with chunked_head(self._inner, positions.rows, row_loss):
-                loss: Tensor = model(**inputs, logits_to_keep=positions.columns).logits
-            return loss
-        if self.keeps_logits:
-            logits: Tensor = model(**inputs, logits_to_keep=positions.columns).logits.flatten(0, 1)
-        else:
-            logits = _at(model(**inputs).logits, positions)
-        return sum_over_rows(row_loss, logits, positions.rows)
+        return self.head_loss(batch.model, batch.inputs, batch.positions, row_loss)
 
     def _compute_dtype(self) -> torch.dtype:
         if self.host.dtype is not None:
@@ -314,7 +297,3 @@ def _sampled(space: ShapeSpace, asked: Sequence[str]) -> tuple[SubnetShape, ...]
     if asked == "all":
         return tuple(space)[1:-1]  # the largest and the smallest are in every step anyway
     return tuple(space.require(shape) for shape in asked)
-
-
-def _at(logits: Tensor, positions: Positions) -> Tensor:
-    return logits[:, positions.columns].flatten(0, 1)

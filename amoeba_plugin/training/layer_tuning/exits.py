@@ -1,0 +1,160 @@
+"""Exits: prefix depths at which a model can stop, each behind a norm of its own and before the model's own head.
+
+(Edge-LLM, arXiv:2406.15758, has a head per exit, each as large as the vocabulary; a norm that starts as a copy of the
+final one, as EE-Tuning begins its exits, arXiv:2402.00518, lets all share the model's.) The exit behind the last layer
+is the model itself. A prefix depth is not the depth of a subnet, whose layers may be any.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amoeba_plugin.errors import ArchitectureError, ShapeError
+from amoeba_plugin.models.adapter import copy_config, text_model
+from amoeba_plugin.models.registry import architecture_of
+from amoeba_plugin.runtime.module_calls import answering
+from amoeba_plugin.selection.hidden_states import watched
+
+EXIT_NORMS, EXIT_DEPTHS = "exit_norms", "exit_depths"
+
+
+class Exits:
+    """The exits of a model, of which one can be active; between uses the model is whole.
+
+    The norms are modules of the model, ``exit_norms.DEPTH``; they are saved with it, or with an adapter that has
+    :attr:`modules_to_save`. Its configuration says ``exit_depths``.
+
+    Args:
+        model: A causal LM; gets the norms that it lacks, in place.
+        depths: Of the exits, in layers; the whole depth is the model itself.
+
+    Attributes:
+        depths: Ascending.
+        layers: All of the model's.
+
+    Raises:
+        ShapeError: If there is no such depth.
+        ArchitectureError: If the model has no norm behind its last layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, depths: Sequence[int]) -> None:
+        self.model, self.adapter = model, architecture_of(model.config)
+        self.layers: tuple[nn.Module, ...] = tuple(self.adapter.layers(model))
+        self.depths = require_depths(depths, len(self.layers))
+        self.config = copy_config(model.config)
+        self._decoder = self.adapter.decoder(model)
+        final = getattr(self._decoder, self.adapter.final_norm, None)
+        if not isinstance(final, nn.Module):
+            raise ArchitectureError(
+                f"this {type(model).__name__} has no norm behind its last layer, which exits start from a copy of; "
+                "take a model that has one"
+            )
+        self._final_norm = final
+        if not hasattr(model, EXIT_NORMS):
+            model.add_module(EXIT_NORMS, nn.ModuleDict())
+        for depth in self.depths:
+            if depth < len(self.layers) and str(depth) not in self._norms:
+                self._norms[str(depth)] = copy.deepcopy(final)
+        setattr(model.config, EXIT_DEPTHS, list(self.depths))
+
+    @property
+    def _norms(self) -> nn.ModuleDict:
+        norms = self.model.get_submodule(EXIT_NORMS)
+        assert isinstance(norms, nn.ModuleDict)
+        return norms
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """What an adapter's configuration says in ``modules_to_save``, so that its file has the exits' norms."""
+        return [f"{EXIT_NORMS}.{depth}" for depth in self.depths if depth < len(self.layers)]
+
+    def norm(self, depth: int) -> nn.Module:
+        """Return the norm of an exit; an adapter that saves it has put its own in the place."""
+        return self._final_norm if depth == len(self.layers) else self._norms[str(depth)]
+
+    @contextmanager
+    def active(self, depth: int) -> Iterator[PreTrainedModel]:
+        """Let the model stop behind its first layers for a block of code; it is whole again afterwards.
+
+        Args:
+            depth: One of :attr:`depths`; or any other, whose norm is the final one.
+        """
+        norm = self.norm(depth) if depth in self.depths else self._final_norm
+        self._set(depth, norm)
+        try:
+            yield self.model
+        finally:
+            self._set(len(self.layers), self._final_norm)
+
+    @contextmanager
+    def resumed(self, depth: int, first: int, states: Tensor, in_tuples: bool) -> Iterator[PreTrainedModel]:
+        """Let the model stop behind its first ``depth`` layers, of which the first ones do not run.
+
+        Args:
+            depth: As in :meth:`active`.
+            first: The layer that runs first.
+            states: (batch, positions, hidden), what comes into it.
+            in_tuples: Whether layers return their states as the first of several values.
+        """
+        with self.active(depth), ExitStack() as stack:
+            for layer in self.layers[:first]:
+                stack.enter_context(answering(layer, lambda *_, **__: (states,) if in_tuples else states))
+            yield self.model
+
+    def states(self, inputs: Mapping[str, Any], depths: Sequence[int]) -> tuple[list[Tensor], bool]:
+        """Run the model up to the deepest of some depths, and return what comes out of each.
+
+        Args:
+            inputs: Of the model's forward, without labels.
+            depths: In layers, ascending, at least 1.
+
+        Returns:
+            States, (batch, positions, hidden) each, and whether layers return them as the first of several values.
+        """
+        in_tuples: list[bool] = []
+        with self.active(depths[-1]), ExitStack() as stack:
+            flows = [stack.enter_context(watched(self.layers[depth - 1])) for depth in depths]
+            noting = self.layers[0].register_forward_hook(
+                lambda _module, _args, output: in_tuples.append(not isinstance(output, Tensor))
+            )
+            stack.callback(noting.remove)
+            self._decoder(**inputs, use_cache=False)
+        return [flow[0][1] for flow in flows], in_tuples[0]
+
+    def _set(self, depth: int, norm: nn.Module) -> None:
+        self.adapter.set_layers(self.model, self.layers[:depth], range(depth), self.config)
+        setattr(self._decoder, self.adapter.final_norm, norm)
+
+
+def attach_exits(model: nn.Module, depths: Sequence[int]) -> Exits:
+    """Give a model exits, or find those that it has, inside an adapter too.
+
+    Raises:
+        ShapeError: If there is no such depth.
+        ArchitectureError: If the model is no causal LM that is supported.
+    """
+    inner = text_model(model)
+    assert isinstance(inner, PreTrainedModel)
+    return Exits(inner, depths)
+
+
+def require_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Return the depths of exits, ascending.
+
+    >>> require_depths([4, 2], 4)
+    (2, 4)
+
+    Raises:
+        ShapeError: If there are none, one is not among the layers, or comes twice.
+    """
+    found = tuple(sorted(depths))
+    if not found or len(set(found)) < len(found) or not all(1 <= depth <= layers for depth in found):
+        asked = ", ".join(map(str, depths)) or "none"
+        raise ShapeError(f"exits at depths {asked}: give different ones from 1 to {layers}, the layers of this model")
+    return found
