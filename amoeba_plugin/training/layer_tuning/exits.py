@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +22,14 @@ from amoeba_plugin.runtime.module_calls import answering
 from amoeba_plugin.selection.hidden_states import watched
 
 EXIT_NORMS, EXIT_DEPTHS = "exit_norms", "exit_depths"
+
+
+class Begun(NamedTuple):
+    """A forward that has come to a layer."""
+
+    first: int  # the layer that runs next
+    states: Tensor  # (batch, positions, hidden), what comes into it
+    in_tuples: bool  # layers return their states as the first of several values
 
 
 class Exits:
@@ -55,7 +63,7 @@ class Exits:
                 f"this {type(model).__name__} has no norm behind its last layer, which exits start from a copy of; "
                 "take a model that has one"
             )
-        self._final_norm = final
+        self._final_norm, self._stop = final, len(self.layers)
         if not hasattr(model, EXIT_NORMS):
             model.add_module(EXIT_NORMS, nn.ModuleDict())
         for depth in self.depths:
@@ -80,17 +88,17 @@ class Exits:
 
     @contextmanager
     def active(self, depth: int) -> Iterator[PreTrainedModel]:
-        """Let the model stop behind its first layers for a block of code; it is whole again afterwards.
+        """Let the model stop behind its first layers for a block of code; it is as it was afterwards.
 
         Args:
             depth: One of :attr:`depths`; or any other, whose norm is the final one.
         """
-        norm = self.norm(depth) if depth in self.depths else self._final_norm
-        self._set(depth, norm)
+        before = self._stop
+        self._set(depth)
         try:
             yield self.model
         finally:
-            self._set(len(self.layers), self._final_norm)
+            self._set(before)
 
     @contextmanager
     def resumed(self, depth: int, first: int, states: Tensor, in_tuples: bool) -> Iterator[PreTrainedModel]:
@@ -107,29 +115,42 @@ class Exits:
                 stack.enter_context(answering(layer, lambda *_, **__: (states,) if in_tuples else states))
             yield self.model
 
-    def states(self, inputs: Mapping[str, Any], depths: Sequence[int]) -> tuple[list[Tensor], bool]:
+    def states(
+        self, inputs: Mapping[str, Any], depths: Sequence[int], begun: Begun | None = None
+    ) -> tuple[list[Tensor], bool]:
         """Run the model up to the deepest of some depths, and return what comes out of each.
 
         Args:
             inputs: Of the model's forward, without labels.
             depths: In layers, ascending, at least 1.
+            begun: Where to go on; ``None``: from the first layer.
 
         Returns:
             States, (batch, positions, hidden) each, and whether layers return them as the first of several values.
         """
-        in_tuples: list[bool] = []
-        with self.active(depths[-1]), ExitStack() as stack:
+        running = self.active(depths[-1]) if begun is None else self.resumed(depths[-1], *begun)
+        with running, ExitStack() as stack:
             flows = [stack.enter_context(watched(self.layers[depth - 1])) for depth in depths]
-            noting = self.layers[0].register_forward_hook(
-                lambda _module, _args, output: in_tuples.append(not isinstance(output, Tensor))
-            )
-            stack.callback(noting.remove)
+            in_tuples = stack.enter_context(noting_tuples(self.layers[0]))
             self._decoder(**inputs, use_cache=False)
         return [flow[0][1] for flow in flows], in_tuples[0]
 
-    def _set(self, depth: int, norm: nn.Module) -> None:
+    def _set(self, depth: int) -> None:
+        norm = self.norm(depth) if depth in self.depths else self._final_norm
         self.adapter.set_layers(self.model, self.layers[:depth], range(depth), self.config)
         setattr(self._decoder, self.adapter.final_norm, norm)
+        self._stop = depth
+
+
+@contextmanager
+def noting_tuples(layer: nn.Module) -> Iterator[list[bool]]:
+    """Note, at every call of a layer, whether it returns its states as the first of several values."""
+    kinds: list[bool] = []
+    handle = layer.register_forward_hook(lambda _module, _args, output: kinds.append(not isinstance(output, Tensor)))
+    try:
+        yield kinds
+    finally:
+        handle.remove()
 
 
 def attach_exits(model: nn.Module, depths: Sequence[int]) -> Exits:
