@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 import resource
+from pathlib import Path
 
 import torch
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def reset_peak_memory() -> None:
@@ -21,3 +24,31 @@ def peak_memory() -> dict[str, int]:
     if torch.accelerator.is_available():
         peak["accelerator"] = torch.accelerator.max_memory_allocated()
     return peak
+
+
+def resident_memory() -> int:
+    """Return the bytes of the process that are in memory now; where the system does not say (not Linux), its peak."""
+    return _status("VmRSS")
+
+
+def restart_resident_peak() -> bool:
+    """Forget the most memory that the process has used so far; tell whether the system allows it (Linux does)."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_peak() -> int:
+    """Return the most bytes of the process that were in memory, since :func:`restart_resident_peak` where that is
+    allowed."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return peak_memory()["process"]
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

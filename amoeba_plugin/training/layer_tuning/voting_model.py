@@ -62,7 +62,7 @@ class VotingModel:
         held_out: Sequence[Batch],
         rule: str = "weighted",
         agreement: float | None = None,
-        positions: int = 1000,
+        positions: int = 500,
     ) -> Self:
         """Return a model whose votes are fitted on text that nothing was trained on.
 
@@ -118,7 +118,8 @@ class VotingModel:
                 )
             kwargs["use_cache"] = False
         with self._voting():
-            return self.model.generate(*args, **kwargs)
+            generate: Any = self.model.generate
+            return generate(*args, **kwargs)
 
     @contextmanager
     def _voting(self) -> Iterator[None]:
