@@ -153,18 +153,8 @@ def in_a_process(way: str, rate: float, asked: argparse.Namespace) -> dict[str, 
     """Train in a process of its own and return what it measured."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--steps",
-            str(steps),
-            "--batch",
-            str(batch),
-            "--child",
-            way,
-            str(rate),
-            str(out),
-        ]
+        how = [f"--{name}={getattr(asked, name)}" for name in ("steps", "batch", "questions")]
+        command = [sys.executable, __file__, *how, "--child", way, str(rate), str(out)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return json.loads(out.read_bytes())
 
