@@ -8,6 +8,7 @@ from llmcompressor.modifiers import ModifierFactory
 
 from amoeba_plugin.modifiers.depth import DepthShrinkingModifier, QuestionOptions
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
+from amoeba_plugin.modifiers.layer_tuning import AdaptiveLayerTuningModifier, ExitOptions
 from amoeba_plugin.modifiers.layerwise_policy import LayerwisePolicyModifier
 from amoeba_plugin.modifiers.one_for_all import OneForAllDistillationModifier
 from amoeba_plugin.modifiers.one_for_all_fields import AdapterOptions
@@ -17,7 +18,9 @@ from amoeba_plugin.modifiers.width import WidthShrinkingModifier
 
 __all__ = [
     "AdapterOptions",
+    "AdaptiveLayerTuningModifier",
     "DepthShrinkingModifier",
+    "ExitOptions",
     "LayerwisePolicyModifier",
     "OneForAllDistillationModifier",
     "QuestionOptions",
@@ -38,6 +41,7 @@ def register_with_llmcompressor() -> None:
         OneForAllDistillationModifier,
         SubnetExtractionModifier,
         LayerwisePolicyModifier,
+        AdaptiveLayerTuningModifier,
     ):
         ModifierFactory.register(modifier.__name__, modifier)
     complete_tables()

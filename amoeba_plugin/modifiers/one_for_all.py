@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from llmcompressor.core import Event, EventType, State, active_session
-from llmcompressor.modifiers import Modifier
 from peft import LoraConfig, PeftModel
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
-from amoeba_plugin.data.text import load_batches
 from amoeba_plugin.elastic.checkpoint import attach_smol, require_replaceable, save_elastic
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.elastic.model import ElasticModel
@@ -28,23 +22,17 @@ from amoeba_plugin.modifiers.external import ExternalSteps
 from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptions, require_effect, require_schedule
 from amoeba_plugin.modifiers.order import extraction_follows, require_session_order
 from amoeba_plugin.modifiers.selection import Selection, forget_selection, on_main_device, selection_for
-from amoeba_plugin.runtime.model_files import load_tokenizer
+from amoeba_plugin.modifiers.trained import TrainedModifier
 from amoeba_plugin.runtime.ranks import rank
-from amoeba_plugin.runtime.scratch import scratch_directory
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint, require_same_training
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.step import StepHost, SubnetStep
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
-logger = logging.getLogger(__name__)
-MANY_EPOCHS = 10  # over the calibration data, which is a sample for selection
-ROW_COLUMNS = ("input_ids", "attention_mask", "labels")
-# Where results go and what is looked at does not change them; the rest are fields that every modifier has.
-NOT_OF_THE_TRAINING = {"elastic_dir", "checkpoint_dir", "save_steps", "conflict_every", *Modifier.model_fields}
+NOT_OF_THE_TRAINING = {"elastic_dir", "conflict_every"}  # fields that do not change what is trained
 
 
-class OneForAllDistillationModifier(Modifier):
+class OneForAllDistillationModifier(TrainedModifier):
     """Train all shapes of the space at once (AmoebaLLM, arXiv:2411.10606, sections 4.2 and 4.3).
 
     Sample YAML::
@@ -97,18 +85,6 @@ class OneForAllDistillationModifier(Modifier):
     """
 
     adapter: AdapterOptions | Literal["none"] = AdapterOptions()
-    dataset: str | None = None
-    dataset_split: str = "train"
-    text_column: str | None = None
-    num_samples: int = Field(default=10_000, ge=1)
-    max_seq_length: int = Field(default=512, ge=2)
-    max_steps: int = Field(default=10_000, ge=0)
-    batch_size: int = Field(default=2, ge=1)
-    gradient_accumulation_steps: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False)
-    lr_scheduler_type: str = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float = Field(default=0.3, ge=0)
     train_largest: bool = True
     num_random: int = Field(default=2, ge=0)
     sampled_shapes: list[str] | Literal["all", "independent"] = "all"  # a tuple has no place in plain YAML
@@ -120,11 +96,7 @@ class OneForAllDistillationModifier(Modifier):
     loss_balancing: bool = True
     max_balance_ratio: float = Field(default=10.0, gt=0)
     conflict_every: int = Field(default=0, ge=0)
-    gradient_checkpointing: bool = False
-    seed: int = Field(default=42, ge=0, lt=2**32)  # what numpy takes
     elastic_dir: str | None = None
-    checkpoint_dir: str | None = None
-    save_steps: int = Field(default=500, ge=1)
 
     _external: ExternalSteps | None = PrivateAttr(default=None)
 
@@ -207,10 +179,13 @@ class OneForAllDistillationModifier(Modifier):
         torch.manual_seed(self.seed)
         peft_model = self.attach(elastic)
         trained = elastic.model if peft_model is None else peft_model
-        with self._output_dir(elastic) as directory, on_main_device(elastic.model), torch.enable_grad():
-            rows = self._rows(elastic, calibration)
-            self._tell_repetition(len(rows))
-            train_one_for_all(elastic, trained, rows, self.options(), self._arguments(directory))
+        strategy, config = elastic.strategy, elastic.config
+        of = {"model": strategy.fingerprint, "space": str(strategy.space), "kept_layers": strategy.depth.table}
+        with self.training_directory(of, NOT_OF_THE_TRAINING) as directory, on_main_device(elastic.model):
+            rows = self.rows(str(config.name_or_path), config.vocab_size, calibration)
+            self.tell_repetition(len(rows))
+            with torch.enable_grad():
+                train_one_for_all(elastic, trained, rows, self.options(), self.arguments(directory))
         return None if peft_model is None else peft_model.eval()
 
     def attach(self, elastic: ElasticModel) -> PeftModel | None:
@@ -237,95 +212,6 @@ class OneForAllDistillationModifier(Modifier):
         if isinstance(self.sampled_shapes, list):
             values["sampled_shapes"] = tuple(self.sampled_shapes)
         return OneForAllOptions(**values)
-
-    @contextmanager
-    def _output_dir(self, elastic: ElasticModel) -> Iterator[Path]:
-        """Yield the directory of Trainer's checkpoints; a scratch one where none are to be kept."""
-        if self.checkpoint_dir is None:
-            with scratch_directory() as scratch:
-                yield scratch
-            return
-        directory = Path(self.checkpoint_dir)
-        strategy = elastic.strategy
-        settings = self.model_dump(mode="json", include=set(type(self).model_fields) - NOT_OF_THE_TRAINING)
-        kept = strategy.depth.table
-        model = {"model": strategy.fingerprint, "space": str(strategy.space), "kept_layers": kept}
-        if rank() == 0:
-            require_same_training(directory, model | settings)
-        yield directory
-
-    def read_dataset(self, model: str, vocab_size: int) -> list[Batch]:
-        """Return the sequences of ``dataset``, one to a batch.
-
-        Args:
-            model: Path or hub id of the model, for its tokenizer.
-            vocab_size: Its tokens.
-
-        Raises:
-            DataError: If the data set cannot be read, or has none of the model's tokens.
-        """
-        assert self.dataset is not None
-        return load_batches(
-            self.dataset,
-            load_tokenizer(model),
-            split=self.dataset_split,
-            num_samples=self.num_samples,
-            max_seq_length=self.max_seq_length,
-            batch_size=1,
-            vocab_size=vocab_size,
-            text_column=self.text_column,
-            seed=self.seed,
-        )
-
-    def _rows(self, elastic: ElasticModel, calibration: list[Batch]) -> list[dict[str, Tensor]]:
-        batches = calibration
-        if self.dataset is not None:
-            batches = self.read_dataset(str(elastic.config.name_or_path), elastic.config.vocab_size)
-        return [
-            {name: batch[name][row] for name in ROW_COLUMNS}
-            for batch in batches
-            for row in range(len(batch["input_ids"]))
-        ]
-
-    def _tell_repetition(self, rows: int) -> None:
-        epochs = self.max_steps * self.batch_size * self.gradient_accumulation_steps / rows
-        if self.dataset is None and epochs > MANY_EPOCHS:
-            logger.warning(
-                "one-for-all training sees the %d sequences of the calibration data %.0f times over; name more text in "
-                "OneForAllDistillationModifier.dataset",
-                rows,
-                epochs,
-            )
-
-    def _arguments(self, directory: Path) -> TrainingArguments:
-        saves = self.checkpoint_dir is not None
-        last = last_complete_checkpoint(directory)
-        arguments = TrainingArguments(
-            output_dir=str(directory),
-            resume_from_checkpoint=None if last is None else str(last),
-            max_steps=self.max_steps,
-            per_device_train_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type=self.lr_scheduler_type,
-            warmup_steps=self.warmup_steps,
-            max_grad_norm=self.max_grad_norm,
-            gradient_checkpointing=self.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if self.gradient_checkpointing else None,
-            seed=self.seed,
-            data_seed=self.seed,
-            logging_steps=max(1, self.max_steps // 20),
-            save_strategy="steps" if saves else "no",
-            save_steps=self.save_steps,
-            save_total_limit=2,
-            disable_tqdm=False,  # else a quiet log level prints every logged number instead
-            report_to=[],
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.accelerator.is_available(),
-        )
-        if arguments.n_gpu > 1:  # of one process: Trainer would put the model on all of them, by DataParallel
-            arguments._n_gpu = 1
-        return arguments
 
 
 def _give_back(model: PreTrainedModel) -> None:

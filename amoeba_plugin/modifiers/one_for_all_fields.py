@@ -113,6 +113,8 @@ def require_effect(modifier: Modifier) -> None:
         RecipeError: It names both.
     """
     for name, needed in DEPENDENT.items():
+        if name not in type(modifier).model_fields:
+            continue
         default = type(modifier).model_fields[name].get_default(call_default_factory=True)
         if getattr(modifier, name) != default and not getattr(modifier, needed):
             found = getattr(modifier, needed)

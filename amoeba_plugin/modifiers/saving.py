@@ -30,6 +30,7 @@ STAGES = {
     "OneForAllDistillationModifier": "finetune_stage",
     "SubnetExtractionModifier": "extract_stage",
     "LayerwisePolicyModifier": "policy_stage",
+    "AdaptiveLayerTuningModifier": "tune_stage",
 }
 SAVED_IN: ContextVar[torch.dtype | None] = ContextVar("SAVED_IN", default=None)  # None: as it is computed in
 

@@ -47,7 +47,7 @@ from amoeba_plugin.shape import SubnetShape
 
 logger = logging.getLogger(__name__)
 NO_REPAIR = "none"
-DIRECTORY_FIELDS = ("resume_dir", "checkpoint_dir", "elastic_dir")  # of modifiers: what they write
+DIRECTORY_FIELDS = ("resume_dir", "checkpoint_dir", "elastic_dir", "tuned_dir")  # of modifiers: what they write
 
 
 @dataclass

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.modifiers.selection import selection_for
-from amoeba_plugin.training.one_for_all.checkpoints import is_over
+from amoeba_plugin.training.checkpoints import is_over
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base

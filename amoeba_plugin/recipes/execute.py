@@ -7,11 +7,13 @@ from tempfile import TemporaryDirectory
 
 import llmcompressor
 from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.subnet_config import PER_LAYER_FILE
+from amoeba_plugin.extraction.model_card import RECIPE_NAME
 from amoeba_plugin.modifiers.own_stage import run_own_stage
 from amoeba_plugin.modifiers.quantized_experts import save_experts_by_original_names
 from amoeba_plugin.recipes.inputs import RunOptions
@@ -26,6 +28,7 @@ def execute(
     model: str,
     batches: list[Batch] | None,
     output_dir: Path,
+    final_dir: Path,
     options: RunOptions,
 ) -> None:
     """Run the modifiers of a recipe and save what comes out.
@@ -36,12 +39,32 @@ def execute(
         model: Path or hub id.
         batches: Calibration data, where there is any.
         output_dir: Where the checkpoint goes; empty.
+        final_dir: Where it will be.
         options: How the model is loaded.
     """
     set_seed(options.seed)
+    _quantized(plan, model_plan, model, batches, output_dir, options)
+    tuning = plan.tuned_behind
+    if tuning is not None:
+        assert batches is not None  # see RecipePlan.needs_data
+        tuning.tune_checkpoint(output_dir, final_dir, batches)
+        recorded = Recipe.from_modifiers(list(plan.modifiers))
+        recorded.yaml(str(output_dir / RECIPE_NAME))
+
+
+def _quantized(
+    plan: RecipePlan,
+    model_plan: ModelPlan,
+    model: str,
+    batches: list[Batch] | None,
+    output_dir: Path,
+    options: RunOptions,
+) -> None:
     recipe: str | list[Modifier] = plan.source
     own_code = False
     with TemporaryDirectory(dir=output_dir) as scratch:  # a killed run leaves it where the next one clears up
+        if plan.tuned_behind is not None:
+            recipe = list(plan.in_session)
         if model_plan.needs_own_stage and batches is not None:
             stage = Path(scratch) if plan.rest else output_dir
             whole = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype).eval()

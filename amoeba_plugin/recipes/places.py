@@ -7,6 +7,7 @@ from pathlib import Path
 
 from amoeba_plugin.elastic.checkpoint import require_replaceable
 from amoeba_plugin.errors import ArtifactError, RecipeError
+from amoeba_plugin.modifiers.layer_tuning import require_tuned_replaceable
 from amoeba_plugin.runtime.files import is_vacant, require_writable
 
 
@@ -31,23 +32,25 @@ def require_apart(field: str, directory: Path, output_dir: Path) -> None:
     """Refuse a directory that a recipe names where it cannot be written, or is not apart from the output directory.
 
     Args:
-        field: Of the recipe: "elastic_dir" is written whole or not at all, others are filled.
+        field: Of the recipe: "elastic_dir" and "tuned_dir" are written whole or not at all, others are filled.
         directory: What it says.
         output_dir: Written whole or not at all.
 
     Raises:
-        ArtifactError: If the directory cannot be written, or ``elastic_dir`` holds something else.
-        RecipeError: If it is the output directory or in it, or the elastic checkpoint would hold the output directory.
+        ArtifactError: If the directory cannot be written, or one that is written whole holds something else.
+        RecipeError: If it is the output directory or in it, or would be written whole and hold it.
     """
-    whole, output, named = field == "elastic_dir", output_dir.resolve(), directory.resolve()
+    whole, output, named = field in ("elastic_dir", "tuned_dir"), output_dir.resolve(), directory.resolve()
     if output in (named, *named.parents) or (whole and named in output.parents):
         raise RecipeError(
             f"{field} {directory} and the output directory {output_dir} are the same, or one is in the other, and the "
             "checkpoint in it is to be there whole or not at all; name two directories side by side"
         )
     require_writable(directory, whole=whole)
-    if whole:
+    if field == "elastic_dir":
         require_replaceable(directory)
+    if field == "tuned_dir":
+        require_tuned_replaceable(directory)
 
 
 def _is_result(path: Path) -> bool:

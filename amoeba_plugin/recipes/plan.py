@@ -24,13 +24,14 @@ from amoeba_plugin.models.adapter import ArchitectureAdapter
 from amoeba_plugin.models.expert_linears import take_apart
 from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.modifiers import (
+    AdaptiveLayerTuningModifier,
     DepthShrinkingModifier,
     LayerwisePolicyModifier,
     OneForAllDistillationModifier,
     SubnetExtractionModifier,
     WidthShrinkingModifier,
 )
-from amoeba_plugin.modifiers.order import require_order
+from amoeba_plugin.modifiers.order import require_order, tunes_behind
 from amoeba_plugin.modifiers.own_stage import needs_own_stage
 from amoeba_plugin.modifiers.selection import named_directories
 from amoeba_plugin.modifiers.smoothing import require_accelerator, require_outputs_kept, smooths
@@ -80,13 +81,28 @@ class RecipePlan:
 
     @cached_property
     def structural(self) -> tuple[Any, ...]:
-        """The modifiers of this package that change the model's structure or train it."""
-        return tuple(filter(_is_structural, self.modifiers))
+        """The modifiers of this package that change the model's structure or train it, inside the host's session."""
+        return tuple(filter(_is_structural, self.in_session))
 
     @cached_property
     def rest(self) -> tuple[Any, ...]:
         """The modifiers of others, and the policy that fills them."""
-        return tuple(filterfalse(_is_structural, self.modifiers))
+        return tuple(filterfalse(_is_structural, self.in_session))
+
+    @cached_property
+    def in_session(self) -> tuple[Any, ...]:
+        """All modifiers but one that tunes a quantized checkpoint."""
+        return tuple(modifier for modifier in self.modifiers if modifier is not self.tuned_behind)
+
+    @cached_property
+    def tuning(self) -> AdaptiveLayerTuningModifier | None:
+        """The modifier that tunes windows of layers."""
+        return self._only(AdaptiveLayerTuningModifier)
+
+    @cached_property
+    def tuned_behind(self) -> AdaptiveLayerTuningModifier | None:
+        """The same, where it works on the checkpoint that quantization has written."""
+        return self.tuning if tunes_behind(self.modifiers) else None
 
     @cached_property
     def policy(self) -> LayerwisePolicyModifier | None:
@@ -112,14 +128,17 @@ class RecipePlan:
         """What the recipe writes beside the output directory: modifier, its field, and the directory."""
         return tuple(
             (modifier, field, directory)
-            for modifier in self.structural
+            for modifier in self.modifiers
+            if _is_structural(modifier)
             for field, directory in named_directories(modifier).items()
         )
 
     @property
     def needs_data(self) -> bool:
         """Whether a modifier wants calibration data."""
-        measures = bool(self.structural) or (self.policy is not None and not self.policy.is_decided)
+        measures = (
+            bool(self.structural) or self.tuning is not None or (self.policy is not None and not self.policy.is_decided)
+        )
         return measures or any(modifier.requires_calibration_data for modifier in self.modifiers)
 
     @property
@@ -168,6 +187,8 @@ class RecipePlan:
             self.asking(modifier, _require_width, shape, widths)
         if self.policy is not None:
             self.asking(self.policy, self.policy.hosts, list(self.modifiers))
+        if self.tuned_behind is not None:
+            self.asking(self.tuned_behind, self.tuned_behind.require_runnable_behind)
         if self.extraction is not None and self.extraction.total is not None:
             self.asking(self.extraction, _require_total, self.extraction.total, width)
 
@@ -204,7 +225,8 @@ class RecipePlan:
             ShapeError: If the shape to extract is outside the space.
         """
         require_full_precision(config)
-        adapter = architecture_of(config) if self.structural or self.policy else known_architecture(config)
+        needed = self.structural or self.policy or self.tuning
+        adapter = architecture_of(config) if needed else known_architecture(config)
         subnet = config if adapter is None or not self.structural else self._subnet_config(config, adapter)
         own_stage = False
         if self.structural:
@@ -213,6 +235,11 @@ class RecipePlan:
             if self.training is not None and self.training.adapter != "none":
                 self.asking(self.training, require_linears, self.training.adapter.target_modules or (), whole)
         plan = ModelPlan(config, adapter, subnet, own_stage)
+        if self.tuning is not None:
+            self.asking(self.tuning, self.tuning.require_fits, plan.subnet)
+            if self.tuning.adapter != "none":
+                names = self.tuning.adapter.target_modules or ()
+                self.asking(self.tuning, require_linears, names, weightless(plan.subnet))
         if self.policy is not None and adapter is not None and not self.sizes_unknown:
             self.asking(self.policy, self.policy.require_fits, list(self.modifiers), weightless(plan.subnet), adapter)
         self._require_quantizable(plan)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 NAMED = {  # what a recipe writes beside its checkpoint, by field
     "elastic_dir": "all shapes are in {0}; to cut another one: amoeba extract {0} --shape SHAPE -o DIRECTORY",
     "checkpoint_dir": "the training's own checkpoints are in {0}; they can be deleted",
+    "tuned_dir": "what was tuned, with its exits and their votes, is in {0}: VotingModel.from_pretrained",
     "resume_dir": "what the selection found is in {0}; the same selection goes on from it, and else it can be deleted",
 }
 
@@ -107,7 +108,7 @@ def run_recipe(
         prepare_budget(plan, model_plan, model)
         with whole_or_nothing(output_dir) as partial:
             with _stored(partial, options.dtype, dtype_of(model_plan.config)) as dtype:
-                execute(plan, model_plan, model, batches, partial, replace(options, dtype=dtype))
+                execute(plan, model_plan, model, batches, partial, output_dir, replace(options, dtype=dtype))
             plain_recipe(partial / RECIPE_NAME)
             # after a stage of its own, or where there is no subnet, the save wrote no card
             require_model_card(partial, plan.card or {"base model": model})

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from amoeba_plugin.data.collator import PaddingCollator  # noqa: F401  # imported before the fork, once
 from amoeba_plugin.elastic.checkpoint import attach_smol
 from amoeba_plugin.smol import SmolConfig
-from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint
+from amoeba_plugin.training.checkpoints import last_complete_checkpoint
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 from support.models import random_elastic, tiny_llama

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from amoeba_plugin.errors import ArtifactError, TrainingError
-from amoeba_plugin.training.one_for_all.checkpoints import (
+from amoeba_plugin.training.checkpoints import (
     could_not_write,
     is_complete,
     last_complete_checkpoint,

@@ -21,8 +21,8 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import DataError, RecipeError, ShapeError, TrainingError
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 from amoeba_plugin.smol import SmolConfig
+from amoeba_plugin.training.checkpoints import last_complete_checkpoint
 from amoeba_plugin.training.one_for_all import step
-from amoeba_plugin.training.one_for_all.checkpoints import last_complete_checkpoint
 from amoeba_plugin.training.one_for_all.micro_batch import MicroBatch, Share
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.sandwich import SandwichSampler

@@ -86,6 +86,11 @@ class Exits:
         """Return the norm of an exit; an adapter that saves it has put its own in the place."""
         return self._final_norm if depth == len(self.layers) else self._norms[str(depth)]
 
+    def remove(self) -> None:
+        """Take the norms, and what the configuration says, off the model again: it is the exit behind all layers."""
+        delattr(self.model, EXIT_NORMS)
+        delattr(self.model.config, EXIT_DEPTHS)
+
     @contextmanager
     def active(self, depth: int) -> Iterator[PreTrainedModel]:
         """Let the model stop behind its first layers for a block of code; it is as it was afterwards.

@@ -16,6 +16,7 @@ from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.errors import ArtifactError, ShapeError
+from amoeba_plugin.models.compressed_linear import keep_packed
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.runtime.stored_tensors import CheckpointTensors
 from amoeba_plugin.training.layer_tuning.exits import EXIT_DEPTHS, EXIT_NORMS, Exits, attach_exits
@@ -48,6 +49,7 @@ def load_tuned(directory: Path, base: str | None = None, **how: Any) -> tuple[Pr
 def _load_adapter(directory: Path, base: str | None, how: dict[str, Any]) -> tuple[PeftModel, Exits]:
     config: Any = PeftConfig.from_pretrained(str(directory))
     model = AutoModelForCausalLM.from_pretrained(base or config.base_model_name_or_path, **how)
+    keep_packed(model)
     saved = [name.split(".") for name in config.modules_to_save or ()]
     depths = [int(name[1]) for name in saved if name[0] == EXIT_NORMS]
     exits = attach_exits(model, [*depths, len(attach_exits(model, [1]).layers)])
@@ -88,8 +90,7 @@ def save_exit(model: PreTrainedModel | PeftModel, exits: Exits, depth: int, dire
     assert isinstance(inner, PreTrainedModel)
     own = attach_exits(inner, exits.depths)
     norm = own.norm(depth)
-    delattr(inner, EXIT_NORMS)
-    delattr(inner.config, EXIT_DEPTHS)
+    own.remove()
     setattr(own.adapter.decoder(inner), own.adapter.final_norm, norm)
     prefix = DepthStrategy.given({str(depth): list(range(depth))}, len(own.layers))
     strategy = SubnetStrategy(prefix, WidthStrategy.whole(), model_fingerprint(inner, own.adapter))

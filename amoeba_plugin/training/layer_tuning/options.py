@@ -60,6 +60,18 @@ class LayerTuningOptions:
         if self.cache_dir is not None and not self.cache_gib:
             raise RecipeError("cache_dir without cache_gib keeps nothing; say how many GiB it may hold")
 
+    def require_cache_is_read(self, exits: int) -> None:
+        """Refuse a cache of what changes all the time.
+
+        Raises:
+            RecipeError: It says with which policy a cache is of use.
+        """
+        if self.cache_gib and self.policy != "sequential" and exits > 1:
+            raise RecipeError(
+                f"cache_gib with policy '{self.policy}': the layers below a window change between its steps; take "
+                "policy sequential, or a single exit"
+            )
+
     def dtype_below(self, weights: torch.dtype) -> torch.dtype | None:
         """Return the dtype that layers below the window are cast to, given that of their weights; ``None``: to none."""
         if self.bottom_dtype == "same":

@@ -213,11 +213,7 @@ class AdaptiveLayerTuningTrainer(Trainer):
             raise TrainingError(
                 "exits learn from the next token alone; leave label_smoothing_factor and compute_loss_func out"
             )
-        if self.options.cache_gib and not self.schedule.leaves_bottoms:
-            raise TrainingError(
-                f"cache_gib with policy '{self.options.policy}': the layers below a window change between its steps; "
-                "take policy='sequential', or a single exit"
-            )
+        self.options.require_cache_is_read(len(self.windows))
 
 
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Positions]:

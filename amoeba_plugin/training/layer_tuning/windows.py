@@ -109,8 +109,3 @@ class Schedule:
         phases = max(1, -(-self.max_steps // self.phase_steps))
         weights = self.weights or (1.0,) * len(self.windows)
         return self.windows[POLICIES[self.policy](step // self.phase_steps, phases, weights, self.seed)]
-
-    @property
-    def leaves_bottoms(self) -> bool:
-        """Whether nothing below a window changes once the window is reached: what it computes can be kept."""
-        return self.policy == "sequential" or len(self.windows) == 1

@@ -17,12 +17,12 @@ from transformers.trainer_utils import TrainOutput
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.shape import ShapeSpace
+from amoeba_plugin.training.as_found import as_found
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.progress import SubnetProgress
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
 
 logger = logging.getLogger(__name__)
-FORWARD_NAMES = ("forward", "_original_forward")  # what accelerate hangs on a model for autocast, and leaves there
 
 
 def train_one_for_all(
@@ -87,29 +87,10 @@ def _tell(output: TrainOutput, history: list[dict[str, float]], space: ShapeSpac
 
 @contextmanager
 def _as_found(elastic: ElasticModel, model: nn.Module) -> Iterator[None]:
-    """Give back what training sets on a model; clear gradients; activate the largest shape."""
+    """Give back what training sets on a model; activate the largest shape."""
     modules = [*model.modules(), *(module for layer in elastic.layers for module in layer.modules())]
-    modes = [(module, module.training) for module in modules]
-    trainable = [(value, value.requires_grad) for module in modules for value in module.parameters(recurse=False)]
-    use_cache = elastic.model.config.use_cache
-    checkpointing = elastic.model.is_gradient_checkpointing
-    inputs_learn = hasattr(elastic.model, "_require_grads_hook")
-    wrapped = {name: vars(model)[name] for name in FORWARD_NAMES if name in vars(model)}
-    try:
-        yield
-    finally:
-        elastic.set_shape(elastic.space.largest)
-        model.train(modes[0][1])  # the layer list is a new module by now
-        for module, mode in modes:
-            module.training = mode
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        elastic.model.config.use_cache = use_cache
-        if elastic.model.is_gradient_checkpointing and not checkpointing:
-            elastic.model.gradient_checkpointing_disable()
-        if not inputs_learn:  # checkpointing has the embeddings' output require a gradient, and leaves it so
-            elastic.model.disable_input_require_grads()
-        for name in FORWARD_NAMES:
-            vars(model).pop(name, None)
-        vars(model).update(wrapped)
+    with as_found(elastic.model, modules):
+        try:
+            yield
+        finally:
+            elastic.set_shape(elastic.space.largest)

@@ -29,13 +29,13 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.shape import SubnetShape
-from amoeba_plugin.training.next_token import Positions
-from amoeba_plugin.training.one_for_all.checkpoints import (
+from amoeba_plugin.training.checkpoints import (
     could_not_write,
     is_complete,
     is_over,
     last_complete_checkpoint,
 )
+from amoeba_plugin.training.next_token import Positions
 from amoeba_plugin.training.one_for_all.checks import FiniteGradients, WholeLayers, require_follows, require_supported
 from amoeba_plugin.training.one_for_all.evaluation import (
     EvalShapes,

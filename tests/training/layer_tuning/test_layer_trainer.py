@@ -244,7 +244,7 @@ def test_training_helps_every_exit(tmp_path: Path):
 
 def test_impossible_trainings_are_refused(tmp_path: Path):
     model, exits = tuned()
-    with pytest.raises(TrainingError, match="take policy='sequential', or a single exit"):
+    with pytest.raises(RecipeError, match="take policy sequential, or a single exit"):
         make_trainer(model, exits, tmp_path, cache_gib=1.0)
     with pytest.raises(TrainingError, match="leave label_smoothing_factor"):
         make_trainer(model, exits, tmp_path, label_smoothing_factor=0.1)

@@ -1,0 +1,55 @@
+"""Layer tuning as one call, up to the votes of the exits; the model is left as it was found, but for its parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from amoeba_plugin.errors import DataError
+from amoeba_plugin.training.as_found import as_found
+from amoeba_plugin.training.layer_tuning.exits import Exits
+from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
+from amoeba_plugin.training.layer_tuning.trainer import AdaptiveLayerTuningTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def tune_layers(
+    model: PreTrainedModel | PeftModel,
+    exits: Exits,
+    train_dataset: Sequence[Any],
+    options: LayerTuningOptions,
+    arguments: TrainingArguments,
+) -> TrainOutput:
+    """Train a window of layers at a time.
+
+    Args:
+        model: The model that has the exits, or the ``PeftModel`` around it.
+        exits: Of the model.
+        train_dataset: Rows with ``input_ids`` and ``labels``, of any lengths.
+        options: Which windows, when, and how the layers below them run.
+        arguments: Trainer's; ``resume_from_checkpoint`` is followed.
+
+    Raises:
+        DataError: If there is nothing to train on.
+        TrainingError: If there is nothing to train, or the training cannot go on.
+    """
+    if not len(train_dataset):
+        raise DataError("there is no row to train on; give more text")
+    with as_found(exits.model, model.modules()), torch.enable_grad():
+        trainer = AdaptiveLayerTuningTrainer(
+            model, exits, options, args=arguments, train_dataset=train_dataset
+        )  # fmt: skip
+        output = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        first, last = ({name: logs[name] for logs in history for name in logs if name.startswith("loss/exit_")}
+                       for history in (trainer.state.log_history[::-1], trainer.state.log_history))  # fmt: skip
+        for name in sorted(last, key=lambda each: int(each.rpartition("_")[2])):
+            depth = name.rpartition("_")[2]
+            logger.info("the exit at %s: loss %.3f -> %.3f", depth, first[name], last[name])
+    return output
