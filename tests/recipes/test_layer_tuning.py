@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.errors import AmoebaError, RecipeError
 from amoeba_plugin.modifiers.layer_tuning import AdaptiveLayerTuningModifier, ExitOptions
+from amoeba_plugin.recipes.files import find_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
@@ -114,6 +115,20 @@ def test_a_quantized_checkpoint_is_tuned_by_an_adapter(adapter: str, base: Path,
     for depth, value in load_file(tmp_path / "found.safetensors").items():
         with voting.exits.active(int(depth)), torch.no_grad():
             require_close(value, voting.model(TOKENS, use_cache=False).logits)
+
+
+def test_the_shipped_recipe_chooses_bits_quantizes_tunes_and_votes(data: Path, tmp_path: Path):
+    base = save_base(make_tiny_model("llama", hidden_size=128, num_attention_heads=8), tmp_path / "base")
+    text = yaml.safe_load(find_recipe("edge_llm").read_text())
+    (fields,) = text["tune_stage"]["amoeba_tune_modifiers"].values()
+    fields |= {"max_steps": 6, "tuned_dir": str(tmp_path / "tuned"), "exits": fields["exits"] | {"held_out": 2}}
+    run_text(yaml.safe_dump(text, sort_keys=False), base, data, tmp_path / "out")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    groups = quantized.config.quantization_config.quantization_config.config_groups
+    assert len({group.weights.num_bits for group in groups.values()}) > 1
+    voting = VotingModel.from_pretrained(tmp_path / "tuned")
+    assert voting.votes.depths == (2, 3, 4)
+    assert voting.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False).shape[1] > TOKENS.shape[1]
 
 
 def test_oneshot_refuses_to_tune_behind_a_quantization(base: Path, tmp_path: Path):

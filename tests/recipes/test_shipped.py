@@ -34,6 +34,7 @@ MODELS = {
     "smollm2": SMOLLM2,
     "select_only": SMOLLM2,
     "mixed_bits": SMOLLM2,
+    "edge_llm": SMOLLM2,
     "fit": SMOLLM2,
     "qwen3": config_of(
         "qwen3",
