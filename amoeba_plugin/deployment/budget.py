@@ -12,12 +12,9 @@ from typing import Any
 from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.profiling.cost_model import Prediction
 from amoeba_plugin.errors import BudgetError, DeploymentError, did_you_mean
+from amoeba_plugin.runtime.units import BYTES
 
 SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
-BYTES = {
-    "B": Decimal(1), "kB": Decimal(10**3), "MB": Decimal(10**6), "GB": Decimal(10**9), "KiB": Decimal(2**10),
-    "MiB": Decimal(2**20), "GiB": Decimal(2**30),
-}  # fmt: skip
 UNITS = {"prefill": SECONDS, "decode": SECONDS, "load": SECONDS, "memory": BYTES, "file": BYTES}
 SHOWN = {"prefill": "ms", "decode": "ms", "load": "ms", "memory": "MB", "file": "MB"}
 LIMIT = re.compile(r"([a-z]+)(?:\[([0-9]{1,7})\])?<=([0-9]{1,12}(?:\.[0-9]{1,12})?)([A-Za-z]*)")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from llmcompressor.core import State
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.data.calibration import materialise
@@ -27,9 +28,11 @@ from amoeba_plugin.modifiers.trained import TrainedModifier
 from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing
 from amoeba_plugin.runtime.model_files import copy_tokenizer
 from amoeba_plugin.runtime.ranks import rank
+from amoeba_plugin.runtime.units import BYTES, DURATIONS, quantity
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.layer_tuning.exits import Exits
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
+from amoeba_plugin.training.layer_tuning.probing import PLAN_NAME, Planned, plan_training
 from amoeba_plugin.training.layer_tuning.tune import tune_layers
 from amoeba_plugin.training.layer_tuning.voting import RULES, Votes
 from amoeba_plugin.training.layer_tuning.voting_model import VOTES_NAME, VotingModel
@@ -143,6 +146,10 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         warmup_steps: Steps of linear warm-up; with ``constant`` there is none: ``constant_with_warmup``. Default 0.
         max_grad_norm: Gradient norm clipped to. Default 0.3 (reference code).
         gradient_checkpointing: Recompute activations of the window in the backward pass. Default false.
+        memory: The most memory that the process may take, ``2GiB``: micro-batch, window (no more layers than asked
+            for), checkpointing, and dtype and cache of the layers below the window, are then planned by a few steps
+            that are measured; sequences of a step stay as they are. Default: nothing is planned.
+        deadline: The most time that the training may take, ``20min``; planned like ``memory``. Default: none.
         seed: Of draws, initialisation and data order. Default 42.
         tuned_dir: Where to write what was tuned, with its exits and votes: the whole model, or the adapter of a
             quantized one. Default: none is written.
@@ -165,6 +172,17 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
     gradient_accumulation_steps: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=4e-4, gt=0, allow_inf_nan=False)
     tuned_dir: str | None = None
+    memory: str | None = None
+    deadline: str | None = None
+
+    _planned: Planned | None = PrivateAttr(default=None)
+
+    @field_validator("memory", "deadline")
+    @classmethod
+    def _limits_have_units(cls, limit: str | None, info: ValidationInfo) -> str | None:
+        if limit is not None:
+            quantity(limit, BYTES if info.field_name == "memory" else DURATIONS)
+        return limit
 
     @model_validator(mode="after")
     def _can_run(self) -> AdaptiveLayerTuningModifier:
@@ -207,7 +225,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             with whole_or_nothing(Path(self.tuned_dir), replace=True) as partial:
                 # a host's override of save_pretrained compresses
                 PreTrainedModel.save_pretrained(model, partial)
-                _finish(partial, votes, str(exits.config.name_or_path))
+                self._finish(partial, votes, str(exits.config.name_or_path))
         exits.remove()
         return True
 
@@ -237,7 +255,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             config = PeftConfig.from_pretrained(str(partial))
             config.base_model_name_or_path = str(base.resolve())
             config.save_pretrained(str(partial))
-            _finish(partial, votes, str(checkpoint))
+            self._finish(partial, votes, str(checkpoint))
 
     def require_runnable_behind(self) -> None:
         """Refuse what cannot be tuned behind a quantization.
@@ -252,6 +270,12 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             )
         if self.tuned_dir is None:
             raise RecipeError("tuned_dir is missing: what is learned behind quantization is an adapter, and goes there")
+
+    def _finish(self, directory: Path, votes: Votes, tokenizer_of: str) -> None:
+        votes.save(directory / VOTES_NAME)
+        if self._planned is not None:
+            self._planned.save(directory / PLAN_NAME)
+        copy_tokenizer(tokenizer_of, directory)
 
     def _tune(
         self, model: PreTrainedModel, calibration: list[Batch]
@@ -270,9 +294,30 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         self.tell_repetition(len(training))
         of = {"model": str(model.config.name_or_path), "layers": len(exits.layers), "rows": len(rows)}
         with self.training_directory(of, NOT_OF_THE_TRAINING) as directory:
-            tune_layers(tuned, exits, training, self.options(), self.arguments(directory))
+            options, arguments = self.options(), self.arguments(directory)
+            if self.memory is None and self.deadline is None:
+                tune_layers(tuned, exits, training, options, arguments)
+            else:
+                planned = Planned.kept_in(directory) or self.plan(tuned, exits, training, options, arguments)
+                planned.save(directory / PLAN_NAME)
+                logger.info("planned: %s", planned.in_words)
+                self._planned = planned.run(partial(tune_layers, tuned, exits, training), options, arguments)
+                self._planned.save(directory / PLAN_NAME)
         tuned.eval()
         return tuned, exits, self._votes(tuned, exits, held_out)
+
+    def plan(
+        self, tuned: PreTrainedModel | PeftModel, exits: Exits, rows: list[dict[str, Tensor]],
+        options: LayerTuningOptions, arguments: TrainingArguments,
+    ) -> Planned:  # fmt: skip
+        """Plan a training within the limits of the fields.
+
+        Raises:
+            BudgetError: If there is no such plan.
+        """
+        memory = None if self.memory is None else quantity(self.memory, BYTES)
+        deadline = None if self.deadline is None else quantity(self.deadline, DURATIONS)
+        return plan_training(tuned, exits, rows, options, arguments, memory, deadline)
 
     def _votes(self, tuned: PreTrainedModel | PeftModel, exits: Exits, held_out: list[dict[str, Tensor]]) -> Votes:
         if self.exits.vote == "none":
@@ -298,11 +343,6 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         if self.adapter.type == "lora":
             settings |= {"num_experts": 1, "top_k": 1, "router_noise": False}
         return get_peft_model(exits.model, SmolConfig(**settings))
-
-
-def _finish(directory: Path, votes: Votes, tokenizer_of: str) -> None:
-    votes.save(directory / VOTES_NAME)
-    copy_tokenizer(tokenizer_of, directory)
 
 
 def require_tuned_replaceable(directory: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import resource
 from pathlib import Path
@@ -44,6 +46,14 @@ def resident_peak() -> int:
     """Return the most bytes of the process that were in memory, since :func:`restart_resident_peak` where that is
     allowed."""
     return _status("VmHWM")
+
+
+def give_back_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc), so that it counts no longer."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _status(name: str) -> int:

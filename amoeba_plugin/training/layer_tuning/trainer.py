@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.errors import TrainingError
@@ -82,6 +82,18 @@ class AdaptiveLayerTuningTrainer(Trainer):
             self.windows, options.policy, options.weights, options.phase_steps, self.state.max_steps, self.args.seed
         )
 
+    def window_at(self, step: int) -> Window:
+        """Return the window that an optimizer step trains."""
+        return self.schedule.at(step)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does; afterwards all that some window trains requires gradients again."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.candidates.thaw()
+            self._window = None
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's; refuses a data set without a target token."""
         require_targets(self.train_dataset)
@@ -97,7 +109,7 @@ class AdaptiveLayerTuningTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Train the window of this optimizer step on a micro-batch; return its part of the step's loss, () fp32."""
-        window = self.schedule.at(self.state.global_step)
+        window = self.window_at(self.state.global_step)
         if window != self._window:
             self._enter(window)
         return super().training_step(model, inputs, num_items_in_batch)
