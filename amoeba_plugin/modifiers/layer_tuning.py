@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from fractions import Fraction
 from functools import partial
@@ -31,6 +32,7 @@ from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.runtime.units import BYTES, DURATIONS, quantity
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.layer_tuning.exits import Exits
+from amoeba_plugin.training.layer_tuning.files import BASE_NAME, fold
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
 from amoeba_plugin.training.layer_tuning.probing import PLAN_NAME, Planned, plan_training
 from amoeba_plugin.training.layer_tuning.tune import tune_layers
@@ -113,12 +115,14 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
               max_steps: 1000
               tuned_dir: tuned
 
-    In front of quantization, or without any, it works on the recipe's model, which leaves it as the whole model, an
+    In front of quantization, or without any, it works on the recipe's model, which leaves it as the deepest exit, an
     adapter folded in. Behind quantization it is a stage of its own, which ``amoeba run`` executes on the checkpoint
     that was saved: what it learned is an adapter, in ``tuned_dir``.
 
     Attributes:
         exits: See :class:`ExitOptions`.
+        stacked: Layers below those of an exit compute as they were tuned for the exits below; false: as the base, so
+            that exits do not disturb one another (reference code). Always so with ``adapter: none``. Default false.
         window: Layers trained below an exit. Default: down to the exit below it.
         policy: Which exit a phase trains: ``random``, ``cyclic``, or ``sequential``: once each, from below (reference
             code). Default ``random``.
@@ -130,7 +134,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         bottom_dtype: What layers below the window compute in: a dtype, ``same``, or ``auto``: bfloat16 where the
             machine has instructions for it. Default ``auto``.
         cache_gib: GiB of what comes out of these layers that are kept, in ``checkpoint_dir`` if there is one, so that
-            the next epoch starts at the window; with ``policy: sequential`` or a single exit. Default 0.
+            the next epoch starts at the window; of stacked exits with ``policy: sequential``. Default 0.
         adapter: What is trained: a LoRA or SMOL, see :class:`AdapterOptions`, or ``none``: the layers' own parameters.
             Default: a LoRA of rank 16.
         dataset: Training text: a local file or a hub id. Default: the calibration data.
@@ -151,14 +155,15 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             that are measured; sequences of a step stay as they are. Default: nothing is planned.
         deadline: The most time that the training may take, ``20min``; planned like ``memory``. Default: none.
         seed: Of draws, initialisation and data order. Default 42.
-        tuned_dir: Where to write what was tuned, with its exits and votes: the whole model, or the adapter of a
-            quantized one. Default: none is written.
+        tuned_dir: Where to write what was tuned, with its exits and votes: an adapter, with its base in it unless
+            that is quantized, or the whole model. Default: none is written.
         checkpoint_dir: Where to save the training while it runs. The same recipe started again goes on from the last
             checkpoint that is whole. Default: nothing is saved.
         save_steps: Optimizer steps between two such checkpoints; the last two are kept. Default 500.
     """
 
     exits: ExitOptions = Field(default_factory=ExitOptions)
+    stacked: bool = False
     window: int | None = Field(default=None, ge=1)
     policy: str = "random"
     weights: list[float] = Field(default_factory=list)
@@ -187,13 +192,18 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
     @model_validator(mode="after")
     def _can_run(self) -> AdaptiveLayerTuningModifier:
         """Refuse here, before anything loads, what the training would refuse later."""
-        self.options().require_cache_is_read(len(self.exits.depths))
+        self.options().require_cache_is_read(len(self.exits.depths), self.is_stacked)
         require_schedule(self.lr_scheduler_type, self.warmup_steps)
         require_effect(self)
         if self.weights and (len(self.weights) != len(self.exits.depths) or min(self.weights) <= 0):
             raise RecipeError(f"weights has {len(self.weights)} numbers for {len(self.exits.depths)} exits; give one "
                               "above 0 for each, or leave it out")  # fmt: skip
         return self
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether exits are: the model's own parameters are there once."""
+        return self.stacked or self.adapter == "none"
 
     def options(self) -> LayerTuningOptions:
         """Return what this recipe asks of the training."""
@@ -219,13 +229,17 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         batches = materialise(state.data.calib, vocab_size=model.config.vocab_size)
         with on_main_device(model):
             tuned, exits, votes = self._tune(model, batches)
-            if isinstance(tuned, PeftModel):
-                tuned.merge_and_unload()
         if self.tuned_dir is not None and rank() == 0:
             with whole_or_nothing(Path(self.tuned_dir), replace=True) as partial:
-                # a host's override of save_pretrained compresses
-                PreTrainedModel.save_pretrained(model, partial)
+                if isinstance(tuned, PeftModel):
+                    tuned.save_pretrained(str(partial))
+                    bare = copy.deepcopy(tuned).unload()
+                    Exits(bare, exits.depths, exits.stacked).remove()
+                    PreTrainedModel.save_pretrained(bare, partial / BASE_NAME)
+                else:  # a host's override of save_pretrained compresses
+                    PreTrainedModel.save_pretrained(model, partial)
                 self._finish(partial, votes, str(exits.config.name_or_path))
+        fold(tuned, exits, exits.depths[-1])
         exits.remove()
         return True
 
@@ -281,7 +295,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         self, model: PreTrainedModel, calibration: list[Batch]
     ) -> tuple[PreTrainedModel | PeftModel, Exits, Votes]:
         torch.manual_seed(self.seed)
-        exits = Exits(model, self.exits.of(model.config.num_hidden_layers))
+        exits = Exits(model, self.exits.of(model.config.num_hidden_layers), self.is_stacked)
         tuned = self._attach(exits)
         rows = self.rows(str(model.config.name_or_path), model.config.vocab_size, calibration)
         kept_back = 0 if self.exits.vote == "none" else self.exits.held_out

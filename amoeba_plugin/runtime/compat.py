@@ -14,7 +14,7 @@ Three differences need no branch, as one way is right in all versions:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,18 @@ def untested_peft() -> str | None:
 
     version: str = peft.__version__
     return None if version.startswith(TESTED_PEFT) else version
+
+
+def switch_adapters(modules: Iterable[nn.Module], on: bool) -> None:
+    """Switch the adapters of some modules off, or on again; what they train, and whether, stays.
+
+    PEFT's ``enable_adapters`` has what it switches on require gradients, frozen or not before.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in modules:
+        if isinstance(module, BaseTunerLayer):
+            module._disable_adapters = not on
 
 
 def no_match_error() -> type[ValueError]:

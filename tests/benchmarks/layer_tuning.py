@@ -51,6 +51,7 @@ from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
 from amoeba_plugin.training.layer_tuning.trainer import AdaptiveLayerTuningTrainer
 from amoeba_plugin.training.layer_tuning.voting import Votes
 from amoeba_plugin.training.layer_tuning.voting_model import VotingModel, logits_of_exits
+from amoeba_plugin.training.layer_tuning.windows import windows_below
 
 ASSETS = Path(os.environ.get("AMOEBA_TEST_ASSETS", "."))
 LENGTH, CHOSEN_ON, HELD_OUT = 512, 16, 48  # tokens of a row; rows that learning rates are chosen on; that are shown
@@ -67,6 +68,7 @@ class Way:
         rates: That AdamW's learning rate is chosen from.
         checkpointing: Recompute activations.
         exits: Depths.
+        stacked: Layers below those of an exit compute as tuned, not as the base.
         options: Of layer tuning.
     """
 
@@ -74,28 +76,29 @@ class Way:
     rates: tuple[float, ...] = RATES
     checkpointing: bool = False
     exits: tuple[int, ...] = EXITS
+    stacked: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 FULL_RATES = tuple(rate / 10 for rate in RATES)
-DEEP = (1.0, 1.0, 1.0, 3.0)
 SEQUENTIAL, CACHED = {"policy": "sequential"}, {"cache_gib": 4.0}
 WAYS: Mapping[str, Way] = {
     "full parameters": Way("full", FULL_RATES),
     "LoRA": Way("lora"),
     "LoRA, checkpointing": Way("lora", checkpointing=True),
     "LISA, 2 layers": Way("lisa", FULL_RATES),
-    "windows, full parameters": Way("window", FULL_RATES),
-    "windows, full parameters, sequential": Way(
-        "window", FULL_RATES, options={"policy": "sequential", "keep_states": False}
-    ),
     "windows, LoRA": Way("window lora"),
-    "windows, LoRA, deep exits": Way("window lora", exits=(24, 27, 30)),
-    "windows, LoRA, deepest exit three times as often": Way("window lora", options={"weights": DEEP}),
-    "windows, LoRA, sequential, cached": Way("window lora", options=SEQUENTIAL | CACHED),
-    "top window, LoRA, cached": Way("window lora", exits=(30,), options={"window": 8} | CACHED),
-    "top window, full parameters, cached": Way(
-        "window", FULL_RATES, exits=(30,), options={"window": 8, "cache_gib": 4.0}
+    "windows, LoRA, cached": Way("window lora", options=CACHED),
+    "halves, LoRA, cached": Way("window lora", exits=(15, 30), options=CACHED),
+    "windows, LoRA, stacked": Way("window lora", stacked=True),
+    "windows, LoRA, stacked, sequential, cached": Way("window lora", stacked=True, options=SEQUENTIAL | CACHED),
+    "top 8 layers, LoRA, cached": Way("window lora", exits=(30,), options={"window": 8} | CACHED),
+    "top 15 layers, LoRA, cached": Way("window lora", exits=(30,), options={"window": 15} | CACHED),
+    "top 15 layers, full parameters, cached": Way("window", FULL_RATES, exits=(30,), options={"window": 15} | CACHED),
+    "windows, full parameters, stacked, sequential": Way(
+        "window", FULL_RATES, stacked=True, options=SEQUENTIAL | {"keep_states": False}
+    ),
+}
     ),
 }
 
@@ -252,7 +255,7 @@ def trainer_of(
         if way.kind == "lisa":
             trainer.add_callback(Lisa(model.model.layers))
         return None, trainer
-    exits = Exits(model, way.exits)
+    exits = Exits(model, way.exits, way.stacked)
     tuned_model: Any = model
     if way.kind == "window lora":
         tuned_model = get_peft_model(model, LoraConfig(**lora, modules_to_save=exits.modules_to_save or None))
@@ -318,8 +321,8 @@ def floor(way: Way, model: PreTrainedModel) -> float:
     if way.kind == "lisa":
         return 2.0 * whole + 2 * (2 * layers + head)
     total = 0.0
-    for below, exit_depth in zip((0, *way.exits), way.exits, strict=False):
-        window = min(exit_depth, way.options.get("window") or exit_depth - below)
+    for window_of in windows_below(way.exits, way.options.get("window"), apart=not way.stacked):
+        exit_depth, window = window_of.depth, window_of.depth - window_of.first
         bottom = 0 if way.options.get("cache_gib") else exit_depth - window
         total += 2 * (bottom * layers + (2 if way.kind == "window lora" else 3) * window * layers + 2 * head)
     return total / len(way.exits)

@@ -171,7 +171,7 @@ def test_a_training_goes_on_from_its_checkpoints(base: Path, data: Path, tmp_pat
         ([INT4, tuning(Path("tuned"), adapter="none")], "quantized weights cannot be trained"),
         ([tuning(None, policy="best")], "choose one of random, cyclic, sequential"),
         ([tuning(None, weights=[1, 2])], "weights has 2 numbers for 3 exits"),
-        ([tuning(None, cache_gib=1)], "take policy sequential, or a single exit"),
+        ([tuning(None, cache_gib=1, stacked=True)], "take policy sequential, or exits that are not stacked"),
         ([tuning(None, exits={"depths": [0]})], "exits.depths has 0"),
         ([tuning(None, exits={"depths": ["3/2"]})], "exits.depths has '3/2'"),
         ([tuning(None, exits={"vote": "all"})], "choose one of weighted, maximum, none"),

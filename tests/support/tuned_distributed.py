@@ -24,7 +24,7 @@ def tune(output: Path, kind: str) -> None:
     """Train "none" or "lora", five steps of four rows."""
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    exits = Exits(tiny_llama(), [1, 3, 4])
+    exits = Exits(tiny_llama(), [1, 3, 4], stacked=kind == "none")
     torch.manual_seed(0)
     model = exits.model
     if kind == "lora":

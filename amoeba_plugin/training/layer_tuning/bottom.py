@@ -27,17 +27,20 @@ class Bottom:
         exits: Of the model.
         dtype: What the layers are cast to while they run; ``None``: to nothing.
         kept: What came out of them before; ``None``: nothing is kept.
+        trained: Parameters that some window trains, by ``id``; the base is without them, where exits are branches.
     """
 
     exits: Exits
     dtype: torch.dtype | None = None
     kept: KeptStates | None = None
+    trained: frozenset[int] = frozenset()
     _in_tuples: bool = False
     _weights: tuple[int, str] = (0, "")
 
     def forget_weights(self) -> None:
-        """Know that weights may have changed, so that what was kept is of others."""
-        self._weights = (0, "")
+        """Know that weights may have changed, so that what was kept is of others; the base's do not."""
+        if self.exits.stacked:
+            self._weights = (0, "")
 
     def states(self, first: int, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
         """Return what comes into a layer.
@@ -52,8 +55,9 @@ class Bottom:
         """
         if self.kept is None:
             return self._run(first, inputs)
-        if self._weights[0] != first:
-            self._weights = (first, self._digest_of_weights(first))
+        below = first if self.exits.stacked else len(self.exits.layers)
+        if self._weights[0] != below:
+            self._weights = (below, self._digest_of_weights(below))
             self.kept.begin(self._weights[1])
         length = inputs["input_ids"].shape[1]
         # each row alone: what it gives then does not depend on those beside it, and a resumed training sees the same
@@ -62,7 +66,7 @@ class Bottom:
 
     def _row(self, first: int, row: dict[str, Any]) -> Tensor:
         assert self.kept is not None
-        key = _digest(row.values())
+        key = f"{first}-{_digest(row.values())}"
         found = self.kept.get(key)
         if found is not None:
             states, self._in_tuples = found
@@ -78,10 +82,11 @@ class Bottom:
             states, in_tuples = self.exits.states(inputs, [first])
         return states[0], in_tuples
 
-    def _digest_of_weights(self, first: int) -> str:
-        modules = [self.exits.model.get_input_embeddings(), *self.exits.layers[:first]]
-        tensors = (value.detach().cpu() for module in modules for value in _tensors(module))
-        return f"{first}-{self.dtype}-{_digest(tensors)}"
+    def _digest_of_weights(self, below: int) -> str:
+        modules = [self.exits.model.get_input_embeddings(), *self.exits.layers[:below]]
+        kept = self.trained if not self.exits.stacked else frozenset()
+        tensors = (value.detach().cpu() for module in modules for value in _tensors(module) if id(value) not in kept)
+        return f"{below}-{self.dtype}-{_digest(tensors)}"
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

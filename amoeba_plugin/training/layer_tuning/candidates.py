@@ -61,9 +61,15 @@ def candidates_of(model: PreTrainedModel | PeftModel, exits: Exits, windows: Seq
     and the head, which all exits share, stay. Of an adapter it is what requires a gradient.
 
     Raises:
-        TrainingError: If there is nothing, or an adapter trains what exits share, or does not save their norms.
+        TrainingError: If there is nothing, an adapter trains what exits share or does not save their norms, or the
+            model's own layers are to be trained for several exits that are not stacked.
     """
     if not isinstance(model, PeftModel):
+        if not exits.stacked and len(exits.depths) > 1:
+            raise TrainingError(
+                "the layers' own parameters are trained in place, so that exits above see them: make the exits with "
+                "stacked=True, take a single one, or put an adapter on the model"
+            )
         _thaw_layers(model, exits)
     owners = {id(value): layer for layer, module in enumerate(exits.layers) for value in module.parameters()}
     of_layers: dict[int, list[nn.Parameter]] = {}

@@ -60,16 +60,16 @@ class LayerTuningOptions:
         if self.cache_dir is not None and not self.cache_gib:
             raise RecipeError("cache_dir without cache_gib keeps nothing; say how many GiB it may hold")
 
-    def require_cache_is_read(self, exits: int) -> None:
-        """Refuse a cache of what changes all the time.
+    def require_cache_is_read(self, exits: int, stacked: bool) -> None:
+        """Refuse a cache of what changes all the time: layers below stacked exits.
 
         Raises:
             RecipeError: It says with which policy a cache is of use.
         """
-        if self.cache_gib and self.policy != "sequential" and exits > 1:
+        if self.cache_gib and stacked and self.policy != "sequential" and exits > 1:
             raise RecipeError(
-                f"cache_gib with policy '{self.policy}': the layers below a window change between its steps; take "
-                "policy sequential, or a single exit"
+                f"cache_gib with policy '{self.policy}' and stacked exits: the layers below a window change between "
+                "its steps; take policy sequential, or exits that are not stacked"
             )
 
     def dtype_below(self, weights: torch.dtype) -> torch.dtype | None:

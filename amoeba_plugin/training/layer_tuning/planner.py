@@ -63,6 +63,7 @@ class Job:
         mean_length: Tokens of a row in the mean.
         layer_parameters: That are trained, of one layer.
         state_bytes: Of a row that is kept, per token.
+        bottoms: How many layers windows begin at, states into which are kept at the same time.
         keep_states: Keep the optimizer's states of layers that leave the window.
         may_cache: What is below windows does not change.
         may_half: bfloat16 is another dtype than the weights', and the machine has instructions for it.
@@ -77,6 +78,7 @@ class Job:
     layer_parameters: int
     state_bytes: int
     weights: tuple[float, ...] = ()
+    bottoms: int = 1
     window: int | None = None
     keep_states: bool = True
     may_cache: bool = False
@@ -96,7 +98,7 @@ class Job:
     @property
     def cache_bytes(self) -> int:
         """What keeping all rows takes."""
-        return round(self.rows * self.mean_length * self.state_bytes)
+        return round(self.bottoms * self.rows * self.mean_length * self.state_bytes)
 
 
 @dataclass(frozen=True)

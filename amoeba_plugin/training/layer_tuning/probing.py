@@ -176,7 +176,8 @@ def job_of(
         weights=options.weights,
         window=options.window,
         keep_states=options.keep_states,
-        may_cache=options.policy == "sequential" or len(exits.depths) == 1,
+        bottoms=1 if exits.stacked else max(1, len(exits.depths) - 1),
+        may_cache=options.policy == "sequential" or not exits.stacked or len(exits.depths) == 1,
         may_half=exits.model.dtype == torch.float32 and has_instructions(torch.bfloat16),
     )
 

@@ -58,7 +58,7 @@ class AdaptiveLayerTuningTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         self.exits, self.options = exits, options or LayerTuningOptions()
-        self.windows = windows_below(exits.depths, self.options.window)
+        self.windows = windows_below(exits.depths, self.options.window, apart=not exits.stacked)
         self.candidates = candidates_of(model, exits, self.windows)
         if trainer_kwargs.get("data_collator") is None:  # Trainer's own stacks rows, and wants one length
             trainer_kwargs["data_collator"] = PaddingCollator.of(exits.config)
@@ -69,7 +69,8 @@ class AdaptiveLayerTuningTrainer(Trainer):
         self._require_supported()
         self.head_loss = HeadLoss(exits.model, may_chunk=not self.args.torch_compile)
         kept = KeptStates(self.options.cache_gib, self.options.cache_dir) if self.options.cache_gib else None
-        self.bottom = Bottom(exits, self.options.dtype_below(_dtype(exits)), kept)
+        trained = frozenset(id(value) for value in self.candidates.thaw())
+        self.bottom = Bottom(exits, self.options.dtype_below(_dtype(exits)), kept, trained)
         self._window: Window | None = None
         self._means: dict[str, list[Tensor]] = {}  # of the logging window
         self._sums: dict[int, list[Tensor]] = {}  # of an evaluation
@@ -166,10 +167,9 @@ class AdaptiveLayerTuningTrainer(Trainer):
         """Return the next-token cross-entropy at every exit, from below, () fp32 nats each, by one pass."""
         inputs, positions = _split(inputs)
         row_loss = next_token_rows(positions)
-        states, in_tuples = self.exits.states(inputs, self.exits.depths)
         losses = []
-        for depth, each in zip(self.exits.depths, states, strict=True):
-            with self.exits.resumed(depth, depth, each, in_tuples) as model:
+        for depth, begun in zip(self.exits.depths, self.exits.begun(inputs), strict=True):
+            with self.exits.going_on(depth, begun) as model:
                 losses.append(self.head_loss(model, inputs, positions, row_loss))
         return losses
 
@@ -225,7 +225,7 @@ class AdaptiveLayerTuningTrainer(Trainer):
             raise TrainingError(
                 "exits learn from the next token alone; leave label_smoothing_factor and compute_loss_func out"
             )
-        self.options.require_cache_is_read(len(self.windows))
+        self.options.require_cache_is_read(len(self.windows), self.exits.stacked)
 
 
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Positions]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -110,22 +110,32 @@ class VotingModel:
         Raises:
             RecipeError: If a cache is asked for where exits answer alone.
         """
-        if self.votes.threshold is not None:
+        reason = self._without_cache()
+        if reason:
             if kwargs.get("use_cache"):
                 raise RecipeError(
-                    "an exit that answers alone leaves layers above it without keys and values: generate with "
-                    "use_cache=False, or votes without a threshold"
+                    f"{reason}; generate with use_cache=False, or save_exit and generate by one exit alone"
                 )
             kwargs["use_cache"] = False
         with self._voting():
             generate: Any = self.model.generate
             return generate(*args, **kwargs)
 
+    def _without_cache(self) -> str:
+        """Say why generation has no cache; else ""."""
+        if self.votes.threshold is not None:
+            return "an exit that answers alone leaves layers above it without keys and values"
+        if not self.exits.stacked and len(self.exits.depths) > 1:
+            return "exits that are branches have keys and values of their own, which one cache does not hold"
+        return ""
+
     @contextmanager
     def _voting(self) -> Iterator[None]:
         inner = self.exits.model
         forward = inner.forward
-        answer = self._all if self.votes.threshold is None else self._first_sure
+        answer = self._first_sure if self.votes.threshold is not None else self._cached
+        if self._without_cache() and self.votes.threshold is None:
+            answer = self._branches
 
         def voted(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
             if args:
@@ -137,41 +147,56 @@ class VotingModel:
         with self.exits.active(self.votes.depths[-1]), answering(inner, voted):
             yield
 
-    def _all(self, inner: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+    def _branches(self, inner: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        places = zip(self.exits.depths, self.exits.begun(_bare(inputs)), strict=True)
+        seen = [self._from(depth, begun, inputs) for depth, begun in places if depth in self.votes.depths]
+        self.answered = self.votes.depths[-1]
+        return _output(self.votes.combined(torch.stack(seen)))
+
+    def _cached(self, inner: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         *below, deepest = self.votes.depths
         with ExitStack() as stack:
             flows = [stack.enter_context(watched(self.exits.layers[depth - 1])) for depth in below]
             kinds = stack.enter_context(noting_tuples(self.exits.layers[0]))
             output = inner(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = [self._from(depth, flow[0][1], kinds[0], inputs) for depth, flow in zip(below, flows, strict=True)]
+        places = [Begun(depth, flow[0][1], kinds[0]) for depth, flow in zip(below, flows, strict=True)]
+        logits = [self._from(begun.first, begun, inputs) for begun in places]
         self.answered = deepest
         voted = self.votes.combined(torch.stack([*logits, output.logits]))
         return _output(voted, output.get("past_key_values"))
 
     def _first_sure(self, inner: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         assert self.votes.threshold is not None
-        bare = {name: value for name, value in inputs.items() if name not in (*OF_THE_CACHE, "logits_to_keep")}
-        if inputs.get("attention_mask") is not None:
-            bare["attention_mask"] = inputs["attention_mask"]
         seen: list[Tensor] = []
         begun: Begun | None = None
         for number, depth in enumerate(self.votes.depths):
-            (states,), in_tuples = self.exits.states(bare, [depth], begun)
-            seen.append(self._from(depth, states, in_tuples, inputs))
+            start = depth if self.exits.stacked else self.exits.branch(depth)
+            if start:
+                (states,), in_tuples = self.exits.states(_bare(inputs), [start], begun)
+                begun = Begun(start, states, in_tuples)
+            seen.append(self._from(depth, begun, inputs))
             sure, _ = self.votes.confidence(number, seen[-1])
             if depth != self.votes.depths[-1] and bool((sure > self.votes.threshold).all()):
                 self.answered = depth
                 return _output(self.votes.alone(number, seen[-1]))
-            begun = Begun(depth, states, in_tuples)
         self.answered = self.votes.depths[-1]
         return _output(self.votes.combined(torch.stack(seen)))
 
-    def _from(self, depth: int, states: Tensor, in_tuples: bool, inputs: dict[str, Any]) -> Tensor:
-        """Return an exit's logits, given what comes out of its last layer."""
-        bare = {name: value for name, value in inputs.items() if name not in OF_THE_CACHE}
-        with self.exits.resumed(depth, depth, states, in_tuples) as model:
+    def _from(self, depth: int, begun: Begun | None, inputs: dict[str, Any]) -> Tensor:
+        """Return an exit's logits, from where it has come to."""
+        with self.exits.going_on(depth, begun) as model:
+            if begun is not None and begun.first == depth:  # no layer is left, and a cache is of no concern
+                bare = {name: value for name, value in inputs.items() if name not in OF_THE_CACHE}
+            else:
+                bare = _bare(inputs) | {name: inputs[name] for name in ("logits_to_keep",) if name in inputs}
             logits: Tensor = model(**bare, use_cache=False).logits
         return logits
+
+
+def _bare(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a forward of all layers without a cache, whose head is not asked."""
+    without = {"past_key_values", "use_cache", "cache_position", "labels", "logits_to_keep"}
+    return {name: value for name, value in inputs.items() if name not in without and value is not None}
 
 
 def _output(logits: Any, cache: Any = None) -> CausalLMOutputWithPast:
@@ -207,11 +232,10 @@ def logits_of_exits(
         places = target_positions(batch["labels"].to(device))
         if left <= 0 or not places.num_targets:
             continue
-        states, in_tuples = exits.states(inputs, exits.depths)
         kept = []
-        for depth, each in zip(exits.depths, states, strict=True):
+        for depth, begun in zip(exits.depths, exits.begun(inputs), strict=True):
             rows: list[Tensor] = []
-            with exits.resumed(depth, depth, each, in_tuples) as stopped:
+            with exits.going_on(depth, begun) as stopped:
                 head_loss(stopped, inputs, places, _keeping(rows))
             kept.append(torch.cat(rows)[:left])
         found.append(torch.stack(kept))

@@ -28,18 +28,20 @@ class Window:
         return self.first <= layer < self.depth
 
 
-def windows_below(depths: Sequence[int], size: int | None = None) -> tuple[Window, ...]:
+def windows_below(depths: Sequence[int], size: int | None = None, apart: bool = False) -> tuple[Window, ...]:
     """Return the window of every exit.
 
     Args:
         depths: Of the exits, ascending.
         size: Layers of a window; ``None``: down to the exit below, so that every layer is in one.
+        apart: No window reaches below that exit.
 
     >>> [(each.first, each.depth) for each in windows_below([2, 6])], windows_below([6], 9)
     ([(0, 2), (2, 6)], (Window(depth=6, first=0),))
     """
     return tuple(
-        Window(depth, below if size is None else max(0, depth - size)) for below, depth in pairwise((0, *depths))
+        Window(depth, below if size is None else max(below if apart else 0, depth - size))
+        for below, depth in pairwise((0, *depths))
     )
 
 

@@ -9,21 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.errors import ArchitectureError, ShapeError
 from amoeba_plugin.models.registry import architecture_of
+from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.testing.random_models import random_model
 from amoeba_plugin.training.layer_tuning.exits import Exits, attach_exits, require_depths
 from support.architectures import CONFIGS, VARIANTS
 from support.models import logits, require_close, tiny_llama
 
+TOKENS = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(5))
 KINDS = CONFIGS | {"gpt_neox in sequence": VARIANTS["gpt_neox in sequence"]}
 
 
 def with_random_norms(model: PreTrainedModel, depths: list[int]) -> Exits:
-    exits = Exits(model, depths)
+    exits = Exits(model, depths, stacked=True)
     torch.manual_seed(3)
     with torch.no_grad():
         for depth in depths:
@@ -57,11 +60,40 @@ def test_an_exit_computes_what_a_stock_model_of_so_many_layers_does(kind: str):
     for depth in exits.depths:
         with exits.active(depth) as stopped:
             require_close(logits(stopped, tokens), expected[depth])
-        for first in range(1, depth + 1):
+        for first in range(1, depth + 1):  # of the same states, with no adapter
             with exits.resumed(depth, first, states[first - 1], in_tuples) as stopped:
                 require_close(logits(stopped, tokens), expected[depth])
     require_close(logits(model), whole, 0)  # and it is whole afterwards
     assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("kind", ["lora", "smol"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_layers_below_a_branch_compute_as_the_base(kind: str, stacked: bool):
+    exits = Exits(tiny_llama(), [1, 3, 4], stacked)
+    fields = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": exits.modules_to_save}
+    config = (LoraConfig(r=2, init_lora_weights=False, **fields) if kind == "lora"
+              else SmolConfig(r=2, num_experts=2, init_weights=False, **fields))  # fmt: skip
+    model = get_peft_model(exits.model, config).eval()
+    whole, tokens = logits(model, TOKENS), {"input_ids": TOKENS}
+    with torch.no_grad():
+        begun = exits.begun(tokens)
+    assert [None if each is None else each.first for each in begun] == ([1, 3, 4] if stacked else [None, 1, 3])
+    for depth, each in zip(exits.depths, begun, strict=True):
+        twin = copy.deepcopy(model)
+        for layer in twin.get_base_model().model.layers[: exits.branch(depth)]:
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, BaseTunerLayer):
+                    layer.set_submodule(name, module.get_base_layer())
+        twin.get_base_model().model.layers = twin.get_base_model().model.layers[:depth]
+        twin.get_base_model().model.norm = exits.norm(depth)
+        expected = logits(twin, TOKENS)
+        with exits.active(depth):
+            require_close(logits(model, TOKENS), expected)
+        with exits.going_on(depth, each):
+            require_close(logits(model, TOKENS), expected)
+    require_close(logits(model, TOKENS), whole, 0)  # all of the adapter is on again
+    assert all(value.requires_grad for name, value in model.named_parameters() if "lora_A.default" in name)
 
 
 def test_exits_generate_with_a_cache():
@@ -84,9 +116,9 @@ def test_norms_are_those_of_the_adapter_that_saves_them():
     peft_model = get_peft_model(
         exits.model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=exits.modules_to_save)
     )
-    assert exits.modules_to_save == ["exit_norms.1"]
+    assert exits.modules_to_save == ["branch_norms.1"]
     trained = {name for name, value in peft_model.named_parameters() if value.requires_grad and "lora" not in name}
-    assert trained == {"base_model.model.exit_norms.1.modules_to_save.default.weight"}
+    assert trained == {"base_model.model.branch_norms.1.modules_to_save.default.weight"}
     assert attach_exits(peft_model, [4, 1]).norm(1) is exits.norm(1)  # found again, not made anew
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, TrainerCallback
@@ -28,18 +29,19 @@ DEPTHS = [1, 3, 4]
 
 
 def tuned(kind: str = "none", depths: list[int] | None = None, **config: Any) -> tuple[nn.Module, Exits]:
-    """Return a model, or an adapter on it, and its exits; every norm is another."""
-    exits = Exits(tiny_llama(**config), DEPTHS if depths is None else depths)
+    """Return a model, or an adapter on it ("lora", "smol", perhaps "stacked"), and its exits; every norm is another."""
+    stacked = kind == "none" or kind.endswith("stacked")
+    exits = Exits(tiny_llama(**config), DEPTHS if depths is None else depths, stacked)
     torch.manual_seed(2)
     with torch.no_grad():
         for depth in exits.depths[:-1]:
             for value in exits.norm(depth).parameters():
                 value.add_(torch.rand_like(value))
     saved, targets = exits.modules_to_save, ["q_proj", "down_proj"]
-    if kind == "lora":
+    if kind.startswith("lora"):
         config = LoraConfig(r=2, target_modules=targets, modules_to_save=saved, init_lora_weights=False)
         return get_peft_model(exits.model, config), exits
-    if kind == "smol":
+    if kind.startswith("smol"):
         config = SmolConfig(
             r=2, num_experts=2, target_modules=targets, modules_to_save=saved, init_weights=False, router_noise=False
         )
@@ -79,7 +81,7 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor], total: int
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("kind", ["none", "lora", "smol"])
+@pytest.mark.parametrize("kind", ["none", "lora", "lora stacked", "smol", "smol stacked"])
 def test_a_step_has_the_gradients_of_a_model_that_ends_at_the_exit(
     kind: str, accumulated: int, checkpointing: bool, tmp_path: Path
 ):
@@ -96,23 +98,30 @@ def test_a_step_has_the_gradients_of_a_model_that_ends_at_the_exit(
     order: list[Any] = []
     trainer.data_collator = lambda rows: order.append(rows) or PaddingCollator()(rows)
     trainer.train()
-    own = Exits(twin.get_base_model() if isinstance(twin, PeftModel) else twin, ends)
+    own = Exits(twin.get_base_model() if isinstance(twin, PeftModel) else twin, ends, exits.stacked)
     for step, window in enumerate(trainer.windows):
         rows = [row for part in order[step * accumulated : (step + 1) * accumulated] for row in part]
         batch = PaddingCollator()(rows)
         twin.zero_grad()
         twin.requires_grad_(True)
+        if not exits.stacked:  # by the host's own method
+            for layer in own.layers[: window.first]:
+                for module in layer.modules():
+                    if isinstance(module, BaseTunerLayer):
+                        module.enable_adapters(False)
         norm = own.norm(window.depth)
         own.adapter.decoder(own.model).norm, whole = norm, own.adapter.decoder(own.model).norm
         own.adapter.decoder(own.model).layers = nn.ModuleList(own.layers[: window.depth])
         next_token_loss(own.model, batch, int((batch["labels"][:, 1:] != -100).sum())).backward()
+        if not exits.stacked:
+            twin.base_model.enable_adapter_layers()
         own.adapter.decoder(own.model).norm = whole
         own.adapter.decoder(own.model).layers = nn.ModuleList(own.layers)
         expected = {name: value for name, value in gradients_of(twin).items() if name in noted.found[step]}
         assert set(noted.found[step]) == set(expected)
         inside = {f"layers.{layer}." for layer in range(window.first, window.depth)}
         for name, value in noted.found[step].items():
-            if "router" in name:  # of the window's layers alone, where the whole model's has those below it, too
+            if "router" in name and exits.stacked:  # of the window's layers alone, where here are those below it, too
                 assert not torch.equal(value, expected[name]) or window.first == 0
                 continue
             require_close(value, expected[name], 1e-5)
@@ -120,7 +129,7 @@ def test_a_step_has_the_gradients_of_a_model_that_ends_at_the_exit(
         assert any(value.abs().max() > 1e-4 for value in noted.found[step].values())
 
 
-@pytest.mark.parametrize("kind", ["none", "lora"])
+@pytest.mark.parametrize("kind", ["none", "lora", "lora stacked"])
 def test_a_step_changes_its_window_alone(kind: str, tmp_path: Path):
     model, exits = tuned(kind)
     seen: list[dict[str, Tensor]] = [parameters_of(model)]
@@ -140,7 +149,7 @@ def test_a_step_changes_its_window_alone(kind: str, tmp_path: Path):
         norms = {name for name in changed if "layers." not in name}
         if window.depth < 4:
             assert len(norms) == 1
-            assert f"exit_norms.{window.depth}." in norms.pop()
+            assert f"_norms.{window.depth}." in norms.pop()
         else:
             assert norms == ({"model.norm.weight"} if kind == "none" else set())
     assert model.training
@@ -244,8 +253,10 @@ def test_training_helps_every_exit(tmp_path: Path):
 
 def test_impossible_trainings_are_refused(tmp_path: Path):
     model, exits = tuned()
-    with pytest.raises(RecipeError, match="take policy sequential, or a single exit"):
+    with pytest.raises(RecipeError, match="take policy sequential, or exits that are not stacked"):
         make_trainer(model, exits, tmp_path, cache_gib=1.0)
+    with pytest.raises(TrainingError, match="make the exits with stacked=True"):
+        make_trainer(model, Exits(model, DEPTHS), tmp_path)
     with pytest.raises(TrainingError, match="leave label_smoothing_factor"):
         make_trainer(model, exits, tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(RecipeError, match="weights 1, 2 of 3 exits"):
@@ -257,6 +268,8 @@ def test_impossible_trainings_are_refused(tmp_path: Path):
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=told):
             LayerTuningOptions(**fields)
+    exits.remove()
+    exits = Exits(exits.model, DEPTHS)
     peft_model = get_peft_model(exits.model, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(TrainingError, match="modules_to_save=exits.modules_to_save"):
         make_trainer(peft_model, exits, tmp_path)

@@ -35,10 +35,10 @@ def make(directory: Path, kind: str, output: Path, **fields: Any) -> AdaptiveLay
     base = directory / "base"
     if not base.is_dir():
         save_base(tiny_llama(vocab_size=97), base)
-    exits = Exits(AutoModelForCausalLM.from_pretrained(base), [1, 3, 4])
+    exits = Exits(AutoModelForCausalLM.from_pretrained(base), [1, 3, 4], kind == "none" or kind.endswith("stacked"))
     torch.manual_seed(0)
     targets, saved, model = ["q_proj", "down_proj"], exits.modules_to_save, exits.model
-    if kind == "lora":
+    if kind.startswith("lora"):
         config = LoraConfig(r=2, target_modules=targets, modules_to_save=saved, lora_dropout=0.1)
         model = get_peft_model(exits.model, config)
     if kind == "smol":
@@ -63,7 +63,7 @@ def exit_logits(trainer: AdaptiveLayerTuningTrainer) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["none", "lora", "smol"])
+@pytest.mark.parametrize("kind", ["none", "lora", "lora stacked", "smol"])
 def test_exits_are_the_same_in_another_process(kind: str, tmp_path: Path):
     trainer = make(tmp_path, kind, tmp_path / "training", policy="cyclic", max_steps=4)
     trainer.train()
@@ -89,7 +89,7 @@ def test_a_tuned_model_without_its_exits_is_the_deepest_one(tmp_path: Path):
         require_close(plain(TOKENS).logits, exit_logits(trainer)["4"])
 
 
-@pytest.mark.parametrize("kind", ["none", "lora"])
+@pytest.mark.parametrize("kind", ["none", "lora", "lora stacked", "smol"])
 def test_an_exit_becomes_an_ordinary_checkpoint(kind: str, tmp_path: Path):
     trainer = make(tmp_path, kind, tmp_path / "training", policy="cyclic", max_steps=4)
     trainer.train()
@@ -124,7 +124,8 @@ class Interruption(TrainerCallback):
         ("lora", {"policy": "random", "phase_steps": 2}),
         ("smol", {"policy": "cyclic"}),
         ("none", {"policy": "sequential", "keep_states": False}),
-        ("lora", {"policy": "sequential", "cache_gib": 0.1}),
+        ("lora stacked", {"policy": "sequential", "cache_gib": 0.1}),
+        ("lora", {"policy": "random", "cache_gib": 0.1}),
     ],
 )
 def test_a_killed_training_ends_bit_equal_to_one_that_was_not(kind: str, options: dict[str, Any], tmp_path: Path):

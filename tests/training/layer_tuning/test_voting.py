@@ -27,8 +27,8 @@ from support.models import require_close, save_base, tiny_llama
 TOKENS = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(4))
 
 
-def with_exits(model: PreTrainedModel, depths: tuple[int, ...] = (1, 3, 4)) -> Exits:
-    exits = Exits(model, depths)
+def with_exits(model: PreTrainedModel, depths: tuple[int, ...] = (1, 3, 4), stacked: bool = True) -> Exits:
+    exits = Exits(model, depths, stacked)
     torch.manual_seed(3)
     with torch.no_grad():
         for depth in exits.depths[:-1]:
@@ -91,6 +91,25 @@ def test_greedy_generation_with_a_cache_is_that_of_whole_forwards(depths: tuple[
     with torch.no_grad():
         assert not torch.allclose(exits.model(TOKENS).logits[:, -1].log_softmax(-1), found.logits[0])
     assert exits.model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_branches_vote_and_generate_without_a_cache(threshold: float | None):
+    exits = with_exits(tiny_llama(), stacked=False)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], modules_to_save=exits.modules_to_save, init_lora_weights=False
+    )
+    model = get_peft_model(exits.model, config).eval()
+    voting = VotingModel(model, exits, VOTES.model_copy(update={"threshold": threshold}))
+    if threshold is None:
+        require_close(voting(input_ids=TOKENS).logits, voted(exits, VOTES, TOKENS), 1e-4)
+    tokens = voting.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    step = TOKENS
+    for _ in range(4):
+        step = torch.cat([step, voting(input_ids=step).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(tokens, step) or threshold is not None  # a call asks all positions whether they are sure
+    with pytest.raises(RecipeError, match="use_cache=False, or save_exit"):
+        voting.generate(input_ids=TOKENS, use_cache=True)
 
 
 def test_beams_and_padded_batches_generate():
@@ -184,7 +203,7 @@ def test_an_exit_that_is_sure_answers_alone(threshold: float, depth: int):
             require_close(found, (stopped(TOKENS).logits / 2).log_softmax(dim=-1), 1e-5)
     tokens = voting.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert tokens.shape == (2, 9)
-    with pytest.raises(RecipeError, match="use_cache=False, or votes without a threshold"):
+    with pytest.raises(RecipeError, match="use_cache=False, or save_exit"):
         voting.generate(input_ids=TOKENS, use_cache=True)
 
 
