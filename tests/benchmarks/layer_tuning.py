@@ -99,8 +99,6 @@ WAYS: Mapping[str, Way] = {
         "window", FULL_RATES, stacked=True, options=SEQUENTIAL | {"keep_states": False}
     ),
 }
-    ),
-}
 
 
 def main() -> None:
