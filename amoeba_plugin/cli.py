@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from amoeba_plugin import cli_deployment, cli_serving
+from amoeba_plugin import cli_deployment, cli_serving, cli_training
 from amoeba_plugin._version import __version__
 from amoeba_plugin.errors import AmoebaError, shortened
 from amoeba_plugin.runtime.messages import done, refuse, say, warn
@@ -50,7 +50,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 app.add_typer(recipes_app, name="recipes")
-for command in (*cli_deployment.COMMANDS, *cli_serving.COMMANDS):
+for command in (*cli_deployment.COMMANDS, *cli_serving.COMMANDS, *cli_training.COMMANDS):
     app.command()(command)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

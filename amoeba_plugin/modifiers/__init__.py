@@ -8,7 +8,8 @@ from llmcompressor.modifiers import ModifierFactory
 
 from amoeba_plugin.modifiers.depth import DepthShrinkingModifier, QuestionOptions
 from amoeba_plugin.modifiers.extraction import SubnetExtractionModifier
-from amoeba_plugin.modifiers.layer_tuning import AdaptiveLayerTuningModifier, ExitOptions
+from amoeba_plugin.modifiers.layer_tuning import AdaptiveLayerTuningModifier
+from amoeba_plugin.modifiers.layer_tuning_fields import ExitOptions
 from amoeba_plugin.modifiers.layerwise_policy import LayerwisePolicyModifier
 from amoeba_plugin.modifiers.one_for_all import OneForAllDistillationModifier
 from amoeba_plugin.modifiers.one_for_all_fields import AdapterOptions

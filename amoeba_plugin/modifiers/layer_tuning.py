@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from llmcompressor.core import State
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, TrainingArguments
 
@@ -22,6 +21,7 @@ from amoeba_plugin.data.collator import PaddingCollator
 from amoeba_plugin.errors import ArtifactError, DataError, RecipeError
 from amoeba_plugin.models.adapter import linear_names
 from amoeba_plugin.models.compressed_linear import CompressedLinear, keep_packed
+from amoeba_plugin.modifiers.layer_tuning_fields import ExitOptions
 from amoeba_plugin.modifiers.one_for_all_fields import LORA_FIELDS, AdapterOptions, require_effect, require_schedule
 from amoeba_plugin.modifiers.order import require_session_order
 from amoeba_plugin.modifiers.selection import on_main_device
@@ -29,6 +29,7 @@ from amoeba_plugin.modifiers.trained import TrainedModifier
 from amoeba_plugin.runtime.files import is_vacant, whole_or_nothing
 from amoeba_plugin.runtime.model_files import copy_tokenizer
 from amoeba_plugin.runtime.ranks import rank
+from amoeba_plugin.runtime.scratch import scratch_directory
 from amoeba_plugin.runtime.units import BYTES, DURATIONS, quantity
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.layer_tuning.exits import Exits
@@ -36,70 +37,21 @@ from amoeba_plugin.training.layer_tuning.files import BASE_NAME, fold
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
 from amoeba_plugin.training.layer_tuning.probing import PLAN_NAME, Planned, plan_training
 from amoeba_plugin.training.layer_tuning.tune import tune_layers
-from amoeba_plugin.training.layer_tuning.voting import RULES, Votes
+from amoeba_plugin.training.layer_tuning.voting import Votes
 from amoeba_plugin.training.layer_tuning.voting_model import VOTES_NAME, VotingModel
 
 logger = logging.getLogger(__name__)
 NOT_OF_THE_TRAINING = {"tuned_dir"}  # fields that do not change what is trained
-QUARTERS: tuple[int | str, ...] = ("1/4", "1/2", "3/4", "1")
 KEPT_STATES = "states"  # in checkpoint_dir
 
 
-class ExitOptions(BaseModel):
-    """Where a model can stop, and how what it says there is put together.
+class Prepared(NamedTuple):
+    """A model that is ready to be tuned."""
 
-    Attributes:
-        depths: Layers before each exit, or shares of the model's layers, ``"1/4"``; the last one is the whole model,
-            ``"1"``. Default ``["1/4", "1/2", "3/4", "1"]``.
-        vote: ``weighted`` (average of log-probabilities; weights and temperatures are fitted), ``maximum`` (the paper's
-            rule; temperatures are fitted), or ``none``: the whole model answers. Default ``weighted``.
-        agreement: Let the first exit answer alone that is so sure that this share of the held-out tokens is what all
-            would have voted for; generation has no cache then. Default: all vote.
-        held_out: Sequences of the text that are not trained on, for votes to be fitted on. Default 16.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    depths: list[int | str] = Field(default_factory=lambda: list(QUARTERS), min_length=1)
-    vote: str = "weighted"
-    agreement: float | None = Field(default=None, gt=0, le=1)
-    held_out: int = Field(default=16, ge=1)
-
-    @field_validator("depths")
-    @classmethod
-    def _depths_are_layers_or_shares(cls, depths: list[int | str]) -> list[int | str]:
-        for depth in depths:
-            try:
-                possible = Fraction(depth) > 0 and (isinstance(depth, int) or Fraction(depth) <= 1)
-            except (ValueError, ZeroDivisionError):
-                possible = False
-            if not possible:
-                raise RecipeError(f"exits.depths has {depth!r}; give numbers of layers, or shares of the model's, 1/4")
-        return depths
-
-    @field_validator("vote")
-    @classmethod
-    def _vote_exists(cls, vote: str) -> str:
-        if vote not in (*RULES, "none"):
-            raise RecipeError(f"exits.vote '{vote}' is unknown; choose one of {', '.join(RULES)}, none")
-        return vote
-
-    def of(self, layers: int) -> tuple[int, ...]:
-        """Return the depths in a model of so many layers, ascending.
-
-        >>> ExitOptions().of(30)
-        (8, 15, 22, 30)
-
-        Raises:
-            RecipeError: If two are the same, one is deeper than the model, or the whole model is not among them.
-        """
-        found = sorted(depth if isinstance(depth, int) else round(Fraction(depth) * layers) for depth in self.depths)
-        if len(set(found)) < len(self.depths) or found[0] < 1 or found[-1] != layers:
-            raise RecipeError(
-                f"exits.depths {', '.join(map(str, self.depths))} are {', '.join(map(str, found))} of {layers} layers; "
-                f'give different ones from 1 on, of which the deepest is the whole model: {layers}, or the share "1"'
-            )
-        return tuple(found)
+    tuned: PreTrainedModel | PeftModel
+    exits: Exits
+    training: list[dict[str, Tensor]]
+    held_out: list[dict[str, Tensor]]
 
 
 class AdaptiveLayerTuningModifier(TrainedModifier):
@@ -291,9 +243,8 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             self._planned.save(directory / PLAN_NAME)
         copy_tokenizer(tokenizer_of, directory)
 
-    def _tune(
-        self, model: PreTrainedModel, calibration: list[Batch]
-    ) -> tuple[PreTrainedModel | PeftModel, Exits, Votes]:
+    def _prepared(self, model: PreTrainedModel, calibration: list[Batch]) -> Prepared:
+        """Make the exits, put the adapter on, and keep back what votes are fitted on."""
         torch.manual_seed(self.seed)
         exits = Exits(model, self.exits.of(model.config.num_hidden_layers), self.is_stacked)
         tuned = self._attach(exits)
@@ -306,13 +257,34 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             )
         training, held_out = rows[: len(rows) - kept_back], rows[len(rows) - kept_back :]
         self.tell_repetition(len(training))
+        return Prepared(tuned, exits, training, held_out)
+
+    def planned(
+        self, model: PreTrainedModel, calibration: list[Batch], memory: str | None, deadline: str | None
+    ) -> Planned:
+        """Plan a training of a model, without training it; limits that are not given are those of the fields.
+
+        Raises:
+            BudgetError: If no plan keeps the limits.
+        """
+        prepared = self._prepared(model, calibration)
+        limits = self.model_copy(update={"memory": memory or self.memory, "deadline": deadline or self.deadline})
+        with on_main_device(model), scratch_directory() as directory:
+            return limits.plan(prepared, self.options(), self.arguments(directory))
+
+    def _tune(
+        self, model: PreTrainedModel, calibration: list[Batch]
+    ) -> tuple[PreTrainedModel | PeftModel, Exits, Votes]:
+        prepared = self._prepared(model, calibration)
+        tuned, exits, training, held_out = prepared
+        rows = training + held_out
         of = {"model": str(model.config.name_or_path), "layers": len(exits.layers), "rows": len(rows)}
         with self.training_directory(of, NOT_OF_THE_TRAINING) as directory:
             options, arguments = self.options(), self.arguments(directory)
             if self.memory is None and self.deadline is None:
                 tune_layers(tuned, exits, training, options, arguments)
             else:
-                planned = Planned.kept_in(directory) or self.plan(tuned, exits, training, options, arguments)
+                planned = Planned.kept_in(directory) or self.plan(prepared, options, arguments)
                 planned.save(directory / PLAN_NAME)
                 logger.info("planned: %s", planned.in_words)
                 self._planned = planned.run(partial(tune_layers, tuned, exits, training), options, arguments)
@@ -320,10 +292,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         tuned.eval()
         return tuned, exits, self._votes(tuned, exits, held_out)
 
-    def plan(
-        self, tuned: PreTrainedModel | PeftModel, exits: Exits, rows: list[dict[str, Tensor]],
-        options: LayerTuningOptions, arguments: TrainingArguments,
-    ) -> Planned:  # fmt: skip
+    def plan(self, prepared: Prepared, options: LayerTuningOptions, arguments: TrainingArguments) -> Planned:
         """Plan a training within the limits of the fields.
 
         Raises:
@@ -331,7 +300,9 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         """
         memory = None if self.memory is None else quantity(self.memory, BYTES)
         deadline = None if self.deadline is None else quantity(self.deadline, DURATIONS)
-        return plan_training(tuned, exits, rows, options, arguments, memory, deadline)
+        return plan_training(
+            prepared.tuned, prepared.exits, prepared.training, options, arguments, memory, deadline
+        )  # fmt: skip
 
     def _votes(self, tuned: PreTrainedModel | PeftModel, exits: Exits, held_out: list[dict[str, Tensor]]) -> Votes:
         if self.exits.vote == "none":

@@ -12,13 +12,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from amoeba_plugin.cli import app
 from amoeba_plugin.errors import AmoebaError, RecipeError
-from amoeba_plugin.modifiers.layer_tuning import AdaptiveLayerTuningModifier, ExitOptions
+from amoeba_plugin.modifiers import AdaptiveLayerTuningModifier, ExitOptions
 from amoeba_plugin.recipes.files import find_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.read import plan_recipe
 from amoeba_plugin.recipes.run import run_recipe
+from amoeba_plugin.training.layer_tuning.probing import Planned
 from amoeba_plugin.training.layer_tuning.voting_model import VotingModel
 from support.batches import token_dataset
 from support.models import logits, make_tiny_model, require_close, save_base
@@ -131,6 +134,29 @@ def test_the_shipped_recipe_chooses_bits_quantizes_tunes_and_votes(data: Path, t
     assert voting.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False).shape[1] > TOKENS.shape[1]
 
 
+def test_a_recipe_is_planned_and_runs_as_planned(base: Path, data: Path, tmp_path: Path):
+    text = recipe(tuning(tmp_path / "tuned", memory="64GiB", deadline="1h"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(
+        app, ["plan", str(path), "--model", str(base), "--dataset", str(data), "--num-calibration-samples", "8",
+              "--max-seq-length", "16"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "sequences a step, windows as asked for" in " ".join(result.output.split())
+    run_text(text, base, data, tmp_path / "out")
+    planned = Planned.load(tmp_path / "tuned" / "plan.json")
+    assert planned.took["memory"] < 64 * 2**30
+    refused = CliRunner().invoke(
+        app, ["plan", str(path), "--model", str(base), "--dataset", str(data), "--memory", "1MB"]
+    )
+    assert refused.exit_code == 2
+    assert "no plan trains within" in " ".join(refused.output.split())
+    refused = CliRunner().invoke(app, ["plan", "demo", "--model", str(base), "--dataset", str(data)])
+    assert refused.exit_code == 2
+    assert "has no AdaptiveLayerTuningModifier" in " ".join(refused.output.split())
+
+
 def test_oneshot_refuses_to_tune_behind_a_quantization(base: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match="is a stage of its own.*run the same recipe with `amoeba run`"):
         oneshot_run(base, recipe(INT4, tuning(tmp_path / "tuned")))
@@ -172,6 +198,8 @@ def test_a_training_goes_on_from_its_checkpoints(base: Path, data: Path, tmp_pat
         ([tuning(None, policy="best")], "choose one of random, cyclic, sequential"),
         ([tuning(None, weights=[1, 2])], "weights has 2 numbers for 3 exits"),
         ([tuning(None, cache_gib=1, stacked=True)], "take policy sequential, or exits that are not stacked"),
+        ([tuning(None, memory="1")], "'1' is no quantity here"),
+        ([tuning(None, deadline="1GiB")], "one of s, min, h"),
         ([tuning(None, exits={"depths": [0]})], "exits.depths has 0"),
         ([tuning(None, exits={"depths": ["3/2"]})], "exits.depths has '3/2'"),
         ([tuning(None, exits={"vote": "all"})], "choose one of weighted, maximum, none"),

@@ -237,15 +237,29 @@ def probes_of(job: Job) -> list[tuple[Plan, Window]]:
     if len(job.depths) > 1:
         shallow = Window(job.depths[0], job.depths[0] - 1)
         found.append((Plan(1, 1, half=job.may_half), shallow))
-    # what a larger one leaves in the process would count for a smaller one behind it
-    return sorted(found, key=lambda each: (sum(_held(*each)[2:4]), each[0].checkpointing, each[1].depth))
+    # what a larger one leaves in the process would count for a smaller one behind it; the first is the least of all
+    return sorted(found, key=lambda each: (sum(_held(*each)[2:5]), each[0].checkpointing, each[1].depth))
 
 
-def fits(probes: Sequence[Probe], plan: Plan, window: Window, memory: float) -> bool:
-    """Tell whether a step may be measured within a limit of memory, by those measured so far."""
-    if len(probes) < 3:
-        return all(probe.memory <= memory for probe in probes)
-    return float(CostModel.of(probes).memory @ np.array(_held(plan, window))) <= memory
+def fits(probes: Sequence[Probe], plan: Plan, window: Window, memory: float, before: float) -> bool:
+    """Tell whether a step surely takes no more than a limit of memory, by those measured so far.
+
+    What a step takes beyond what the process had before grows with its rows and its layers at most.
+
+    Args:
+        probes: Measured so far.
+        plan: Of the step.
+        window: That it trains.
+        memory: Bytes, the limit.
+        before: Bytes of the process before any step.
+    """
+    bounds = [memory] if not probes else []  # nothing is known yet
+    for probe in probes:
+        if plan.checkpointing or not probe.plan.checkpointing:
+            layers = (window.depth - window.first) / (probe.window.depth - probe.window.first)
+            larger = max(1.0, layers) * max(1.0, plan.micro_batch / probe.plan.micro_batch)
+            bounds.append(before + (probe.memory - before) * larger)
+    return before <= memory and min(bounds, default=memory) <= memory
 
 
 def choose(model: CostModel, job: Job, memory: float | None, deadline: float | None) -> tuple[Plan, Costs]:

@@ -23,6 +23,7 @@ from amoeba_plugin.runtime.peak_memory import (
     give_back_memory,
     peak_memory,
     reset_peak_memory,
+    resident_memory,
     resident_peak,
     restart_resident_peak,
 )
@@ -143,8 +144,10 @@ def plan_training(
     job = job_of(model, exits, rows, options, arguments)
     longest = sorted(rows, key=lambda row: -len(row["input_ids"]))
     probes: list[Probe] = []
+    give_back_memory()
+    before = float(torch.accelerator.memory_allocated() if torch.accelerator.is_available() else resident_memory())
     for plan, window in tqdm(probes_of(job), desc="planning", unit="probe", leave=False):
-        if memory is None or fits(probes, plan, window, memory):
+        if memory is None or fits(probes, plan, window, memory, before):
             probes.append(measured(model, exits, longest, plan, window, options, arguments))
     give_back_memory()
     plan, costs = choose(CostModel.of(probes), job, memory, deadline)
