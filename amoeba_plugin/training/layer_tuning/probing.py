@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from amoeba_plugin.errors import BudgetError
 from amoeba_plugin.runtime.documents import Document
 from amoeba_plugin.runtime.dtypes import has_instructions
 from amoeba_plugin.runtime.peak_memory import (
@@ -146,6 +147,10 @@ def plan_training(
     probes: list[Probe] = []
     give_back_memory()
     before = float(torch.accelerator.memory_allocated() if torch.accelerator.is_available() else resident_memory())
+    if memory is not None and before > memory:
+        raise BudgetError(
+            f"no plan trains within {memory / GIB:.2f} GiB: the process takes {before / GIB:.2f} GiB with the model alone"
+        )
     for plan, window in tqdm(probes_of(job), desc="planning", unit="probe", leave=False):
         if memory is None or fits(probes, plan, window, memory, before):
             probes.append(measured(model, exits, longest, plan, window, options, arguments))
