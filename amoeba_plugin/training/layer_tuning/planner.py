@@ -106,7 +106,7 @@ class Probe:
     """A step that was measured.
 
     Attributes:
-        plan: How it ran, one micro-batch a step.
+        plan: How it ran.
         window: That it trained.
         seconds: It took.
         cpu_seconds: It took of the CPU.
@@ -142,6 +142,15 @@ class CostModel:
     seconds: np.ndarray
     cpu_seconds: np.ndarray
     memory: np.ndarray
+    probes: tuple[Probe, ...]
+
+    def covers(self, plan: Plan, job: Job) -> bool:
+        """Tell whether steps were measured from which a plan's follow: of several rows, and layers, if it has them."""
+        alike = [probe for probe in self.probes if probe.plan.checkpointing == plan.checkpointing]
+        rows = max((probe.plan.micro_batch for probe in alike), default=0)
+        layers = max((probe.window.depth - probe.window.first for probe in alike), default=0)
+        wanted = max(window.depth - window.first for window, _ in job.windows(plan))
+        return rows >= min(plan.micro_batch, 2) and layers >= min(wanted, 2)
 
     @classmethod
     def of(cls, probes: Sequence[Probe]) -> CostModel:
@@ -152,20 +161,21 @@ class CostModel:
             _fit(timed, [probe.seconds for probe in probes]),
             _fit(timed, [probe.cpu_seconds for probe in probes]),
             _fit(held, [probe.memory for probe in probes]),
+            tuple(probes),
         )
 
     def costs(self, plan: Plan, job: Job) -> Costs:
         """Return what a training by a plan takes."""
-        computed = 1 / max(1.0, job.epochs) if plan.cached else 1.0  # of the bottoms
         shorter = job.mean_length / job.length
         times: list[float] = []
         for coefficients in (self.seconds, self.cpu_seconds):
             step = 0.0
             for window, share in job.windows(plan):
                 features = np.array(_timed(plan, window))
-                features[BOTTOMS] *= computed
-                per_row, per_step = features * ROWS, features * ~ROWS
-                step += share * float(coefficients @ (plan.accumulation * per_row * shorter + per_step))
+                if plan.cached:  # each row once
+                    features[BOTTOMS] /= max(1.0, share * job.epochs)
+                features[ROWS] *= shorter
+                step += share * float(coefficients @ features)
             times.append(job.steps * step)
         memory = max(float(self.memory @ np.array(_held(plan, window))) for window, _ in job.windows(plan))
         trained = sum(window.depth - window.first for window, _ in job.windows(plan))
@@ -176,24 +186,17 @@ class CostModel:
         return Costs(seconds, cpu_seconds, memory + (job.cache_bytes if plan.cached else 0))
 
 
-# What a step's time is made of: of a micro-batch, per row and layer below the window (in the weights' dtype, in half),
-# per row and layer of the window (and what recomputing adds), per row; of a step, per layer of the window, and itself.
-ROWS = np.array([True, True, True, True, True, False, False])
-BOTTOMS = np.array([True, True, False, False, False, False, False])
+# What a step's time is made of: per row and layer below the window (in the weights' dtype, in half), per row and layer
+# of the window (and what recomputing adds), per row, per micro-batch; per layer of the window, and the step itself.
+ROWS = np.array([True, True, True, True, True, False, False, False])
+BOTTOMS = np.array([True, True, False, False, False, False, False, False])
 
 
 def _timed(plan: Plan, window: Window) -> list[float]:
-    rows, layers = plan.micro_batch, window.depth - window.first
-    bottom = rows * window.first
-    return [
-        bottom * (not plan.half),
-        bottom * plan.half,
-        rows * layers,
-        rows * layers * plan.checkpointing,
-        rows,
-        layers,
-        1.0,
-    ]
+    rows, layers = plan.micro_batch * plan.accumulation, window.depth - window.first
+    bottom, trained = float(rows * window.first), float(rows * layers)
+    by_dtype = [0.0, bottom] if plan.half else [bottom, 0.0]
+    return [*by_dtype, trained, trained * plan.checkpointing, rows, plan.accumulation, layers, 1.0]
 
 
 def _held(plan: Plan, window: Window) -> list[float]:
@@ -230,13 +233,15 @@ def probes_of(job: Job) -> list[tuple[Plan, Window]]:
     """Return the steps to measure: few and many layers, one and several rows, recomputed or not, a short bottom."""
     deepest = job.depths[-1]
     several = min(4, job.sequences)
-    wide, narrow = windows_below(job.depths, job.window)[-1], Window(deepest, deepest - 1)
+    wide = max(windows_below(job.depths, job.window), key=lambda each: (each.depth - each.first, each.depth))
+    narrow = Window(deepest, deepest - 1)
     rows = sorted({1, several})
     found = [(Plan(each, 1, checkpointing=checkpointing, half=job.may_half), window)
              for checkpointing in (False, True) for window in (narrow, wide) for each in rows]  # fmt: skip
     if len(job.depths) > 1:
         shallow = Window(job.depths[0], job.depths[0] - 1)
         found.append((Plan(1, 1, half=job.may_half), shallow))
+    found.append((Plan(1, min(4, job.sequences), half=job.may_half), narrow))
     # what a larger one leaves in the process would count for a smaller one behind it; the first is the least of all
     return sorted(found, key=lambda each: (sum(_held(*each)[2:5]), each[0].checkpointing, each[1].depth))
 
@@ -275,6 +280,7 @@ def choose(model: CostModel, job: Job, memory: float | None, deadline: float | N
         BudgetError: If there is none; it names the least memory and the least time.
     """
     costed = [(plan, model.costs(plan, job)) for plan in possible_plans(job)]
+    costed = [each for each in costed if model.covers(each[0], job)] or costed
     within = [each for each in costed if (memory is None or each[1].memory <= memory)
               and (deadline is None or each[1].seconds <= deadline)]  # fmt: skip
     if not within:

@@ -149,9 +149,12 @@ def plan_training(
     before = float(torch.accelerator.memory_allocated() if torch.accelerator.is_available() else resident_memory())
     if memory is not None and before > memory:
         raise BudgetError(
-            f"no plan trains within {memory / GIB:.2f} GiB: the process takes {before / GIB:.2f} GiB with the model alone"
+            f"no plan trains within {memory / GIB:.2f} GiB: the process takes {before / GIB:.2f} GiB with the model "
+            "alone"
         )
     for plan, window in tqdm(probes_of(job), desc="planning", unit="probe", leave=False):
+        while memory is not None and plan.micro_batch > 1 and not fits(probes, plan, window, memory, before):
+            plan = replace(plan, micro_batch=plan.micro_batch // 2)
         if memory is None or fits(probes, plan, window, memory, before):
             probes.append(measured(model, exits, longest, plan, window, options, arguments))
     give_back_memory()
