@@ -41,6 +41,7 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -
 def test_the_top_of_the_package_holds_what_everybody_uses():
     assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
         "__init__.py", "__main__.py", "_version.py", "cli.py", "cli_deployment.py", "cli_serving.py",
+        "cli_training.py",
         "errors.py", "py.typed", "shape.py",
     }  # fmt: skip
 
