@@ -94,6 +94,9 @@ WAYS: Mapping[str, Way] = {
     "windows, LoRA, stacked, sequential, cached": Way("window lora", stacked=True, options=SEQUENTIAL | CACHED),
     "top 8 layers, LoRA, cached": Way("window lora", exits=(30,), options={"window": 8} | CACHED),
     "top 15 layers, LoRA, cached": Way("window lora", exits=(30,), options={"window": 15} | CACHED),
+    "top 15 layers, LoRA, cached, checkpointing": Way(
+        "window lora", checkpointing=True, exits=(30,), options={"window": 15} | CACHED
+    ),
     "top 15 layers, full parameters, cached": Way("window", FULL_RATES, exits=(30,), options={"window": 15} | CACHED),
     "windows, full parameters, stacked, sequential": Way(
         "window", FULL_RATES, stacked=True, options=SEQUENTIAL | {"keep_states": False}
@@ -106,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=4, help="rows per step, one per micro-batch")
+    parser.add_argument("--rows", type=int, default=320, help="to train on, of 512 tokens; fewer are seen more often")
     parser.add_argument("--questions", type=int, default=300, help="of each set")
     parser.add_argument("--ways", nargs="+", help="parts of names: only these")
     parser.add_argument("--results", type=Path, default=Path("layer_tuning.json"))
@@ -113,7 +117,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.child:
         way, rate, out = asked.child
-        Path(out).write_text(json.dumps(tuned(WAYS[way], float(rate), asked.steps, asked.batch, asked.questions)))
+        Path(out).write_text(json.dumps(tuned(WAYS[way], float(rate), asked)))
         return
     known = json.loads(asked.results.read_bytes()) if asked.results.is_file() else {}
     print(f"| way | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
@@ -123,7 +127,7 @@ def main() -> None:
             continue
         found = []
         for rate in way.rates:
-            key = f"{name}/{rate:g}/{asked.steps}/{asked.batch}/{asked.questions}"
+            key = f"{name}/{rate:g}/{asked.steps}/{asked.batch}/{asked.rows}/{asked.questions}"
             if key not in known:
                 known[key] = in_a_process(name, rate, asked)
                 write_atomically(asked.results, json.dumps(known, indent=1).encode())
@@ -154,7 +158,7 @@ def in_a_process(way: str, rate: float, asked: argparse.Namespace) -> dict[str, 
     """Train in a process of its own and return what it measured."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
-        how = [f"--{name}={getattr(asked, name)}" for name in ("steps", "batch", "questions")]
+        how = [f"--{name}={getattr(asked, name)}" for name in ("steps", "batch", "rows", "questions")]
         command = [sys.executable, __file__, *how, "--child", way, str(rate), str(out)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return json.loads(out.read_bytes())
@@ -209,13 +213,13 @@ class Lisa(TrainerCallback):
                     kwargs["optimizer"].state.pop(parameter, None)
 
 
-def tuned(way: Way, rate: float, steps: int, batch: int, asked: int) -> dict[str, Any]:
+def tuned(way: Way, rate: float, asked: argparse.Namespace) -> dict[str, Any]:
     """Tune a model and measure it."""
     train, chosen_on, held_out = rows()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(os.environ["AMOEBA_TEST_MODEL"], dtype=torch.float32)
     weights = resident_memory()
-    exits, trainer = trainer_of(way, model, train, arguments_of(way, rate, steps, batch))
+    exits, trainer = trainer_of(way, model, train[: asked.rows], arguments_of(way, rate, asked.steps, asked.batch))
     noted = CpuSeconds()
     trainer.add_callback(noted)
     restart_resident_peak()
@@ -223,7 +227,7 @@ def tuned(way: Way, rate: float, steps: int, batch: int, asked: int) -> dict[str
     peak = resident_peak()
     found = losses(trainer, exits, chosen_on, held_out)
     return found | {
-        "questions": questions(model, asked), "seconds": sum(noted.steps[1:]) / (len(noted.steps) - 1),
+        "questions": questions(model, asked.questions), "seconds": sum(noted.steps[1:]) / (len(noted.steps) - 1),
         "floor": floor(way, model), "beyond": peak - weights, "peak": peak,
     }  # fmt: skip
 
