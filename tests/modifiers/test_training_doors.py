@@ -48,7 +48,7 @@ def adapter_of(elastic: Path) -> dict[str, Tensor]:
 
 
 def arguments_of(modifier: OneForAllDistillationModifier, directory: Path) -> TrainingArguments:
-    arguments = modifier._arguments(directory)
+    arguments = modifier.arguments(directory)
     arguments.disable_tqdm = True
     return arguments
 
@@ -157,10 +157,10 @@ def test_a_recipe_trains_on_the_text_it_names(base: Path, tmp_path: Path) -> Non
 
 def test_training_on_the_calibration_data_over_and_over_is_told(caplog: pytest.LogCaptureFixture) -> None:
     steps = TRAIN_FIELDS | {"max_steps": 200}  # of 2 x 2 rows
-    OneForAllDistillationModifier(**steps)._tell_repetition(80)
-    OneForAllDistillationModifier(**steps, dataset="text.jsonl")._tell_repetition(8)
+    OneForAllDistillationModifier(**steps).tell_repetition(80)
+    OneForAllDistillationModifier(**steps, dataset="text.jsonl").tell_repetition(8)
     assert not caplog.text
-    OneForAllDistillationModifier(**steps)._tell_repetition(8)
+    OneForAllDistillationModifier(**steps).tell_repetition(8)
     assert "sees the 8 sequences of the calibration data 100 times over" in caplog.text
 
 
@@ -239,7 +239,7 @@ def test_a_recipe_in_one_process_takes_one_of_several_gpus(tmp_path: Path) -> No
 
     with mock.patch.object(TrainingArguments, "_setup_devices", property(two_gpus)):
         assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2
-        arguments = OneForAllDistillationModifier(batch_size=3)._arguments(tmp_path)
+        arguments = OneForAllDistillationModifier(batch_size=3).arguments(tmp_path)
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)
 
 
