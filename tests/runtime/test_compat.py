@@ -200,3 +200,19 @@ def test_gradient_checkpointing_runs_a_layer_by_a_function_that_can_be_exchanged
     compat.exchange_checkpointing(model, count)
     model(torch.tensor([[1, 2]]))
     assert len(run) == len(model.model.layers)
+
+
+def test_adapters_are_switched_as_the_host_does_and_what_is_frozen_stays_so() -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), config).eval()
+    whole = model(tokens).logits
+    with model.disable_adapter():
+        expected = model(tokens).logits
+    assert not torch.allclose(whole, expected)
+    model.requires_grad_(False)
+    compat.switch_adapters(model.modules(), on=False)
+    assert torch.equal(model(tokens).logits, expected)
+    compat.switch_adapters(model.modules(), on=True)
+    assert torch.equal(model(tokens).logits, whole)
+    assert not any(value.requires_grad for value in model.parameters())
