@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from amoeba_plugin.data.calibration import LESS_DATA
 from amoeba_plugin.elastic.subnet_config import weightless
 from amoeba_plugin.modifiers import (
+    AdaptiveLayerTuningModifier,
     DepthShrinkingModifier,
     LayerwisePolicyModifier,
     OneForAllDistillationModifier,
@@ -32,6 +33,7 @@ from amoeba_plugin.selection.registry import importance_named
 from amoeba_plugin.selection.repair.fold_table import LEAST_JUDGING
 from amoeba_plugin.selection.repair.moments import held_out_count
 from amoeba_plugin.selection.width.splits import MOST_SPLITS
+from amoeba_plugin.training.layer_tuning.windows import windows_below
 
 FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
 # by selector, how many times as many subnets as the program's
@@ -90,6 +92,8 @@ def stage_costs(plan: RecipePlan, config: PretrainedConfig, samples: int, length
         costs += _policy(plan.policy, config.num_hidden_layers, samples, length)
     if plan.training is not None and plan.training.max_steps:
         costs.append(_training(plan.training, length))
+    if plan.tuning is not None:
+        costs.append(_tuning(plan.tuning, length, config.num_hidden_layers))
     return costs
 
 
@@ -169,6 +173,18 @@ def _exchange_passes(modifier: LayerwisePolicyModifier) -> float:
     else:
         way = (modifier.average_bits - min(modifier.bits)) / BITS_STEP
     return (1 + max(way, 0)) * (1 + modifier.exchanges)
+
+
+def _tuning(modifier: AdaptiveLayerTuningModifier, length: int, layers: int) -> StageCost:
+    sequences = modifier.max_steps * modifier.gradient_accumulation_steps * modifier.batch_size
+    tokens = length if modifier.dataset is None else modifier.max_seq_length
+    windows = windows_below(modifier.exits.of(layers), modifier.window, apart=not modifier.is_stacked)
+    weights = modifier.weights or [1.0] * len(windows)
+    run = [each.first + FORWARD_AND_BACKWARD * (each.depth - each.first) for each in windows]
+    share = sum(weight * each for weight, each in zip(weights, run, strict=True)) / sum(weights) / layers
+    what = f"{modifier.max_steps:,} steps, {sequences:,} sequences of {tokens} tokens up to {len(windows)} exits"
+    shorter = "max_steps, gradient_accumulation_steps, batch_size or a smaller window"
+    return StageCost("layer tuning", what, share * sequences, tokens, shorter)
 
 
 def _training(modifier: OneForAllDistillationModifier, length: int) -> StageCost:

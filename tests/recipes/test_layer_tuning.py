@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from amoeba_plugin.cli import app
 from amoeba_plugin.errors import AmoebaError, RecipeError
 from amoeba_plugin.modifiers import AdaptiveLayerTuningModifier, ExitOptions
+from amoeba_plugin.recipes.estimate import stage_costs
 from amoeba_plugin.recipes.files import find_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.read import plan_recipe
@@ -222,6 +223,14 @@ def test_exits_that_a_model_has_not_are_refused_before_weights_load(exits: list[
     with pytest.raises(RecipeError, match=r"AdaptiveLayerTuningModifier: exits.depths") as refused:
         plan.against(config_of())
     assert told in str(refused.value)
+
+
+def test_what_a_training_costs_is_told():
+    text = recipe(tuning(None, exits={"depths": [2, "1"]}, weights=[1, 3], max_steps=10, gradient_accumulation_steps=2))
+    (cost,) = stage_costs(plan_recipe(text), config_of(), 8, 16)
+    # a quarter of the steps runs 2 of 4 layers forward and backward, three run 2 forward and 2 both ways
+    assert cost.passes == pytest.approx(20 * (0.25 * 6 + 0.75 * 8) / 4)
+    assert cost.stage == "layer tuning"
 
 
 def test_too_few_sequences_are_refused(base: Path, data: Path, tmp_path: Path):

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from amoeba_plugin.errors import DataError
 from amoeba_plugin.training.as_found import as_found
 from amoeba_plugin.training.layer_tuning.exits import Exits
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
+from amoeba_plugin.training.layer_tuning.progress import PREFIX, ExitProgress
 from amoeba_plugin.training.layer_tuning.trainer import AdaptiveLayerTuningTrainer
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,11 @@ def tune_layers(
         trainer = AdaptiveLayerTuningTrainer(
             model, exits, options, args=arguments, train_dataset=train_dataset
         )  # fmt: skip
+        if not arguments.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(ExitProgress())
         output = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        first, last = ({name: logs[name] for logs in history for name in logs if name.startswith("loss/exit_")}
+        first, last = ({name: logs[name] for logs in history for name in logs if name.startswith(PREFIX)}
                        for history in (trainer.state.log_history[::-1], trainer.state.log_history))  # fmt: skip
         for name in sorted(last, key=lambda each: int(each.rpartition("_")[2])):
             depth = name.rpartition("_")[2]
