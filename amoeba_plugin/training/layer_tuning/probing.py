@@ -32,7 +32,7 @@ from amoeba_plugin.training.as_found import as_found
 from amoeba_plugin.training.layer_tuning.candidates import candidates_of
 from amoeba_plugin.training.layer_tuning.exits import Exits
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
-from amoeba_plugin.training.layer_tuning.planner import CostModel, Job, Plan, Probe, choose, fits, probes_of
+from amoeba_plugin.training.layer_tuning.planner import CostModel, Job, Plan, Probe, choose, fitting, probes_of
 from amoeba_plugin.training.layer_tuning.trainer import AdaptiveLayerTuningTrainer
 from amoeba_plugin.training.layer_tuning.windows import Window, windows_below
 
@@ -153,9 +153,9 @@ def plan_training(
             "alone"
         )
     for plan, window in tqdm(probes_of(job), desc="planning", unit="probe", leave=False):
-        while memory is not None and plan.micro_batch > 1 and not fits(probes, plan, window, memory, before):
-            plan = replace(plan, micro_batch=plan.micro_batch // 2)
-        if memory is None or fits(probes, plan, window, memory, before):
+        if memory is not None:
+            plan, window = fitting(probes, plan, window, memory, before)
+        if all((plan, window) != (probe.plan, probe.window) for probe in probes):
             probes.append(measured(model, exits, longest, plan, window, options, arguments))
     give_back_memory()
     plan, costs = choose(CostModel.of(probes), job, memory, deadline)

@@ -17,6 +17,7 @@ from amoeba_plugin.runtime.units import BYTES, DURATIONS, quantity
 from amoeba_plugin.training.layer_tuning.exits import Exits
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
 from amoeba_plugin.training.layer_tuning.planner import (
+    GROWTH,
     STATE_BYTES,
     CostModel,
     Job,
@@ -24,6 +25,7 @@ from amoeba_plugin.training.layer_tuning.planner import (
     Probe,
     choose,
     fits,
+    fitting,
     possible_plans,
     probes_of,
 )
@@ -64,15 +66,16 @@ def test_costs_that_are_linear_are_found_of_every_plan():
     model = CostModel.of(measured(JOB))
     for plan in possible_plans(JOB):
         windows = [window for window, _ in JOB.windows(plan)]
-        computed = 1.0  # each exit sees 20 of the 60 sequences, and there are 20 rows
-        seconds = 10 * sum(true_seconds(plan, window, computed) for window in windows) / 3
+        # each exit sees 20 of the 60 sequences, and there are 20 rows: what is kept is not read, and each row ran alone
+        alone = sum(0.02 * 6 for window in windows if plan.cached and window.first)
+        seconds = 10 * (sum(true_seconds(plan, window) for window in windows) + alone) / 3
         trained = [window.depth - window.first for window in windows]
         memory = max(true_memory(plan, window) for window in windows)
         memory += STATE_BYTES * 1000 * (sum(trained) - max(trained)) + (20 * 100 * 10 if plan.cached else 0)
         costs = model.costs(plan, JOB)
         assert costs.seconds == pytest.approx(seconds, rel=1e-3)
         assert costs.cpu_seconds == pytest.approx(2 * seconds, rel=1e-3)
-        assert costs.memory == pytest.approx(memory, rel=1e-3)
+        assert costs.memory == pytest.approx(GROWTH * memory, rel=1e-3)
 
 
 def test_what_is_kept_is_computed_once():
@@ -80,7 +83,8 @@ def test_what_is_kept_is_computed_once():
     thrice = replace(JOB, steps=30)  # each exit sees every row three times
     saved = model.costs(plan, thrice).seconds - model.costs(replace(plan, cached=True), thrice).seconds
     bottoms = sum(0.1 * window.first for window, _ in JOB.windows(plan)) / 3 * 30 * 6
-    assert saved == pytest.approx(2 / 3 * bottoms, rel=1e-3)
+    alone = 2 / 3 * 0.02 * 30 * 6 / 3  # rows of the two exits that have a bottom, run by themselves
+    assert saved == pytest.approx(2 / 3 * bottoms - alone, rel=1e-3)
 
 
 @settings(deadline=None, max_examples=50)
@@ -106,7 +110,7 @@ def test_the_most_layers_within_the_limits_and_then_the_fastest(memory: float, d
 
 def test_limits_out_of_reach_name_what_would_do():
     model = CostModel.of(measured(JOB))
-    with pytest.raises(BudgetError, match=r"within 0.05 GiB; the least memory that would do is 0.10 GiB: 6 x 1 seq"):
+    with pytest.raises(BudgetError, match=r"within 0.05 GiB; the least memory that would do is 0.1. GiB: 6 x 1 seq"):
         choose(model, JOB, 0.05 * 2**30, None)
     with pytest.raises(BudgetError, match=r"within 0.20 GiB and 1.0 s; within that memory the fastest takes"):
         choose(model, JOB, 0.2 * 2**30, 1.0)
@@ -115,11 +119,14 @@ def test_limits_out_of_reach_name_what_would_do():
 def test_no_step_is_measured_that_would_not_fit():
     probes: list[Probe] = []
     limit = 1.13e8
-    for plan, window in probes_of(JOB):
-        if fits(probes, plan, window, limit, 1e8):
-            probes.append(Probe(plan, window, 1.0, 1.0, round(true_memory(plan, window))))
-    assert 3 <= len(probes) < len(probes_of(JOB))
+    for asked, at in probes_of(JOB):
+        plan, window = fitting(probes, asked, at, limit, 1e8)
+        assert fits(probes, plan, window, limit, 1e8)
+        assert plan.micro_batch <= asked.micro_batch
+        assert window.first >= at.first
+        probes.append(Probe(plan, window, 1.0, 1.0, round(true_memory(plan, window))))
     assert all(probe.memory <= limit for probe in probes)
+    assert {probe.plan.micro_batch for probe in probes} == {1, 2}  # of four there is no room
 
 
 @pytest.mark.parametrize(("text", "value"), [("1GiB", 2**30), ("1.5 GB", 1.5e9), ("300MB", 3e8)])
