@@ -39,6 +39,7 @@ from amoeba_plugin.training.layer_tuning.probing import PLAN_NAME, Planned, plan
 from amoeba_plugin.training.layer_tuning.tune import tune_layers
 from amoeba_plugin.training.layer_tuning.voting import Votes
 from amoeba_plugin.training.layer_tuning.voting_model import VOTES_NAME, VotingModel
+from amoeba_plugin.training.layer_tuning.windows import require_weights
 
 logger = logging.getLogger(__name__)
 NOT_OF_THE_TRAINING = {"tuned_dir"}  # fields that do not change what is trained
@@ -147,9 +148,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         self.options().require_cache_is_read(len(self.exits.depths), self.is_stacked)
         require_schedule(self.lr_scheduler_type, self.warmup_steps)
         require_effect(self)
-        if self.weights and (len(self.weights) != len(self.exits.depths) or min(self.weights) <= 0):
-            raise RecipeError(f"weights has {len(self.weights)} numbers for {len(self.exits.depths)} exits; give one "
-                              "above 0 for each, or leave it out")  # fmt: skip
+        require_weights(self.weights, len(self.exits.depths))
         return self
 
     @property
@@ -174,7 +173,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         self.exits.of(config.num_hidden_layers)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Tune the recipe's model; it stays one without exits, which ``tuned_dir`` has."""
+        """Tune the recipe's model, which becomes its deepest exit; ``tuned_dir`` has all of them."""
         require_session_order(self)
         model = state.model
         self.require_fits(model.config)
@@ -270,7 +269,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         prepared = self._prepared(model, calibration)
         limits = self.model_copy(update={"memory": memory or self.memory, "deadline": deadline or self.deadline})
         with on_main_device(model), scratch_directory() as directory:
-            return limits.plan(prepared, self.options(), self.arguments(directory))
+            return limits._plan(prepared, self.options(), self.arguments(directory))
 
     def _tune(
         self, model: PreTrainedModel, calibration: list[Batch]
@@ -284,7 +283,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
             if self.memory is None and self.deadline is None:
                 tune_layers(tuned, exits, training, options, arguments)
             else:
-                planned = Planned.kept_in(directory) or self.plan(prepared, options, arguments)
+                planned = Planned.kept_in(directory) or self._plan(prepared, options, arguments)
                 planned.save(directory / PLAN_NAME)
                 logger.info("planned: %s", planned.in_words)
                 self._planned = planned.run(partial(tune_layers, tuned, exits, training), options, arguments)
@@ -292,7 +291,7 @@ class AdaptiveLayerTuningModifier(TrainedModifier):
         tuned.eval()
         return tuned, exits, self._votes(tuned, exits, held_out)
 
-    def plan(self, prepared: Prepared, options: LayerTuningOptions, arguments: TrainingArguments) -> Planned:
+    def _plan(self, prepared: Prepared, options: LayerTuningOptions, arguments: TrainingArguments) -> Planned:
         """Plan a training within the limits of the fields.
 
         Raises:

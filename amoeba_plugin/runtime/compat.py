@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from amoeba_plugin.errors import TrainingError
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
@@ -89,6 +91,23 @@ def switch_adapters(modules: Iterable[nn.Module], on: bool) -> None:
     for module in modules:
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = not on
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from laying 4-bit weights out for inference, as it does in an evaluation on a CPU with bf16
+    instructions: products with what is laid out so have no gradient, in a training step after it either.
+
+    Raises:
+        TrainingError: If weights lie so already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise TrainingError(
+                    f"bitsandbytes has laid the 4-bit weight of {name} out for inference, in an evaluation before this "
+                    "training, and it has no gradient so; load the model anew and train it first"
+                )
 
 
 def no_match_error() -> type[ValueError]:

@@ -197,7 +197,7 @@ def test_a_training_goes_on_from_its_checkpoints(base: Path, data: Path, tmp_pat
         ([INT4, tuning(None)], "tuned_dir is missing"),
         ([INT4, tuning(Path("tuned"), adapter="none")], "quantized weights cannot be trained"),
         ([tuning(None, policy="best")], "choose one of random, cyclic, sequential"),
-        ([tuning(None, weights=[1, 2])], "weights has 2 numbers for 3 exits"),
+        ([tuning(None, weights=[1, 2])], "weights 1, 2 of 3 exits"),
         ([tuning(None, cache_gib=1, stacked=True)], "take policy sequential, or exits that are not stacked"),
         ([tuning(None, memory="1")], "'1' is no quantity here"),
         ([tuning(None, deadline="1GiB")], "one of s, min, h"),

@@ -10,7 +10,7 @@ import torch
 
 from amoeba_plugin.errors import RecipeError
 from amoeba_plugin.runtime.dtypes import has_instructions
-from amoeba_plugin.training.layer_tuning.windows import POLICIES
+from amoeba_plugin.training.layer_tuning.windows import require_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,10 +47,7 @@ class LayerTuningOptions:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise RecipeError(f"window {self.window}: give the layers below an exit that are trained, 1 or more")
-        if self.policy not in POLICIES:
-            raise RecipeError(f"policy '{self.policy}' of exits is unknown; choose one of {', '.join(POLICIES)}")
-        if self.phase_steps < 1:
-            raise RecipeError(f"phase_steps {self.phase_steps}: give 1 optimizer step or more")
+        require_policy(self.policy, self.phase_steps)
         if self.bottom_dtype not in (*DTYPES, "auto", "same"):
             raise RecipeError(
                 f"bottom_dtype '{self.bottom_dtype}' is unknown; choose one of {', '.join(DTYPES)}, auto, same"

@@ -57,6 +57,7 @@ class Job:
         depths: Of the exits.
         weights: How often each is trained; empty: all alike.
         window: Layers of a window, at most; ``None``: down to the exit below.
+        apart: No window reaches below the exit below.
         steps: Of the optimizer.
         sequences: Of a step.
         rows: To train on.
@@ -81,6 +82,7 @@ class Job:
     weights: tuple[float, ...] = ()
     bottoms: int = 1
     window: int | None = None
+    apart: bool = False
     keep_states: bool = True
     may_cache: bool = False
     may_half: bool = False
@@ -88,8 +90,14 @@ class Job:
     def windows(self, plan: Plan) -> list[tuple[Window, float]]:
         """Return the windows of a plan, each with its share of the steps."""
         weights = self.weights or (1.0,) * len(self.depths)
-        windows = windows_below(self.depths, plan.window or self.window)
+        windows = windows_below(self.depths, plan.window or self.window, self.apart)
         return [(window, weight / sum(weights)) for window, weight in zip(windows, weights, strict=True)]
+
+    @property
+    def widest(self) -> Window:
+        """The window of the most layers, and of those the deepest, of all that is asked for."""
+        windows = windows_below(self.depths, self.window, self.apart)
+        return max(windows, key=lambda each: (each.depth - each.first, each.depth))
 
     @property
     def epochs(self) -> float:
@@ -222,7 +230,7 @@ def _fit(features: np.ndarray, measured: Sequence[float]) -> np.ndarray:
 
 def possible_plans(job: Job) -> Iterator[Plan]:
     """Yield every plan of a job, those that train the most layers first."""
-    largest = max(window.depth - window.first for window in windows_below(job.depths, job.window))
+    largest = job.widest.depth - job.widest.first
     batches = [rows for rows in range(1, job.sequences + 1) if job.sequences % rows == 0]
     for window in (None, *range(largest - 1, 0, -1)):
         for rows in batches:
@@ -237,8 +245,7 @@ def probes_of(job: Job) -> list[tuple[Plan, Window]]:
     """Return the steps to measure: few and many layers, one and several rows, recomputed or not, a short bottom."""
     deepest = job.depths[-1]
     several = min(4, job.sequences)
-    wide = max(windows_below(job.depths, job.window), key=lambda each: (each.depth - each.first, each.depth))
-    narrow = Window(deepest, deepest - 1)
+    wide, narrow = job.widest, Window(deepest, deepest - 1)
     rows = sorted({1, several})
     found = [(Plan(each, 1, checkpointing=checkpointing, half=job.may_half), window)
              for checkpointing in (False, True) for window in (narrow, wide) for each in rows]  # fmt: skip
@@ -302,11 +309,11 @@ def choose(model: CostModel, job: Job, memory: float | None, deadline: float | N
               and (deadline is None or each[1].seconds <= deadline)]  # fmt: skip
     if not within:
         leanest = min(costed, key=lambda each: each[1].memory)
-        fits = [each for each in costed if memory is None or each[1].memory <= memory]
+        lean = [each for each in costed if memory is None or each[1].memory <= memory]
         told = (
             f"the least memory that would do is {leanest[1].memory / GIB:.2f} GiB: {leanest[0].in_words}"
-            if not fits
-            else f"within that memory the fastest takes {_minutes(min(each[1].seconds for each in fits))}"
+            if not lean
+            else f"within that memory the fastest takes {_minutes(min(each[1].seconds for each in lean))}"
         )
         asked = [f"{memory / GIB:.2f} GiB"] if memory is not None else []
         asked += [_minutes(deadline)] if deadline is not None else []

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from amoeba_plugin.errors import BudgetError
+from amoeba_plugin.errors import BudgetError, TrainingError
 from amoeba_plugin.runtime.documents import Document
 from amoeba_plugin.runtime.dtypes import has_instructions
 from amoeba_plugin.runtime.peak_memory import (
@@ -141,7 +141,12 @@ def plan_training(
 
     Raises:
         BudgetError: If no plan keeps the limits.
+        TrainingError: If there are several processes, each of which would plan something else.
     """
+    if arguments.world_size > 1:
+        raise TrainingError(
+            "memory and deadline plan the training of one process; leave them out where there are several"
+        )
     job = job_of(model, exits, rows, options, arguments)
     longest = sorted(rows, key=lambda row: -len(row["input_ids"]))
     probes: list[Probe] = []
@@ -186,6 +191,7 @@ def job_of(
         state_bytes=exits.model.config.hidden_size * exits.model.dtype.itemsize,
         weights=options.weights,
         window=options.window,
+        apart=not exits.stacked,
         keep_states=options.keep_states,
         bottoms=1 if exits.stacked else max(1, len(exits.depths) - 1),
         may_cache=options.policy == "sequential" or not exits.stacked or len(exits.depths) == 1,

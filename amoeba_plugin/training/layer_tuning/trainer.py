@@ -21,13 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.runtime.compat import keep_differentiable
 from amoeba_plugin.training.head_loss import HeadLoss
 from amoeba_plugin.training.layer_tuning.bottom import Bottom
 from amoeba_plugin.training.layer_tuning.candidates import candidates_of
 from amoeba_plugin.training.layer_tuning.exits import Exits
 from amoeba_plugin.training.layer_tuning.kept_states import KeptStates
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
-from amoeba_plugin.training.layer_tuning.windows import Schedule, Window, windows_below
+from amoeba_plugin.training.layer_tuning.windows import Schedule, Window, require_weights, windows_below
 from amoeba_plugin.training.next_token import Positions, next_token_rows, target_positions
 
 
@@ -67,6 +68,7 @@ class AdaptiveLayerTuningTrainer(Trainer):
             self.args = copy.copy(self.args)
             self.args.ddp_find_unused_parameters = True  # every window leaves most of them out
         self._require_supported()
+        keep_differentiable(exits.model)  # layers below a window are evaluated, and trained in a later step
         self.head_loss = HeadLoss(exits.model, may_chunk=not self.args.torch_compile)
         kept = KeptStates(self.options.cache_gib, self.options.cache_dir) if self.options.cache_gib else None
         trained = frozenset(id(value) for value in self.candidates.thaw())
@@ -137,7 +139,7 @@ class AdaptiveLayerTuningTrainer(Trainer):
                 f"the loss of the exit at {window.depth} is {loss.item()} at step {self.state.global_step}; no "
                 "parameter was changed by this step. Lower the learning rate, or clip gradients (max_grad_norm)"
             )
-        self._note(window.depth, loss.detach())
+        self._means.setdefault(exit_loss(window.depth), []).append(loss.detach())
         if num_items_in_batch is None:
             return loss
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -197,9 +199,6 @@ class AdaptiveLayerTuningTrainer(Trainer):
                 logs[name] = torch.stack(self._means.pop(name)).mean().item()
         super().log(logs, *args, **kwargs)
 
-    def _note(self, depth: int, loss: Tensor) -> None:
-        self._means.setdefault(f"loss/exit_{depth}", []).append(loss)
-
     def _enter(self, window: Window) -> None:
         outside = self.candidates.freeze_outside(window)
         self._window = window
@@ -225,7 +224,13 @@ class AdaptiveLayerTuningTrainer(Trainer):
             raise TrainingError(
                 "exits learn from the next token alone; leave label_smoothing_factor and compute_loss_func out"
             )
+        require_weights(self.options.weights, len(self.windows))
         self.options.require_cache_is_read(len(self.windows), self.exits.stacked)
+
+
+def exit_loss(depth: int) -> str:
+    """Return the name under which the loss of an exit is logged."""
+    return f"loss/exit_{depth}"
 
 
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Positions]:

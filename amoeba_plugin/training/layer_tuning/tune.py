@@ -16,10 +16,11 @@ from amoeba_plugin.errors import DataError
 from amoeba_plugin.training.as_found import as_found
 from amoeba_plugin.training.layer_tuning.exits import Exits
 from amoeba_plugin.training.layer_tuning.options import LayerTuningOptions
-from amoeba_plugin.training.layer_tuning.progress import PREFIX, ExitProgress
-from amoeba_plugin.training.layer_tuning.trainer import AdaptiveLayerTuningTrainer
+from amoeba_plugin.training.layer_tuning.trainer import AdaptiveLayerTuningTrainer, exit_loss
+from amoeba_plugin.training.progress import LossProgress
 
 logger = logging.getLogger(__name__)
+SHORTER = "less max_steps, gradient_accumulation_steps or batch_size, or a smaller window"
 
 
 def tune_layers(
@@ -48,13 +49,14 @@ def tune_layers(
         trainer = AdaptiveLayerTuningTrainer(
             model, exits, options, args=arguments, train_dataset=train_dataset
         )  # fmt: skip
+        names = {depth: exit_loss(depth) for depth in exits.depths}
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(ExitProgress())
+            shown = {name: f"at {depth}" for depth, name in names.items()}
+            trainer.add_callback(LossProgress("layer tuning", shown, SHORTER))
         output = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        first, last = ({name: logs[name] for logs in history for name in logs if name.startswith(PREFIX)}
-                       for history in (trainer.state.log_history[::-1], trainer.state.log_history))  # fmt: skip
-        for name in sorted(last, key=lambda each: int(each.rpartition("_")[2])):
-            depth = name.rpartition("_")[2]
-            logger.info("the exit at %s: loss %.3f -> %.3f", depth, first[name], last[name])
+        for depth, name in names.items():
+            losses = [logs[name] for logs in trainer.state.log_history if name in logs]
+            if losses:
+                logger.info("the exit at %d: loss %.3f -> %.3f", depth, losses[0], losses[-1])
     return output

@@ -31,7 +31,6 @@ class Votes(Document):
         rule: One of :data:`RULES`.
         threshold: The probability of its likeliest token above which an exit answers alone, without those above it;
             ``None``: all of them vote.
-
     """
 
     what: ClassVar[str] = "a vote of exits"

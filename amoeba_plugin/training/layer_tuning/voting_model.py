@@ -108,7 +108,7 @@ class VotingModel:
         """Generate as the model does: greedily, by beams, by sampling, in batches, with a cache.
 
         Raises:
-            RecipeError: If a cache is asked for where exits answer alone.
+            RecipeError: If a cache is asked for where there is none: exits answer alone, or several branches vote.
         """
         reason = self._without_cache()
         if reason:
@@ -125,17 +125,22 @@ class VotingModel:
         """Say why generation has no cache; else ""."""
         if self.votes.threshold is not None:
             return "an exit that answers alone leaves layers above it without keys and values"
-        if not self.exits.stacked and len(self.exits.depths) > 1:
+        if self._branched:
             return "exits that are branches have keys and values of their own, which one cache does not hold"
         return ""
+
+    @property
+    def _branched(self) -> bool:
+        """Whether several exits vote that have only the base in common."""
+        return not self.exits.stacked and len(self.votes.depths) > 1
 
     @contextmanager
     def _voting(self) -> Iterator[None]:
         inner = self.exits.model
         forward = inner.forward
-        answer = self._first_sure if self.votes.threshold is not None else self._cached
-        if self._without_cache() and self.votes.threshold is None:
-            answer = self._branches
+        answer = self._branches if self._branched else self._cached
+        if self.votes.threshold is not None:
+            answer = self._first_sure
 
         def voted(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
             if args:
@@ -225,12 +230,14 @@ def logits_of_exits(
     head_loss, left = HeadLoss(exits.model), positions
     found: list[Tensor] = []
     labels: list[Tensor] = []
+    device = input_device(exits.model)
     model.eval()
     for batch in batches:
-        device = input_device(exits.model)
+        if left <= 0:
+            break
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         places = target_positions(batch["labels"].to(device))
-        if left <= 0 or not places.num_targets:
+        if not places.num_targets:
             continue
         kept = []
         for depth, begun in zip(exits.depths, exits.begun(inputs), strict=True):

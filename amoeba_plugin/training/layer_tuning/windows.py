@@ -72,6 +72,29 @@ def _sequential(phase: int, phases: int, weights: Sequence[float], seed: int) ->
 POLICIES: Mapping[str, Policy] = {"random": _random, "cyclic": _cyclic, "sequential": _sequential}
 
 
+def require_policy(policy: str, phase_steps: int) -> None:
+    """Refuse a policy that does not exist, or phases of no step.
+
+    Raises:
+        RecipeError: It says what is possible.
+    """
+    if policy not in POLICIES:
+        raise RecipeError(f"policy '{policy}' of exits is unknown; choose one of {', '.join(POLICIES)}")
+    if phase_steps < 1:
+        raise RecipeError(f"phase_steps {phase_steps}: give 1 optimizer step or more")
+
+
+def require_weights(weights: Sequence[float], exits: int) -> None:
+    """Refuse weights that are not one above 0 for every exit; none at all are all alike.
+
+    Raises:
+        RecipeError: It names both numbers.
+    """
+    if weights and (len(weights) != exits or min(weights) <= 0):
+        given = ", ".join(f"{weight:g}" for weight in weights)
+        raise RecipeError(f"weights {given} of {exits} exits: give one number above 0 for each, or none")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Says which window a step trains, from the seed and the step alone: resuming draws the same.
@@ -83,9 +106,6 @@ class Schedule:
         phase_steps: Steps between two draws.
         max_steps: Of the training.
         seed: Of the draws.
-
-    Raises:
-        RecipeError: If a value is none that is possible.
     """
 
     windows: tuple[Window, ...]
@@ -94,17 +114,6 @@ class Schedule:
     phase_steps: int = 1
     max_steps: int = 1
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise RecipeError(f"policy '{self.policy}' of exits is unknown; choose one of {', '.join(POLICIES)}")
-        if self.weights and (len(self.weights) != len(self.windows) or min(self.weights) <= 0):
-            raise RecipeError(
-                f"weights {', '.join(map(str, self.weights))} of {len(self.windows)} exits: give one number above 0 "
-                "for each, or none"
-            )
-        if self.phase_steps < 1:
-            raise RecipeError(f"phase_steps {self.phase_steps}: give 1 step or more")
 
     def at(self, step: int) -> Window:
         """Return the window that an optimizer step trains; the first one is step 0."""

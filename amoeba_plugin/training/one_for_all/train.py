@@ -19,10 +19,11 @@ from amoeba_plugin.errors import TrainingError
 from amoeba_plugin.shape import ShapeSpace
 from amoeba_plugin.training.as_found import as_found
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
-from amoeba_plugin.training.one_for_all.progress import SubnetProgress
 from amoeba_plugin.training.one_for_all.trainer import OneForAllTrainer
+from amoeba_plugin.training.progress import LossProgress
 
 logger = logging.getLogger(__name__)
+SHORTER = "less max_steps, gradient_accumulation_steps, batch_size or num_random"
 
 
 def train_one_for_all(
@@ -69,7 +70,8 @@ def train_one_for_all(
             )
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(SubnetProgress(elastic.space))
+            shown = {f"loss/{shape}": str(shape) for shape in (elastic.space.largest, elastic.space.smallest)}
+            trainer.add_callback(LossProgress("one-for-all training", shown, SHORTER))
         output = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         _tell(output, trainer.state.log_history, elastic.space)
         return output

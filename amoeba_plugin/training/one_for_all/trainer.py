@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from amoeba_plugin.data.collator import PaddingCollator, require_targets
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import TrainingError
+from amoeba_plugin.runtime.compat import keep_differentiable
 from amoeba_plugin.runtime.fsdp import exchange_gradients, gathered
 from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.training.checkpoints import (
@@ -113,6 +114,7 @@ class OneForAllTrainer(Trainer):
             self.args = copy.copy(self.args)
             self.args.ddp_find_unused_parameters = True  # layers a subnet drops get no gradient from it
         require_supported(self, options)
+        keep_differentiable(elastic.model)
         self.elastic = elastic
         self.args = with_direction(self.args, self._measured(elastic.space.largest))
         self.options = options

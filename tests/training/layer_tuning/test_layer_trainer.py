@@ -260,7 +260,7 @@ def test_impossible_trainings_are_refused(tmp_path: Path):
     with pytest.raises(TrainingError, match="leave label_smoothing_factor"):
         make_trainer(model, exits, tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(RecipeError, match="weights 1, 2 of 3 exits"):
-        make_trainer(model, exits, tmp_path, weights=(1, 2)).train()
+        make_trainer(model, exits, tmp_path, weights=(1, 2))
     for fields, told in (
         ({"window": 0}, "window 0"), ({"policy": "best"}, "random, cyclic, sequential"),
         ({"phase_steps": 0}, "phase_steps 0"), ({"bottom_dtype": "int4"}, "bottom_dtype 'int4'"),

@@ -108,6 +108,15 @@ def test_the_most_layers_within_the_limits_and_then_the_fastest(memory: float, d
     assert costs.memory <= memory
 
 
+def test_windows_of_branches_end_at_the_exit_below():
+    for apart, expected in ((True, [(0, 2), (2, 5), (5, 8)]), (False, [(0, 2), (1, 5), (4, 8)])):
+        job = replace(JOB, window=4, apart=apart)
+        assert [(window.first, window.depth) for window, _ in job.windows(Plan(1, 6))] == expected
+        widest = job.widest
+        assert (widest.first, widest.depth) == ((5, 8) if apart else (4, 8))
+        assert max(plan.window or 0 for plan in possible_plans(job)) == widest.depth - widest.first - 1
+
+
 def test_limits_out_of_reach_name_what_would_do():
     model = CostModel.of(measured(JOB))
     with pytest.raises(BudgetError, match=r"within 0.05 GiB; the least memory that would do is 0.1. GiB: 6 x 1 seq"):

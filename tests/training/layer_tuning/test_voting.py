@@ -105,11 +105,24 @@ def test_branches_vote_and_generate_without_a_cache(threshold: float | None):
         require_close(voting(input_ids=TOKENS).logits, voted(exits, VOTES, TOKENS), 1e-4)
     tokens = voting.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     step = TOKENS
-    for _ in range(4):
-        step = torch.cat([step, voting(input_ids=step).logits[:, -1:].argmax(dim=-1)], dim=1)
-    assert torch.equal(tokens, step) or threshold is not None  # a call asks all positions whether they are sure
+    for _ in range(4):  # as generate asks: with a threshold, the last position alone has to be sure
+        step = torch.cat([step, voting(input_ids=step, logits_to_keep=1).logits.argmax(dim=-1)], dim=1)
+    assert torch.equal(tokens, step)
     with pytest.raises(RecipeError, match="use_cache=False, or save_exit"):
         voting.generate(input_ids=TOKENS, use_cache=True)
+
+
+def test_one_branch_alone_generates_with_a_cache():
+    exits = with_exits(tiny_llama(), stacked=False)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=exits.modules_to_save, init_lora_weights=False)
+    model = get_peft_model(exits.model, config).eval()
+    voting = VotingModel(model, exits, Votes.alike((4,)))
+    how = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = voting.generate(input_ids=TOKENS, eos_token_id=None, **how)
+    assert found.past_key_values.get_seq_length() == TOKENS.shape[1] + 4
+    expected = voting.generate(input_ids=TOKENS, eos_token_id=None, use_cache=False, **how)
+    require_close(torch.cat(found.logits), torch.cat(expected.logits), 1e-4)
+    require_close(found.logits[0], voted(exits, Votes.alike((4,)), TOKENS)[:, -1], 1e-4)
 
 
 def test_beams_and_padded_batches_generate():
