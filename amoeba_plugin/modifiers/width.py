@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 RANKED_BY = (
     "widths", "totals", "importance", "allocation", "anchor_layers", "round_to", "repair", "bias_compensation",
 )  # fmt: skip
+OF_REPAIRED, OF_CUT = "obs", "flap"  # importances, where nothing else is asked for
 GIB, MOMENTS_GIB = 2**30, 4.0  # of moments in memory; the rest is files
 
 
@@ -55,7 +56,7 @@ class WidthShrinkingModifier(Modifier):
 
     Sample YAML::
 
-        WidthShrinkingModifier: {widths: ["1", "7/8", "3/4", "5/8"], importance: flap}
+        WidthShrinkingModifier: {widths: ["1", "7/8", "3/4", "5/8"]}
 
     Attributes:
         widths: Shares of channels kept, exact fractions in (0, 1]; 1 must be among them. Default ``["1"]``.
@@ -66,7 +67,7 @@ class WidthShrinkingModifier(Modifier):
         importance: ``flap`` (weighted input fluctuation), ``obs`` (the error that is left when a unit goes and the
             others are repaired), ``flap_ifv``, ``flap_wifn``, ``wanda``, ``magnitude``, ``group_magnitude``, ``taylor``
             or ``taylor_vector`` (these two take a backward pass over the calibration data, and 4 bytes of main memory
-            per weight), or a plugin's. Default ``flap``.
+            per weight), or a plugin's. Default ``obs``, and ``flap`` where widths are not repaired.
         allocation: ``measured``, the same sizes in every layer, split between attention and MLP as loses least on the
             calibration data; ``uniform``, the same share of attention and MLP in every layer; or ``global``, the
             paper's one threshold over all layers. Stock classes can load the first two, a per-layer class holds the
@@ -88,7 +89,7 @@ class WidthShrinkingModifier(Modifier):
 
     widths: list[str] = Field(default_factory=lambda: ["1"])
     totals: list[str] = Field(default_factory=list)
-    importance: str = "flap"
+    importance: str = OF_REPAIRED
     allocation: Literal["measured", "uniform", "global"] = "measured"
     anchor_layers: int | list[int] = 0
     round_to: int | dict[str, int] = Field(default=1)
@@ -148,6 +149,8 @@ class WidthShrinkingModifier(Modifier):
                 f"repair: {self.repair} makes up for missing channels by weights, bias_compensation by biases, and "
                 "together they would do it twice; set bias_compensation: false, or repair: none"
             )
+        if self.repair == NO_REPAIR and "importance" not in self.model_fields_set:
+            self.importance = OF_CUT
         return self
 
     @model_validator(mode="after")
@@ -259,8 +262,10 @@ class WidthShrinkingModifier(Modifier):
 
     def _runs(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> LayerRuns | None:
         """Return what runs the calibration data for second moments; ``None``: nothing needs them, or can have them."""
-        scored = isinstance(importance_named(self.importance), MomentImportance)
+        unasked = "importance" not in self.model_fields_set
+        scored = not unasked and isinstance(importance_named(self.importance), MomentImportance)
         if not scored and not self.totals and (self.repair == NO_REPAIR or len(self.widths) < 2):
+            self.importance = OF_CUT if unasked else self.importance
             return None
         try:
             if is_offloaded(model):
@@ -274,7 +279,7 @@ class WidthShrinkingModifier(Modifier):
             if "repair" in self.model_fields_set:
                 raise ArchitectureError(f"repair: {self.repair} is impossible: {error}; set repair: none") from error
             logger.warning("widths are not repaired: %s", error)
-            self.repair = NO_REPAIR
+            self.repair, self.importance = NO_REPAIR, OF_CUT if unasked else self.importance
             return None
 
     def _task(

@@ -87,7 +87,7 @@ def stopping(patch: pytest.MonkeyPatch, after: int, seen: Callable[[Path], objec
     "width",
     [
         WIDTHS,
-        WIDTHS | {"importance": "obs", "anchor_layers": 1},
+        WIDTHS | {"importance": "flap", "anchor_layers": 1},
         {"totals": ["3/4", "1/2"], "round_to": {"mlp": 8}},
         WIDTHS | {"bias_compensation": True, "allocation": "global"},
     ],
@@ -169,9 +169,13 @@ def test_without_a_directory_nothing_is_written(whole: Found, tmp_path: Path, mo
     ("other", "file", "message"),
     [
         ({"data": 2}, "ranking", "data is [0-9a-f]{64}, there it is [0-9a-f]{64}"),
-        ({"width": WIDTHS | {"importance": "wanda"}}, "ranking", "importance is wanda, there it is flap"),
+        ({"width": WIDTHS | {"importance": "wanda"}}, "ranking", "importance is wanda, there it is obs"),
         ({"width": WIDTHS | {"round_to": 16}}, "ranking", "round_to is 16, there it is 1"),
-        ({"width": WIDTHS | {"repair": "none"}}, "ranking", "repair is none, there it is least_squares"),
+        (
+            {"width": WIDTHS | {"repair": "none"}},
+            "ranking",
+            "importance is flap, there it is obs; repair is none, there it is least_squares",
+        ),
         ({"width": WIDTHS | {"allocation": "uniform"}}, "ranking", "allocation is uniform, there it is measured"),
         ({"width": {"widths": ["1", "1/2"]}}, "ranking", r'widths is \["1", "1/2"\], there it is'),
         ({"width": WIDTHS | {"totals": ["1/2"]}}, "ranking", "totals is .*; depth is .*, there it is none"),

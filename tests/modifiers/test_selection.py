@@ -58,6 +58,39 @@ def test_a_decoder_whose_layers_cannot_run_alone_is_not_repaired(
 
 
 @pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "repaired", "cut"),
+    [
+        ({}, "obs", "flap"),
+        ({"repair": "none"}, "flap", "flap"),
+        ({"bias_compensation": True}, "flap", "flap"),
+        ({"allocation": "uniform"}, "obs", "flap"),
+        ({"importance": "magnitude"}, "magnitude", "magnitude"),
+    ],
+)
+def test_units_are_ranked_by_what_repair_leaves_where_there_is_one(
+    tiny_model: TinyModel, tmp_path: Path, fields: dict[str, object], repaired: str, cut: str, alone: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_base(tiny_model("llama"), tmp_path / "base"))
+    if not alone:
+        model.register_forward_hook(lambda *_: None)  # its layers cannot be run one at a time, nor repaired
+    width = {"WidthShrinkingModifier": {"widths": ["1", "1/2"], **fields}}
+    run(model, recipe(width, {"SubnetExtractionModifier": {"shape": "4x1/2"}}), token_dataset(1))
+    (written,) = [each for each in active_session().lifecycle.recipe.modifiers if hasattr(each, "importance")]
+    assert written.importance == (repaired if alone else cut)
+
+
+@pytest.mark.usefixtures("fresh_session")
+def test_an_importance_that_was_asked_for_is_not_exchanged(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_base(tiny_model("llama"), tmp_path / "base"))
+    model.register_forward_hook(lambda *_: None)
+    width = {"WidthShrinkingModifier": {"widths": ["1", "1/2"], "importance": "obs"}}
+    with pytest.raises(ArchitectureError, match="importance: obs is impossible: .*; take flap"):
+        run(model, recipe(width, {"SubnetExtractionModifier": {"shape": "4x1/2"}}), token_dataset(1))
+
+
+@pytest.mark.usefixtures("fresh_session")
 def test_a_total_is_cut_at_the_shape_that_was_chosen_for_it(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_base(tiny_model("llama", layers=6), tmp_path / "base"))
     before = sum(each.numel() for layer in model.model.layers for each in layer.parameters())
