@@ -153,7 +153,7 @@ class _Run:
 
     def measure(self, point: Point, flow: DeploymentFlow) -> None:
         """Measure what is not known of a flow."""
-        how, done = self.how, self._done(point)
+        how, done = self.how, self._done(point, flow.runs_elastic(point.scheme))
         self.advance(sum(min(count, how.rounds) for count in done.values()))
         if min(done.values()) >= how.rounds:
             return
@@ -164,7 +164,8 @@ class _Run:
                 order = [shape for shape in self.shapes if done[shape] <= number]
                 random.Random(number).shuffle(order)  # no shape always comes first, or behind the same one
                 with EngineProcess(flow.name, flow.command(), how.threads) as engine:
-                    found = self.profile.flows.setdefault(str(point), self._begin(engine))
+                    begun = self._begin(engine, flow.runs_elastic(point.scheme))
+                    found = self.profile.flows.setdefault(str(point), begun)
                     visits = {}
                     for shape in dict.fromkeys([*anchors, *order]):
                         arguments, _ = files[shape]
@@ -195,8 +196,8 @@ class _Run:
         known = self.profile.works.get(str(shape), work)
         return str(shape) if known == work else f"{shape} of {'/'.join(map(str, astuple(work)))}"
 
-    def _done(self, point: Point) -> dict[SubnetShape, int]:
-        """Return how many rounds are known of every shape."""
+    def _done(self, point: Point, elastic: bool) -> dict[SubnetShape, int]:
+        """Return how many rounds are known of every shape, in a flow that runs the elastic model or subnets."""
         how, known = self.how, self.profile.flows.get(str(point))
         if known is None:
             return dict.fromkeys(self.shapes, 0)
@@ -205,12 +206,16 @@ class _Run:
                 f"{self.path} has {point} at {known.threads} threads, batches of {known.batch} and {known.decoded} "
                 "decoded tokens; measure the same, or name another file"
             )
+        if elastic:
+            known.require_adapted(self.subject.adapted_by, self.path)
         costs = {shape: known.shapes.get(self._name(shape)) for shape in self.shapes}
         return {shape: 0 if cost is None else cost.rounds_of(how.prompts) for shape, cost in costs.items()}
 
-    def _begin(self, engine: EngineProcess) -> FlowProfile:
-        how = self.how
-        return FlowProfile(engine=engine.ask("about").value, threads=how.threads, batch=how.batch, decoded=how.decoded)
+    def _begin(self, engine: EngineProcess, elastic: bool) -> FlowProfile:
+        how, adapted = self.how, self.subject.adapted_by if elastic else ""
+        return FlowProfile(
+            engine=engine.ask("about").value, threads=how.threads, batch=how.batch, decoded=how.decoded, adapted=adapted
+        )
 
 
 def _exported(

@@ -111,6 +111,7 @@ class FlowProfile(Part):
         batch: Prompts at a time.
         decoded: Tokens behind the longest prompt whose time is that of decoding.
         shapes: By what they are called.
+        adapted: The adapter that an elastic model computed with, in words; empty: none did.
     """
 
     engine: dict[str, str]
@@ -118,12 +119,29 @@ class FlowProfile(Part):
     batch: int
     decoded: int
     shapes: dict[str, ShapeCost] = Field(default_factory=dict)
+    adapted: str = ""
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt that a shape was measured with; 0: none was measured."""
         rounds = [each for cost in self.shapes.values() for each in cost.rounds]
         return max((tokens for each in rounds for tokens in each.prefill), default=0)
+
+    def require_adapted(self, adapted: str, path: Path) -> None:
+        """Refuse times of an elastic model with another adapter, or with none, which is faster than any.
+
+        Args:
+            adapted: The adapter, in words; empty: there is none.
+            path: Of the profile.
+
+        Raises:
+            ArtifactError: If it is another.
+        """
+        if self.adapted != adapted:
+            raise ArtifactError(
+                f"{path} was measured with {self.adapted or 'no adapter'}, and the elastic checkpoint has "
+                f"{adapted or 'none'}: its times are not those of this model; name another file, or delete this one"
+            )
 
     def seconds(self, of: Seconds) -> float:
         """Return what counts: at one thread the CPU's time, which other processes do not lengthen."""

@@ -53,6 +53,17 @@ class Subject:
         space = space if strategy is None else strategy.space
         return cls(config, architecture_of(config), space, strategy, adapted)
 
+    @property
+    def adapted_by(self) -> str:
+        """The adapter in words, as far as it takes time; empty: there is none."""
+        if self.adapted is None:
+            return ""
+        told = {name: getattr(self.adapted, name, None) for name in ("num_experts", "combination")}
+        more = "".join(f", {name} {value}" for name, value in told.items() if value is not None)
+        linears = self.adapted.target_modules  # type: ignore[attr-defined]
+        on = linears if isinstance(linears, str) else ", ".join(sorted(linears or ()))
+        return f"{self.adapted.peft_type.value} of rank {self.adapted.r}{more}, on {on}"  # type: ignore
+
     def sizes(self, shape: SubnetShape) -> LayerSizes:
         """Return what every layer keeps at a shape."""
         if self.strategy is None:

@@ -33,13 +33,16 @@ def profile_for(budget: Budget, subject: Subject, path: Path, name: str, progres
         DeploymentError: If the engine is missing or fails, or the budget's prompts do not fit the model.
         PluginError: If nobody registered the flow.
     """
+    flows = {point: flow for flow, point in (point_named(str(point)) for point in budget.points)}
     if path.exists():
         known = require_of(Profile.load(path), path, subject)
+        for point, flow in flows.items():
+            if flow.runs_elastic(point.scheme) and str(point) in known.flows:
+                known.flows[str(point)].require_adapted(subject.adapted_by, path)
         if knows(known, budget):
             return known
     how = Measuring()
     lengths = {limit.tokens for limit in budget.limits if limit.tokens} | set(prompts_of([], subject, how.decoded))
-    flows = {point: flow for flow, point in (point_named(str(point)) for point in budget.points)}
     rounds = 1 if all(limit.kind == "file" for limit in budget.limits) else how.rounds  # bytes are always the same
     return profile_model(subject, flows, path, Measuring(tuple(sorted(lengths)), rounds=rounds), name, progress)
 

@@ -142,7 +142,7 @@ def profile(elastic: Path) -> Path:
         return Round(load=each, prefill=took, decode=each, peak=1)
 
     shapes = {name: ShapeCost(work=work, bytes=1, rounds=[visit(sum(work) / largest)]) for name, work in sizes.items()}
-    flow = FlowProfile(engine={}, threads=1, batch=1, decoded=4, shapes=shapes)
+    flow = FlowProfile(engine={}, threads=1, batch=1, decoded=4, shapes=shapes, adapted=subject.adapted_by)
     found = Profile(
         model="random", digest=config_digest(subject.config), sizes=sizes, machine=this_machine(),
         flows={"torch:elastic": flow},

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from amoeba_plugin.deployment.profiling.asked import subject_of
+from amoeba_plugin.deployment.budget import Budget
+from amoeba_plugin.deployment.profiling.asked import flows_of, subject_of
+from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
+from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.search.preflight import profile_for
 from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.errors import ArtifactError
@@ -31,6 +35,32 @@ def test_the_stand_in_of_a_checkpoint_has_an_adapter_of_the_same_tensors(kind: s
     }
     assert (theirs is None) == (kind == "none")
     assert stand_in.space == live.space
+    told = {
+        "smol": "SMOL of rank 4, num_experts 3, combination outputs, on ",
+        "lora": "LORA of rank 3, on ",
+        "none": "",
+    }
+    assert subject.adapted_by == (told[kind] + "down_proj, q_proj" if kind in told else "")
+
+
+def test_times_without_the_adapter_are_refused(tmp_path: Path):
+    live = write_elastic(tmp_path)
+    plain = subject_of(str(tmp_path / "elastic"), None, [], [])
+    flows, path, how = flows_of(["torch:elastic"]), tmp_path / "profile.json", Measuring((4,), 2, 1, 1, shapes=2)
+    profile_model(plain, flows, path, how, "random", progress=False)
+    before = path.read_bytes()
+    peft_model = attach_smol(live, SmolConfig(r=4, num_experts=3, target_modules=["q_proj"]))
+    save_elastic(live, peft_model, tmp_path / "adapted", str(tmp_path / "base"))
+    adapted = subject_of(str(tmp_path / "adapted"), None, [], [])
+    told = "was measured with no adapter, and the elastic checkpoint has SMOL of rank 4"
+    with pytest.raises(ArtifactError, match=told):
+        profile_model(adapted, flows, path, how, "random", progress=False)
+    with pytest.raises(ArtifactError, match=told):
+        profile_for(Budget.parse("torch:elastic decode<=1000ms"), adapted, path, "random", progress=False)
+    assert path.read_bytes() == before
+    assert profile_model(plain, flows, path, how, "random", progress=False) == Profile.load(path)
+    anew = profile_model(adapted, flows, tmp_path / "another.json", how, "random", progress=False)
+    assert anew.flows["torch:elastic"].adapted == adapted.adapted_by
 
 
 def test_a_damaged_adapter_is_refused(tmp_path: Path):

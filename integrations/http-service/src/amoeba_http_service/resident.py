@@ -148,6 +148,8 @@ def profile_for_service(subject: Subject, how: How, name: str, progress: bool = 
             f"{how.profile} was measured with {flow.threads} threads, and --threads asks for {how.threads}; name "
             "another file by --profile, or leave --threads out"
         )
+    if flow is not None:
+        flow.require_adapted(subject.adapted_by, how.profile)
     if (
         known is not None
         and flow is not None
