@@ -35,11 +35,7 @@ def test_the_stand_in_of_a_checkpoint_has_an_adapter_of_the_same_tensors(kind: s
     }
     assert (theirs is None) == (kind == "none")
     assert stand_in.space == live.space
-    told = {
-        "smol": "SMOL of rank 4, num_experts 3, combination outputs, on ",
-        "lora": "LORA of rank 3, on ",
-        "none": "",
-    }
+    told = {"smol": "SMOL of rank 4, num_experts 3, combination outputs, on ", "lora": "LORA of rank 3, on "}
     assert subject.adapted_by == (told[kind] + "down_proj, q_proj" if kind in told else "")
 
 
