@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ def adapter_config(directory: Path) -> PeftConfig | None:
     except Exception as error:  # PEFT raises anything of a configuration that is not what it wrote
         raise ArtifactError(f"the adapter in {adapter} is damaged ({error}); copy the checkpoint anew") from error
     return found
+
+
+def attached_config(elastic: ElasticModel) -> PeftConfig | None:
+    """Return the configuration of the adapter that an elastic model has on; ``None``: it has none."""
+    attached: Mapping[str, PeftConfig] = getattr(elastic.model, "peft_config", {})  # PEFT leaves it on what it changes
+    return next(iter(attached.values()), None)
 
 
 def _require_within(config: SmolConfig, space: ShapeSpace) -> None:

@@ -23,6 +23,7 @@ from amoeba_plugin.deployment.profiling.profile import (
 )
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.profiling.work import Work, telling
+from amoeba_plugin.deployment.tokenizers import mended
 from amoeba_plugin.errors import ArtifactError, DeploymentError
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.scratch import scratch_directory
@@ -232,7 +233,8 @@ def _exported(
             out = scratch / str(number)
             out.mkdir()
             with scratch_directory() as place:
-                written = export(subject.save_shape(shape, place / "subnet"), point.scheme, out)
+                subnet, _ = mended(subject.save_shape(shape, place / "subnet"), place / "mended")
+                written = export(subnet, point.scheme, out)
             found[shape] = ({"path": str(out / written.entry)}, written.bytes)
     return found
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from amoeba_plugin.deployment.loads import uniform_sizes
 from amoeba_plugin.elastic.checkpoint import attach_untrained, save_elastic
@@ -19,10 +27,11 @@ from amoeba_plugin.elastic.repairs import Repairs
 from amoeba_plugin.elastic.strategy import DepthStrategy, SubnetStrategy, WidthStrategy
 from amoeba_plugin.elastic.subnet_config import config_for
 from amoeba_plugin.elastic.subnet_plan import SubnetPlan
-from amoeba_plugin.errors import DeploymentError
+from amoeba_plugin.errors import DataError, DeploymentError
 from amoeba_plugin.models.adapter import ArchitectureAdapter, group_key
 from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_of
+from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 
@@ -71,11 +80,18 @@ class Subject:
         return SubnetPlan(self.adapter, self.config, self.strategy).sizes(shape)
 
     def save_shape(self, shape: SubnetShape, directory: Path) -> Path:
-        """Save a shape with random weights, and a tokenizer of as many tokens."""
+        """Save a shape with random weights, and the model's tokenizer; where it has none, another of as many tokens."""
         model = _random(config_for(self.adapter, self.config, self.sizes(shape)))
         model.save_pretrained(directory)
-        _placeholder_tokenizer(self.config.vocab_size).save_pretrained(directory)
+        self._tokenizer.save_pretrained(directory)
         return directory
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        with suppress(DataError):
+            if self.config.name_or_path:
+                return load_tokenizer(self.config.name_or_path)
+        return _placeholder_tokenizer(self.config.vocab_size)
 
     def save_elastic(self, directory: Path) -> Path:
         """Save an elastic checkpoint of random weights with the subject's sizes and adapter."""

@@ -24,7 +24,7 @@ from amoeba_plugin.deployment.search.harm import harm_of
 from amoeba_plugin.deployment.search.problem import Choice, Costs, Problem
 from amoeba_plugin.deployment.search.quality import Quality
 from amoeba_plugin.deployment.search.registry import evaluator_named, searcher_named
-from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.checkpoint import attached_config, load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.record import ELASTIC_NAME
 from amoeba_plugin.runtime.model_files import load_tokenizer
@@ -95,7 +95,7 @@ class ShapeSearch:
     ) -> None:  # fmt: skip
         self._search, self._path, self._asked, self._progress = searcher_named(asked.searcher), profile, asked, progress
         self._profile, self._name = Profile.load(profile, asked.foreign), name
-        self._subject = Subject.of(live.config, live.space, live.strategy)
+        self._subject = Subject.of(live.config, live.space, live.strategy, attached_config(live))
         if judge is None:
             judge = evaluator_named(asked.evaluator)(live, load_tokenizer(str(live.config.name_or_path)), asked)
         self._judge, self._harm_of = judge, harm_of(live, judge)
