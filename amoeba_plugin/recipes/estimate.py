@@ -38,7 +38,7 @@ from amoeba_plugin.training.layer_tuning.windows import windows_below
 FORWARD_AND_BACKWARD = 3  # passes that a pass with gradients costs
 # by selector, how many times as many subnets as the program's
 SEARCHES = {"dynamic_program": 1, "greedy": 1, "lazy_greedy": LAZY, "auto": 2}
-REPAIR_PASSES = 3  # that repairing a width costs: whole layers, their second moments, the narrow ones
+REPAIR_PASSES = 4  # that repairing a width costs: whole layers, second moments of both their parts, the narrow ones
 # Layer-forwards that the lockstep search runs, of all that its subnets have: 0.33 at 32 layers to 20, 0.38 at 12 to 8.
 SHARED = 0.4
 USED = 0.4  # of the speed of a large matrix product: 0.23 to 0.41 by the demo's model on one busy CPU thread

@@ -27,7 +27,9 @@ DEPTHS = {"min_depth": 2, "kept_layers": GIVEN_DEPTHS}
 WIDTHS = {"widths": ["1", "3/4", "1/2"]}
 STEPS = ["ranking", "folds_3", "folds_2", "width_3-4", "width_1-2"]
 Found = tuple[dict[str, Any], bytes]
-NARROW = 2 * 4  # layers that a width runs: each as it is, and narrow
+NARROW = range(
+    4 + 1, 3 * 4 + 1
+)  # layers that a width runs: each narrow, and before that a part of it or both as they are
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_a_selection_goes_on_behind_the_last_step_that_was_done(
     if width is WIDTHS:
         assert names == STEPS
     for before, after, name in zip(counts, counts[1:], names, strict=False):
-        assert after - before == NARROW or not name.startswith("width")
+        assert after - before in NARROW or not name.startswith("width")
     for files in (2, 3, 4, 6, 8, 9) if width is WIDTHS else (3, 2 * len(names) - 1):
         steps = tmp_path / f"steps{files}"
         with pytest.MonkeyPatch.context() as patched:

@@ -31,7 +31,7 @@ def test_stages_are_counted_as_they_are_run() -> None:
     assert depth.what == "11 subnets on 3 sequences of 16 tokens"
     assert width.what == "at most 17 passes over 7 sequences of 16 tokens"
     assert folds.what == "2 depths, at most 2 passes each over 7 sequences of 16 tokens"
-    assert repair.what == "3 passes over 7 sequences of 16 tokens"
+    assert repair.what == "4 passes over 7 sequences of 16 tokens"
     assert training.what == "2 steps, 16 sequences of 16 tokens through 4 subnets each"
     assert training.passes == 3 * 4 * 16
 

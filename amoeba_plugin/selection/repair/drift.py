@@ -4,7 +4,8 @@ A repair of each linear by itself predicts what its own removed channels said, f
 changed already, and that change adds up. So the MLP also predicts what the whole model's state behind the layer has and
 the narrow one's has not, from the neurons that stay. To aim at the whole model's outputs is GPTAQ's idea for
 quantization (arXiv:2504.02692). Half of it is made up for by default: all of it fits the calibration data closer still,
-which on a small model is no worse on other text (selection/README.md has both).
+which on a small model is no worse on other text (selection/README.md has both). Attention makes up for nothing: it
+did harm.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def pass_whole(lockstep: Lockstep, layer: int) -> None:
 def drifting(
     lockstep: Lockstep, group: ChannelGroup, layer: int, share: float
 ) -> Iterator[tuple[Callable[[int], None], Callable[[], Drift]]]:
-    """Watch, in a block, the neurons of a layer while the narrow model's states run through it, itself whole.
+    """Watch, in a block, the neurons of a layer while the narrow model's states run through it, its MLP whole.
 
     Args:
         lockstep: Where the whole model's states behind the layer are known, from :func:`pass_whole`.

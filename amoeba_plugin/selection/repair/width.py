@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -113,9 +113,10 @@ def repair_shapes(
 ) -> Repairs:
     """Return the repaired weights of all widths and depths.
 
-    Each width that is narrower than the whole has a run of its own, from the first layer to the last: a layer sees what
-    those before it, narrow and repaired, make of the calibration data. What a width has there it has at every depth,
-    but for layers in front of removed ones, whose own weights are repaired from the same moments.
+    Each width that is narrower than the whole has a run of its own, from the first layer to the last: attention sees
+    what the layers before it, narrow and repaired, make of the calibration data, and the MLP what the attention of its
+    own layer makes of it, too. What a width has there it has at every depth, but for layers in front of removed ones,
+    whose own weights are repaired from the same moments.
 
     Args:
         runs: Of the whole model, its channels in their own order; it is left as it was.
@@ -163,16 +164,20 @@ def _repaired_widths(
             with runs.open() as lockstep:
                 for index, layer in enumerate(lockstep.layers):
                     here = {group_key(index, group): group for group in groups}
-                    moments, drift = _seen(lockstep, index, here, held_out, neurons, made_up)
-                    for key, group in here.items():
-                        units, seen = width.units[share][key], moments[key].over_ranks()
-                        columns, lost = units * group.consumer.channels_per_unit, drift.get(key)
-                        if units < group.units:
-                            held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair, lost)
-                        for depth in (depth for depth, fold in folds.items() if key in fold):
-                            own = found.setdefault((depth, share), {})
-                            own[key] = _repaired(folds[depth][key], seen, columns, repair, lost)
-                    elastic.set_layer_units(index, {key: width.units[share][key] for key in here}, held)
+                    units = {key: group.units for key, group in here.items()}
+                    if neurons is not None:
+                        pass_whole(lockstep, index)
+                    for part in _parts(here, width.units[share], folds):
+                        moments, drift = _seen(lockstep, index, part, held_out, neurons, made_up)
+                        for key, group in part.items():
+                            units[key], seen = width.units[share][key], moments[key].over_ranks()
+                            columns, lost = units[key] * group.consumer.channels_per_unit, drift.get(key)
+                            if units[key] < group.units:
+                                held[key] = _repaired(consumer_weight(layer, group), seen, columns, repair, lost)
+                            for depth in (depth for depth, fold in folds.items() if key in fold):
+                                own = found.setdefault((depth, share), {})
+                                own[key] = _repaired(folds[depth][key], seen, columns, repair, lost)
+                        elastic.set_layer_units(index, units, held)
                     lockstep.run_layer(index)
                     lockstep.forget([index])
                     bar.update()
@@ -186,27 +191,38 @@ def _repaired_widths(
     return weights
 
 
+def _parts(
+    here: Mapping[str, ChannelGroup], units: Mapping[str, int], folds: Folds
+) -> Iterator[Mapping[str, ChannelGroup]]:
+    """Yield attention and MLP of a layer, in the order in which they are made narrow, as far as a weight changes."""
+    for _, part in itertools.groupby(here.items(), lambda each: each[1].name):
+        changed = {
+            key: group for key, group in part if units[key] < group.units or any(key in fold for fold in folds.values())
+        }
+        if changed:
+            yield changed
+
+
 def _seen(
-    lockstep: Lockstep, index: int, here: Mapping[str, ChannelGroup], held_out: Sequence[Tensor],
+    lockstep: Lockstep, index: int, part: Mapping[str, ChannelGroup], held_out: Sequence[Tensor],
     neurons: ChannelGroup | None, share: float,
 ) -> tuple[Mapping[str, Moments], Mapping[str, Drift]]:  # fmt: skip
-    """Run a layer that is whole; return the moments of its groups, and the drift to make up for, by key.
+    """Run a layer of which a part is whole; return the moments of its groups, and the drift to make up for, by key.
 
     Args:
         lockstep: Runs it.
         index: Its number.
-        here: Its groups, by key.
+        part: Groups of it, by key.
         held_out: Rows of every batch.
         neurons: Of its MLP; ``None``: nothing is made up for.
         share: Of what was lost that is.
     """
-    if neurons is None:
-        with watched(lockstep.layers[index], here, lockstep.batches, held_out) as (moments, begin):
+    if neurons is None or group_key(index, neurons) not in part:
+        with watched(lockstep.layers[index], part, lockstep.batches, held_out) as (moments, begin):
             lockstep.run_layer(index, begin)
         return moments, {}
-    pass_whole(lockstep, index)
     with (
-        watched(lockstep.layers[index], here, lockstep.batches, held_out) as (moments, begin),
+        watched(lockstep.layers[index], part, lockstep.batches, held_out) as (moments, begin),
         drifting(lockstep, neurons, index, share) as (begin_too, drift),
     ):
         lockstep.run_layer(index, lambda batch: (begin(batch), begin_too(batch)))

@@ -22,7 +22,6 @@ from amoeba_plugin.selection.objectives import MultipleChoiceAccuracy, PerTokenL
 
 TOTALS = ["4/5", "13/20", "1/2"]
 WIDTHS = ["1", *TOTALS]
-OBS = {"totals": TOTALS, "importance": "obs"}
 BASELINE, LOCALLY = "all layers, repaired", "local_least_squares"
 RESAMPLES = 2000
 
@@ -30,12 +29,10 @@ RESAMPLES = 2000
 SELECTIONS: Mapping[str, Way] = {
     BASELINE: Way(width={"widths": WIDTHS}),
     "all layers, repaired locally": Way(width={"widths": WIDTHS, "repair": LOCALLY}),
-    "depth and width, searched repaired, obs": Way("lazy_greedy", REPAIRED, True, OBS),
-    "depth and width, searched repaired, obs, locally": Way("lazy_greedy", REPAIRED, True, {**OBS, "repair": LOCALLY}),
-    "all layers, as cut": Way(width={"widths": WIDTHS, "repair": CUT}),
-    "all layers, repaired, obs": Way(width={"widths": WIDTHS, "importance": "obs"}),
+    "all layers, repaired, flap": Way(width={"widths": WIDTHS, "importance": "flap"}),
     "depth and width, searched repaired": Way("lazy_greedy", REPAIRED, True, {"totals": TOTALS}),
-    "depth and width, searched as cut, obs": Way("lazy_greedy", CUT, True, OBS),
+    "depth and width, searched as cut": Way("lazy_greedy", CUT, True, {"totals": TOTALS}),
+    "all layers, as cut": Way(width={"widths": WIDTHS, "repair": CUT}),
     "all layers, biases": Way(width={"widths": WIDTHS, "bias_compensation": True}),
     "FLAP: global, biases": Way(width={"widths": WIDTHS, "allocation": "global", "bias_compensation": True}),
     "LLM-Pruner's rule: Taylor, layers 4 to 27": Way(

@@ -88,14 +88,14 @@ def test_a_width_has_the_regression_on_what_narrow_layers_before_make_of_the_dat
     for share in WIDTHS:
         model = tiny_model("llama")
         for index, layer in enumerate(model.model.layers):
-            rows = {group.name: inputs_of(model, layer.get_submodule(group.consumer.path), batches) for group in groups}
-            lost = states_behind(dense, dense.model.layers[index], batches) - states_behind(model, layer, batches)
-            assert bool(lost.abs().max() > 1e-3) == (index > 0)
-            for group in groups:
+            for group in groups:  # attention first: the MLP sees what is left of it
+                inputs = inputs_of(model, layer.get_submodule(group.consumer.path), batches)
+                lost = states_behind(dense, dense.model.layers[index], batches) - states_behind(model, layer, batches)
+                assert bool(lost.abs().max() > 1e-3) == (index > 0 or group.name == "mlp")
                 key, weight = group_key(index, group), group.consumer.weight(layer).detach()
                 order = group.consumer.channels(width.order[key])
                 kept = width.units[share][key] * group.consumer.channels_per_unit
-                inside, outside, inputs = order[:kept], order[kept:], rows[group.name]
+                inside, outside = order[:kept], order[kept:]
                 missing = inputs[:, outside] @ weight[:, outside].double().T
                 change = regression(inputs[:, inside], missing, (DEFAULT_RIDGE * inputs.square().sum(0).mean()).sqrt())
                 if method == "least_squares" and group.name == "mlp":  # makes up for half of what was lost so far
