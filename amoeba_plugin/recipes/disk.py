@@ -16,8 +16,9 @@ from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.profiling.measure import Measuring
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.registry import point_named
-from amoeba_plugin.modifiers import OneForAllDistillationModifier
-from amoeba_plugin.recipes.memory import search_states
+from amoeba_plugin.modifiers import AdaptiveLayerTuningModifier, OneForAllDistillationModifier
+from amoeba_plugin.modifiers.trained import TrainedModifier
+from amoeba_plugin.recipes.memory import kept_states, search_states
 from amoeba_plugin.recipes.weights import Weights
 from amoeba_plugin.runtime.dtypes import computing_dtype, dtype_of, saved_dtype
 from amoeba_plugin.runtime.free_space import in_bytes
@@ -144,6 +145,8 @@ def recipe_disk(
             meanwhile=subnet * sizes.computed if sizes.computed != sizes.stored else 0,
             temporary=max(measured, default=0),
         ))  # fmt: skip
+    if weights.plan.tuning is not None:
+        phases += _tuning(weights, weights.plan.tuning, samples, length, sizes)
     return DiskNeed(phases)
 
 
@@ -187,15 +190,34 @@ def around(weights: Weights) -> int:
     return TOKEN * vocabulary + TEXTS
 
 
+def _checkpoints(name: str, training: TrainedModifier, trained: int) -> Phase:
+    each, saves = 4 * OPTIMIZED * trained + 2 * TEXTS, -(-training.max_steps // training.save_steps)
+    stay = min(saves, CHECKPOINTS - 1) * each  # AdamW keeps a step for every tensor
+    return Phase({name: stay}, meanwhile=min(saves, CHECKPOINTS) * each - stay)
+
+
+def _tuning(
+    weights: Weights, tuning: AdaptiveLayerTuningModifier, samples: int, length: int, sizes: NumberSizes
+) -> Iterator[Phase]:
+    """Kept states and checkpoints, which stay where a killed run shall go on, and what was tuned."""
+    full, trained = tuning.adapter == "none", weights.whole
+    if tuning.adapter != "none":
+        trained = weights.of_adapter(tuning.adapter)
+    if tuning.checkpoint_dir is not None:
+        yield _checkpoints("the layer tuning's checkpoints", tuning, trained)
+        yield Phase({"states below its windows": kept_states(weights, tuning, samples, length, sizes.computed)})
+    if tuning.tuned_dir is not None:
+        base = 0 if weights.plan.tuned_behind else weights.whole * sizes.stored + around(weights)
+        adapter = 0 if full else 4 * trained + TEXTS
+        yield Phase({"the tuned model": weights.whole * sizes.stored + around(weights) if full else base + adapter})
+
+
 def _training(weights: Weights, training: OneForAllDistillationModifier, sizes: NumberSizes) -> Iterator[Phase]:
     trained = 0
     if training.max_steps:
         trained = weights.whole if training.adapter == "none" else weights.of_adapter(training.adapter)
-    saves = -(-training.max_steps // training.save_steps)
     if trained and training.checkpoint_dir is not None:
-        each = 4 * OPTIMIZED * trained + 2 * TEXTS  # AdamW keeps a step for every tensor
-        stay = min(saves, CHECKPOINTS - 1) * each
-        yield Phase({"the training's checkpoints": stay}, meanwhile=min(saves, CHECKPOINTS) * each - stay)
+        yield _checkpoints("the training's checkpoints", training, trained)
     if training.elastic_dir is None:
         return
     elastic = {"the strategy with repaired weights": _strategy(weights, sizes)}

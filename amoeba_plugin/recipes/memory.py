@@ -6,19 +6,25 @@ moment is not in it, but for training, which keeps it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from amoeba_plugin.modifiers import OneForAllDistillationModifier
+import torch
+
+from amoeba_plugin.modifiers import AdaptiveLayerTuningModifier, OneForAllDistillationModifier
 from amoeba_plugin.modifiers.selection import NO_REPAIR
 from amoeba_plugin.modifiers.width import MOMENTS_GIB
 from amoeba_plugin.recipes.estimate import SEARCHES
 from amoeba_plugin.recipes.weights import Weights
 from amoeba_plugin.runtime.free_space import in_bytes
+from amoeba_plugin.runtime.units import BYTES, quantity
 from amoeba_plugin.selection.layer_runs import GIB
 from amoeba_plugin.selection.repair.fold_table import LEAST_JUDGING
 from amoeba_plugin.selection.repair.moments import held_out_count
 from amoeba_plugin.selection.width.splits import MOST_SPLITS
+from amoeba_plugin.training.layer_tuning.windows import Window, windows_below
+from amoeba_plugin.training.next_token import chunk_rows
 
 # Bytes of torch's build for CPUs, transformers, llm-compressor and data sets once a run has begun; of what a training
 # imports beside: measured on Linux with a model of 8 MB.
@@ -89,6 +95,11 @@ def memory_need(weights: Weights, samples: int, length: int, itemsize: int, subn
         stages["writing the elastic checkpoint"] = SERIALIZED * repaired
     if plan.extraction is not None:
         stages["the extraction"] = repaired + 2 * itemsize * subnet
+    if plan.tuning is not None:
+        tuning, room = TRAINER + _tuning(weights, plan.tuning, samples, length, itemsize), math.inf
+        if plan.tuning.memory is not None:  # what it may take is planned
+            room = max(0, round(quantity(plan.tuning.memory, BYTES)) - LIBRARIES - whole)
+        stages["the layer tuning"] = round(min(tuning, room))
     return MemoryNeed(LIBRARIES, whole, stages)
 
 
@@ -124,3 +135,43 @@ def _training(weights: Weights, modifier: OneForAllDistillationModifier, length:
     logits = 2 * 4 * tokens * config.vocab_size  # of the teacher, and of the subnet or a part of its own
     activations: int = itemsize * tokens * layers * kept + logits
     return 4 * OPTIMIZED * trained + activations
+
+
+def _tuning(
+    weights: Weights, modifier: AdaptiveLayerTuningModifier, samples: int, length: int, itemsize: int
+) -> int:  # fmt: skip
+    """Return the bytes of what is trained, of what windows keep for their backward pass, and of kept states."""
+    config, windows = weights.config, _windows(weights, modifier)
+    widest = max(each.depth - each.first for each in windows)
+    positions = length if modifier.dataset is None else modifier.max_seq_length
+    if modifier.adapter == "none":
+        layer = (weights.whole - weights.outside) // config.num_hidden_layers
+        moments = config.num_hidden_layers if modifier.keep_states else widest
+        trained = 4 * layer * (widest + 2 * moments)
+    else:
+        trained = 4 * OPTIMIZED * weights.of_adapter(modifier.adapter)
+    channels = sum(group.channels for group in weights.groups if group.consumer.expert is None)
+    tokens, layers = modifier.batch_size * positions, 1 if modifier.gradient_checkpointing else widest
+    logits = 2 * 4 * min(tokens, chunk_rows(config.vocab_size, torch.device("cpu"))) * config.vocab_size
+    activations = itemsize * tokens * (layers * (10 * config.hidden_size + 4 * channels) + widest * config.hidden_size)
+    states = kept_states(weights, modifier, samples, length, itemsize) if modifier.checkpoint_dir is None else 0
+    total: int = round(trained + activations + logits + states)
+    return total
+
+
+def kept_states(
+    weights: Weights, modifier: AdaptiveLayerTuningModifier, samples: int, length: int, itemsize: int
+) -> int:  # fmt: skip
+    """Return the bytes of what comes out of the layers below windows, as far as it is kept."""
+    sequences, positions = samples, length
+    if modifier.dataset is not None:
+        sequences, positions = modifier.num_samples, modifier.max_seq_length
+    below = sum(each.first > 0 for each in _windows(weights, modifier))
+    every = itemsize * sequences * positions * weights.config.hidden_size * below
+    kept: int = round(min(modifier.cache_gib * GIB, every))
+    return kept
+
+
+def _windows(weights: Weights, modifier: AdaptiveLayerTuningModifier) -> tuple[Window, ...]:
+    exits = modifier.exits.of(weights.config.num_hidden_layers)
+    return windows_below(exits, modifier.window, apart=not modifier.is_stacked)

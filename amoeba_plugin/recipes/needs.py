@@ -54,7 +54,7 @@ def recipe_needs(
         subject: What is profiled for the recipe's budget before; ``None``: nothing is.
         possible: Shapes of which one will be cut; none: as the recipe says, at most the whole model.
     """
-    if model_plan.adapter is None or not plan.structural:
+    if model_plan.adapter is None or not (plan.structural or plan.tuning):
         return None
     weights, sizes = Weights(plan, model_plan.config, model_plan.adapter), NumberSizes.of(model_plan.config)
     cut = list(possible) or ([] if plan.shape is None else [plan.shape])

@@ -124,3 +124,48 @@ def test_check_tells_both(tmp_path: Path) -> None:
     assert memory is not None
     assert float(memory[1]) * {"M": 1e6, "G": 1e9}[memory[2]] > LIBRARIES
     assert re.search(r"disk: at most [\d.]+ MB stay", told)
+
+
+TUNING = """
+tune_stage:
+  tune_modifiers:
+    AdaptiveLayerTuningModifier:
+      exits: {depths: ["1/2", "1"], vote: none}
+      max_steps: 2
+      batch_size: 4
+      gradient_accumulation_steps: 1
+"""
+
+
+def tuning_memory(*fields: str) -> int:
+    return needs_of(TUNING + "".join(f"      {each}\n" for each in fields), 8, 64).memory.stages["the layer tuning"]
+
+
+def test_the_memory_of_a_tuning_follows_its_fields() -> None:
+    plain, states = tuning_memory(), 4 * 8 * 64 * config_of().hidden_size  # of the upper half's window
+    assert tuning_memory("gradient_checkpointing: true") < plain
+    assert tuning_memory("window: 1") < plain
+    assert tuning_memory("cache_gib: 1") == plain + states
+    assert tuning_memory("cache_gib: 1.0e-6") == plain + round(1e-6 * 2**30)
+    assert tuning_memory("cache_gib: 1", "checkpoint_dir: somewhere") == plain  # they are in files
+    assert tuning_memory("adapter: none", "keep_states: false") < tuning_memory("adapter: none")
+    need = needs_of(TUNING + "      memory: 800MB\n").memory
+    assert need.peak == max(800_000_000, LIBRARIES + need.model)
+
+
+@pytest.mark.parametrize("adapter", ["{type: lora, r: 4}", "{type: smol, r: 2, num_experts: 3}", "none"])
+def test_a_tuning_takes_no_more_of_the_disk_than_it_was_told(adapter: str, tmp_path: Path) -> None:
+    recipe = TUNING + f"      adapter: {adapter}\n      tuned_dir: {tmp_path / 'tuned'}\n"
+    recipe += "      policy: sequential\n      cache_gib: 1\n"
+    recipe += f"      save_steps: 1\n      checkpoint_dir: {tmp_path / 'steps'}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    rows = [{"text": " ".join(f"w{(3 * row + 7 * place) % 97}" for place in range(24))} for row in range(12)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_recipe(
+        str(tmp_path / "recipe.yaml"), str(saved_model(tmp_path / "model")), str(tmp_path / "text.jsonl"),
+        tmp_path / "out", RunOptions(num_samples=8, max_seq_length=16, batch_size=2, dtype="float32"),
+    )  # fmt: skip
+    told = needs_of(recipe).disk.written
+    tuned, steps = bytes_in(tmp_path / "tuned"), bytes_in(tmp_path / "steps")
+    assert tuned <= told["the tuned model"] <= 2 * tuned + 2 * TEXTS
+    assert steps <= told["the layer tuning's checkpoints"] + told["states below its windows"]

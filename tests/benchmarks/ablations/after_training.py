@@ -19,7 +19,7 @@ def ways(subject: Subject) -> Mapping[str, Way]:
     widths = [str(width) for width in subject.widths[:3]]
     return {
         "as cut": Way("auto", CUT, False, {"widths": widths, "repair": CUT}),
-        "repaired": Way("lazy_greedy", REPAIRED, True, {"widths": widths, "importance": "obs"}),
+        "repaired": Way("lazy_greedy", REPAIRED, True, {"widths": widths}),
     }
 
 
