@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -32,8 +31,8 @@ from amoeba_plugin.selection.kept_steps import NOWHERE, KeptSteps, depth_digest
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import importance_named, objective_named, repair_named
 from amoeba_plugin.selection.repair.collect import collect_moments
-from amoeba_plugin.selection.repair.fold_table import FoldTable, parted
-from amoeba_plugin.selection.repair.moments import ChannelMoments
+from amoeba_plugin.selection.repair.fold_table import LEAST_JUDGING, FoldTable, parted
+from amoeba_plugin.selection.repair.moments import ChannelMoments, held_out_count
 from amoeba_plugin.selection.repair.width import WidthRepair
 from amoeba_plugin.selection.width.kept_ranking import Ranking, kept_ranking
 from amoeba_plugin.selection.width.measured import measured_widths
@@ -47,6 +46,7 @@ logger = logging.getLogger(__name__)
 RANKED_BY = (
     "widths", "totals", "importance", "allocation", "anchor_layers", "round_to", "repair", "bias_compensation",
 )  # fmt: skip
+JUDGING_SPLITS = 32  # rows that judge splits of a width, an eighth at least: they differ by more than depths do
 OF_REPAIRED, OF_CUT = "obs", "flap"  # importances, where nothing else is asked for
 GIB, MOMENTS_GIB = 2**30, 4.0  # of moments in memory; the rest is files
 
@@ -178,6 +178,10 @@ class WidthShrinkingModifier(Modifier):
         """How many layers keep full width."""
         return self.anchor_layers if isinstance(self.anchor_layers, int) else len(set(self.anchor_layers))
 
+    def judging(self, rows: int) -> int:
+        """Return how many rows of calibration data splits of a width are judged on."""
+        return held_out_count(rows, LEAST_JUDGING if self.totals else JUDGING_SPLITS)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Collect statistics on the dense model and rank.
 
@@ -243,22 +247,24 @@ class WidthShrinkingModifier(Modifier):
             if self.allocation != "measured":
                 return Ranking(rank_widths(task), {}, tuple(task.anchors), self.repair)
             trials = None if runs is None else self._trials(runs, moments, selection)
-            found, shapes = measured_widths(task, objective_named("loss"), batches, trials=trials)
+            _, judging = parted(batches, JUDGING_SPLITS)
+            found, shapes = measured_widths(task, objective_named("loss"), judging or batches, trials=trials)
             return Ranking(found, shapes, tuple(task.anchors), self.repair)
 
     def _trials(self, runs: LayerRuns, moments: ChannelMoments, selection: Selection) -> Trials:
-        """Return what tries sizes, repaired; for totals at all depths, judged on rows that repair no trial."""
-        objective = objective_named("loss")
-        repair = None if self.repair == NO_REPAIR else WidthRepair(repair_named(self.repair), moments)
-        if not self.totals or selection.depth is None:
-            return Trials(runs, objective, repair)
+        """Return what tries sizes, repaired, and judged on rows that repair no trial; for totals at all depths."""
+        objective, together = objective_named("loss"), bool(self.totals) and selection.depth is not None
+        repair = None if self.repair == NO_REPAIR else WidthRepair(repair_named(self.repair), moments, unseen=True)
+        fitting, judging = parted(selection.batches, LEAST_JUDGING if together else JUDGING_SPLITS)
+        judged = runs if not judging else LayerRuns.of(runs.model, runs.adapter, judging)
+        if not together:
+            return Trials(judged, objective, repair)
+        assert selection.depth is not None
         whole = {depth: kept for depth, kept in selection.depth.kept.items() if depth not in selection.depth.lost}
-        fitting, judging = parted(selection.batches)
         fit = runs if not judging else LayerRuns.of(runs.model, runs.adapter, fitting)
         with FoldTable.of(fit) as table:
             folds = {} if table is None or not selection.depth_repair else table.weights(selection.depth)
-        judged = runs if not judging else LayerRuns.of(runs.model, runs.adapter, judging)
-        return Trials(judged, objective, repair and replace(repair, unseen=True), whole, folds)
+        return Trials(judged, objective, repair, whole, folds)
 
     def _runs(self, model: PreTrainedModel, adapter: ArchitectureAdapter, batches: list[Batch]) -> LayerRuns | None:
         """Return what runs the calibration data for second moments; ``None``: nothing needs them, or can have them."""

@@ -135,11 +135,14 @@ def _width(modifier: WidthShrinkingModifier, samples: int, length: int) -> Itera
     passes = 1
     if isinstance(importance, GroupImportance):
         passes = FORWARD_AND_BACKWARD if importance.needs_gradients else 0
-    if modifier.allocation == "measured":
-        passes += MOST_SPLITS * modifier.reduced
-    if passes:
-        what = f"at most {passes} passes over {samples:,} sequences of {length} tokens"
-        yield StageCost("width ranking", what, passes * samples, length, f"{LESS_DATA}, or allocation: uniform")
+    splits = MOST_SPLITS * modifier.reduced if modifier.allocation == "measured" else 0
+    if passes or splits:
+        judging = modifier.judging(samples)
+        said = {0: "weights alone", 1: f"a pass over {samples:,} sequences"}
+        what = said.get(passes, f"{passes} passes over {samples:,} sequences") + f" of {length} tokens" * (passes > 0)
+        what += f", at most {splits} splits on {judging:,} sequences of {length}" if splits else ""
+        shorter = f"{LESS_DATA}, or allocation: uniform"
+        yield StageCost("width ranking", what, passes * samples + splits * judging, length, shorter)
 
 
 def _repairs(plan: RecipePlan, layers: int, samples: int, length: int) -> Iterator[StageCost]:

@@ -83,7 +83,8 @@ def memory_need(weights: Weights, samples: int, length: int, itemsize: int, subn
         held = search_states(weights, samples, length, itemsize)
         stages["the depth search"] = sum(min(size, limit) for size, limit in held.values())
     if plan.width is not None:
-        trials = MOST_SPLITS * state if plan.width.allocation == "measured" else 0
+        measured = plan.width.allocation == "measured"
+        trials = MOST_SPLITS * state // samples * plan.width.judging(samples) if measured else 0
         moments = 8 * weights.moments if plan.width.repair != NO_REPAIR else 0
         stages["the width ranking"] = min(moments, round(MOMENTS_GIB * GIB)) + matrices + 2 * state + trials
     if repaired:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,22 @@ def has_instructions(dtype: torch.dtype) -> bool:
         return True
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that is supported
     return capabilities is None or any(capabilities().get(name, False) for name in INSTRUCTIONS[dtype])
+
+
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let a CPU multiply float32 matrices whose numbers are all of a narrower dtype by that dtype's instructions.
+
+    Nothing is lost: products are added up in float32. One thread at a time.
+    """
+    flags = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
+    before = flags.fp32_precision
+    if dtype == torch.bfloat16 and has_instructions(dtype):
+        flags.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
 
 
 def computing_dtype(stored: torch.dtype | None) -> tuple[str, str]:

@@ -91,8 +91,8 @@ def test_layers_of_different_sizes_are_quantized_in_the_same_recipe(
 
 def test_attention_and_mlp_of_different_shares_fit_a_stock_class(base: Path, data: Dataset, tmp_path: Path) -> None:
     text = recipe(
-        DEPTH | {"WidthShrinkingModifier": {"widths": ["1", "3/4"]}},
-        {"SubnetExtractionModifier": {"shape": "3x3/4"}},
+        DEPTH | {"WidthShrinkingModifier": {"widths": ["1", "5/8"]}},
+        {"SubnetExtractionModifier": {"shape": "3x5/8"}},
         QUANTIZATION["w8a8"],
     )
     model = run(base, text, data, tmp_path / "out")

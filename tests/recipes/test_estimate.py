@@ -29,7 +29,7 @@ def test_stages_are_counted_as_they_are_run() -> None:
     4 x 2 rows, 4 subnets each."""
     depth, width, folds, repair, training = stage_costs(plan_recipe(GOOD), config_of(), samples=7, length=16)
     assert depth.what == "11 subnets on 3 sequences of 16 tokens"
-    assert width.what == "at most 17 passes over 7 sequences of 16 tokens"
+    assert width.what == "a pass over 7 sequences of 16 tokens, at most 16 splits on 3 sequences of 16"
     assert folds.what == "2 depths, at most 2 passes each over 7 sequences of 16 tokens"
     assert repair.what == "4 passes over 7 sequences of 16 tokens"
     assert training.what == "2 steps, 16 sequences of 16 tokens through 4 subnets each"

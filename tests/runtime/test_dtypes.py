@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from amoeba_plugin.runtime.dtypes import computing_dtype, store_in, stored_dtype
+from amoeba_plugin.runtime.dtypes import computing_dtype, products_of, store_in, stored_dtype
 from support.models import make_tiny_model
 
 
@@ -71,3 +71,15 @@ def test_a_checkpoint_is_stored_again_with_what_is_packed_left_alone(tmp_path: P
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     assert stored_dtype(str(tmp_path)) == AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_products_of_narrow_numbers_lose_nothing() -> None:
+    """Against fp64: as near as products in float32 are, for numbers of either dtype; and what is set comes back."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = torch.randn(2048, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with pytest.raises(RuntimeError, match="stop"), products_of(dtype):
+            found = rows.float().mT @ rows.float()
+            raise RuntimeError("stop")
+        torch.testing.assert_close(found.double(), rows.double().mT @ rows.double(), atol=2e-3, rtol=0)
+        assert torch.backends.mkldnn.matmul.fp32_precision == before

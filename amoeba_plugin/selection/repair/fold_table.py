@@ -110,14 +110,15 @@ class FoldTable:
         return (weight.double() + self.change(front, end).to(weight.device) / self.share).to("cpu", weight.dtype)
 
 
-def parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def parted(batches: Sequence[Batch], least: int = LEAST_JUDGING) -> tuple[list[Batch], list[Batch]]:
     """Return batches of the rows that fit, and of those that judge, told apart by their tokens alone.
 
-    None judges where rows may belong together, of data with further columns.
+    So many judge as :func:`held_out_count` says; none does where rows may belong together, of data with further
+    columns.
     """
     if any(set(batch) - set(SEQUENCE_COLUMNS) for batch in batches):
         return list(batches), []
-    judging = held_out_rows(batches, LEAST_JUDGING)
+    judging = held_out_rows(batches, least)
     return _rows(batches, [~rows for rows in judging]), _rows(batches, judging)
 
 

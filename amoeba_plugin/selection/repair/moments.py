@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.elastic.experts import expert_inputs
 from amoeba_plugin.models.adapter import ChannelGroup
+from amoeba_plugin.runtime.dtypes import products_of
 from amoeba_plugin.runtime.ranks import gather, sum_over_ranks
 from amoeba_plugin.runtime.state_store import StateStore
 from amoeba_plugin.selection.activation_stats import ActivationStats, require_finite
@@ -48,7 +49,9 @@ class Moments:
         rows = inputs.detach().float()
         where = rows.device if rows.device.type != "mps" else torch.device("cpu")  # which has no fp64
         self.seen, self.held_out = self.seen.to(where), self.held_out.to(where)
-        (self.held_out if held_out else self.seen).add_(gram_of(rows).to(where, torch.float64))
+        with products_of(inputs.dtype):
+            gram = gram_of(rows)
+        (self.held_out if held_out else self.seen).add_(gram.to(where, torch.float64))
         self.stats = self.stats.merge(ActivationStats.of(inputs))
 
     def over_ranks(self) -> Moments:
