@@ -146,7 +146,8 @@ def smollm2() -> Subject:
     pairs = [json.loads(line) for line in (text / "dolly_hhrlhf_small.jsonl").read_text("utf-8").splitlines()]
     dolly = tokenizer("\n\n".join(pair["prompt"] + pair["response"] for pair in pairs))["input_ids"]
     valid, test = (tokenizer((text / f"wikitext2.{part}.txt").read_text("utf-8"))["input_ids"] for part in PARTS)
-    pool = [_rows(_cut(each, 128)) for each in (valid, dolly)]
+    apart = 528 * BLOCK  # behind what is trained on
+    pool = [_rows(_cut(valid, 240)), _rows(_cut(dolly, 128) + _cut(dolly[apart:], 112))]
     mixed = concatenate_datasets([each.select(range(32)) for each in pool]).shuffle(seed=42)
     asked = QuestionColumns("query", "choices", "gold")
     long = 2 * BLOCK
@@ -166,7 +167,7 @@ def smollm2() -> Subject:
         learning_rates=(2e-3, 5e-3, 1e-2),
         other_texts={"dolly": batches(_rows(_cut(dolly[-32 * long :], 32, long)), 4)},
         pool=pool,
-        draws=32,
+        draws=128,
         dtype=torch.bfloat16 if has_instructions(torch.bfloat16) else torch.float32,
         questions={
             name: load_questions(
