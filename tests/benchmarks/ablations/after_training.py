@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from product_selection import CUT, REPAIRED, Way, selected
 from results import Losses, Results, above, header, row
@@ -11,6 +12,7 @@ from subjects import Subject
 
 from training import ONE_FOR_ALL, Variant, evaluated, train
 
+DRAWS = 32  # rows of each kind to select on: searching layers as cut takes longest
 VARIANT = Variant("one-for-all, SMOL (factors)", adapter=ONE_FOR_ALL)
 
 
@@ -25,6 +27,7 @@ def ways(subject: Subject) -> Mapping[str, Way]:
 
 def table_training(subject: Subject, results: Results, seeds: Sequence[int], _: Sequence[str] | None = None) -> None:
     """Held-out loss above the dense model's of every shape, before and after training, with and without repair."""
+    subject = replace(subject, draws=min(DRAWS, subject.draws))
     shapes = [f"{depth}x{width}" for depth in subject.depths for width in subject.widths[:3]]
     whole, *subnets = shapes
     title = f"Repair, and one-for-all training of the same tokens ({subject.path.name}, {subject.steps} steps)"
