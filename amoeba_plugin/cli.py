@@ -177,6 +177,7 @@ def policy(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
     data: Annotated[Path | None, typer.Option(help="The policy itself with all scores, a new .json file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="The policy as a picture, .svg or .png.")] = None,
     num_calibration_samples: SamplesOption = 16,
     max_seq_length: LengthOption = 256,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draw of rows.")] = 42,
@@ -187,6 +188,8 @@ def policy(
     _hush_if(quiet)
     from amoeba_plugin.recipes.inputs import RunOptions
     from amoeba_plugin.recipes.policy import PolicyTools, make_policy
+    from amoeba_plugin.reports.picture import require_picture, save_figure
+    from amoeba_plugin.reports.policy_plot import drawn
     from amoeba_plugin.selection.layerwise.options import listed
     from amoeba_plugin.selection.layerwise.search import PolicyBudget
 
@@ -195,7 +198,9 @@ def policy(
         allocation, exchanges, group_size, not asymmetric,
     )  # fmt: skip
     options = RunOptions(num_samples=num_calibration_samples, max_seq_length=max_seq_length, seed=seed, dtype=dtype)
+    require_picture(plot)
     found = make_policy(model, dataset, output, budget, PolicyTools(sensitivity, quantizer, pruner), options, data)
+    save_figure(lambda: drawn(found), plot, "policy")
     for note in found.notes:
         warn(note)
     done(f"recipe written to {output}: {found.in_words}")

@@ -18,9 +18,10 @@ from llmcompressor import oneshot
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from amoeba_plugin.data.bars import MANY, without_bars
+from amoeba_plugin.data.batch import Batch
 from amoeba_plugin.demo.budgets import within_budgets
 from amoeba_plugin.demo.data import BLOCK_SIZE, FULL, MODEL, QUICK, DemoData, Schedule, demo_data
 from amoeba_plugin.demo.depth_comparison import compare_depth_selectors
@@ -30,16 +31,22 @@ from amoeba_plugin.deployment.latency import DECODE_TOKENS, PROMPT_TOKENS, measu
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.extraction.cut import extract
+from amoeba_plugin.models.registry import architecture_of
 from amoeba_plugin.recipes.files import find_recipe
 from amoeba_plugin.recipes.places import require_new_directory
+from amoeba_plugin.recipes.policy import PolicyTools, recipe_of
 from amoeba_plugin.reports.html import write_report
 from amoeba_plugin.reports.report import REPORT_JSON, Provenance, Report
 from amoeba_plugin.reports.terminal import print_report
 from amoeba_plugin.runtime.ownership import owning
 from amoeba_plugin.runtime.peak_memory import peak_memory
 from amoeba_plugin.runtime.stages import Stages
+from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy
+from amoeba_plugin.selection.layerwise.search import PolicyBudget, find_policy
+from amoeba_plugin.selection.registry import sensitivity_named
 from amoeba_plugin.shape import SubnetShape
 
+AVERAGE_BITS, POLICY_BATCHES = 5.0, 1  # of the dense model's weights, chosen on so much of the calibration data
 VERSIONED = ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors", "torch-pruning")
 
 
@@ -80,6 +87,8 @@ def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
         )  # fmt: skip
     with stages.timed("quantized subnet"):
         quantized = figures.quantized_row(output_dir / "quantized", _chosen_shape(recipe), data)
+    with stages.timed("bits of every layer"):
+        policy = _policy(figures.models[DENSE], data.calibration, output_dir)
     with stages.timed("budgets"):
         judged = output_dir / "judged_data"
         with without_bars():
@@ -93,6 +102,7 @@ def _run(output_dir: Path, schedule: Schedule, seed: int) -> Report:
         shapes=[figures.row(shape) for shape in schedule.shapes],
         depth_selectors=depths,
         quantized=quantized,
+        policy=policy,
         budgets=budgets,
         profile=profile,
         requests=requests,
@@ -120,6 +130,15 @@ def _figures(
     with stages.timed("latency"):
         latency = measure_latency(models, rounds=schedule.latency_rounds)
     return Figures(models, sizes, before, after, latency)
+
+
+def _policy(dense: PreTrainedModel, calibration: list[Batch], output_dir: Path) -> LayerwisePolicy:
+    """Choose bits for the dense model, and write them, and the recipe of llm-compressor's own that carries them out."""
+    adapter, scored = architecture_of(dense.config), sensitivity_named("output_error")
+    found = find_policy(dense, adapter, calibration[:POLICY_BATCHES], scored, PolicyBudget(AVERAGE_BITS))
+    found.save(output_dir / "policy.json")
+    (output_dir / "policy.yaml").write_text(recipe_of(found, dense, PolicyTools()), encoding="utf-8")
+    return found
 
 
 def _write_recipe(output_dir: Path, data: DemoData, schedule: Schedule, seed: int) -> Path:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.search.frontier import Frontier
-from amoeba_plugin.reports import frontier_plot, profile_plot
+from amoeba_plugin.reports import frontier_plot, policy_plot, profile_plot
 from amoeba_plugin.reports.format import millions, number, percent, size
 from amoeba_plugin.reports.frontier_table import headings_of, lines_of, notes_on
 from amoeba_plugin.reports.picture import inline_svg
@@ -48,11 +48,14 @@ def render_html(report: Report) -> str:
     latency = None
     if timed:
         latency = figure(lambda: latency_plot(latencies), "latency", "Prefill and decode latency over block parameters")
+    policy, bits = report.policy, None
+    if policy is not None:
+        bits = figure(lambda: policy_plot.drawn(policy), "policy", "Bits of every layer")
     return render_page(
         "report.html.j2",
         [row.frontier for row in report.budgets],
         report.profile,
-        report=report, gap_svg=gap, latency_svg=latency, best=report.best_selectors(),
+        report=report, gap_svg=gap, latency_svg=latency, policy_svg=bits, best=report.best_selectors(),
     )  # fmt: skip
 
 

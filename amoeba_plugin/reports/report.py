@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.search.frontier import Frontier
+from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy
 
 REPORT_JSON = "report.json"
 LEAST_GAP = 1e-6  # nats per token; what is less is rounding
@@ -190,6 +191,7 @@ class Report(_Row):
         objective: What the dynamic program optimised, with its unit.
         larger_is_better: Whether a larger objective is a better model.
         quantized: ``None`` where nothing was quantized.
+        policy: Bits of the dense model, layer by layer; ``None`` where none were chosen.
         budgets: The best subnets within budgets of this machine.
         profile: What shapes cost on it; ``None`` where that was not measured.
         requests: The same prompt under several targets for time.
@@ -205,6 +207,7 @@ class Report(_Row):
     objective: str = "loss, nats per token"
     larger_is_better: bool = False
     quantized: QuantizedRow | None = None
+    policy: LayerwisePolicy | None = None
     budgets: list[BudgetRow] = Field(default_factory=list)
     profile: Profile | None = None
     requests: list[RequestRow] = Field(default_factory=list)

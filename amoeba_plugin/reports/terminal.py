@@ -26,6 +26,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_depth_table(report))
     if report.quantized is not None:
         console.print(_quantized_table(report.quantized))
+    if report.policy is not None:
+        console.print(f"Bits of every layer of the dense model: {report.policy.in_words}")
     for row in report.budgets:
         console.print(table_of(row.frontier))
         of = row.deployed

@@ -129,12 +129,14 @@ def test_the_recipe_runs_without_this_package_and_reloads_with_equal_logits(
 def test_averages_are_those_of_the_file(tmp_path: Path, half: Path, data: Path):
     """Scales, zero points and all; and a unit's modules have one scheme."""
     options = ("--average-bits", "6", "--quantizer", "rtn", "--asymmetric", "--exchanges", "0")
+    options += ("--plot", str(tmp_path / "p.svg"))
     assert policy(half, data, "-o", str(tmp_path / "p.yaml"), "--data", str(tmp_path / "p.json"), *options)[0] == 0
     out = run_recipe(str(tmp_path / "p.yaml"), str(half), str(data), tmp_path / "out", OPTIONS).directory
     found = LayerwisePolicy.load(tmp_path / "p.json")
     assert len({unit.bits for unit in found.units.values()}) > 1
     assert stored_bits(out) == pytest.approx(found.average_bits, rel=1e-3)
     assert 5 < found.average_bits <= 6
+    assert "<svg" in (tmp_path / "p.svg").read_text()
 
 
 def test_zeros_are_where_the_policy_says(tmp_path: Path, half: Path, data: Path):

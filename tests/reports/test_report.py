@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from amoeba_plugin.reports import policy_plot
 from amoeba_plugin.reports.html import render_html, write_report
 from amoeba_plugin.reports.report import (
     DepthRow,
@@ -22,6 +23,7 @@ from amoeba_plugin.reports.report import (
     ShapeRow,
 )
 from amoeba_plugin.reports.terminal import print_report
+from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy, UnitPolicy
 
 
 def quality(loss: float, accuracy: float = 0.8) -> Quality:
@@ -39,6 +41,21 @@ def row(shape: str, share: float, before: float, after: float | None) -> ShapeRo
         prefill_ms=30 * share,
         decode_ms=10 * share,
     )
+
+
+def policy() -> LayerwisePolicy:
+    """Every cell says something else."""
+    options = [(4, 0.0), (8, 0.25), (16, 0.5)]
+    units = {
+        f"{layer}.{kind}": UnitPolicy(
+            modules=[kind], rows=8, columns=64 * 2**place, bits=bits, sparsity=zeros + layer / 8
+        )
+        for layer in range(2)
+        for place, (kind, (bits, zeros)) in enumerate(
+            zip(("q_proj+k_proj+v_proj", "o_proj", "mlp.down_proj"), options, strict=True)
+        )
+    }
+    return LayerwisePolicy(sensitivity="kl", allocation="knapsack", group_size=64, symmetric=True, units=units)
 
 
 @pytest.fixture
@@ -60,6 +77,7 @@ def report() -> Report:
             unquantized=quality(2.4),
             mean_kl_divergence=0.01,
         ),
+        policy=policy(),
         requests=[
             RequestRow(
                 slo="ttft 12 ms",
@@ -166,6 +184,19 @@ def test_the_page_holds_every_shape_and_is_the_same_every_time(report: Report):
         assert text.count(each.shape) >= 2  # in the plot and in the table
     assert text == render_html(report)
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]\b", text)  # no colour that only one theme can show
+
+
+def test_a_policy_has_a_cell_for_every_unit_of_every_layer(report: Report):
+    found = policy()
+    (axes,) = policy_plot.drawn(found).axes
+    shown = {(round(each.get_position()[1]), round(each.get_position()[0])): each.get_text() for each in axes.texts}
+    assert shown == {
+        (0, 0): "4", (1, 0): "8\n25%", (2, 0): "16\n50%", (0, 1): "4\n12%", (1, 1): "8\n38%", (2, 1): "16\n62%",
+    }  # fmt: skip
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["q, k, v", "o", "down"]
+    assert f"at {found.in_words} on" in render_html(report)
+    assert "Bits of every layer" in printed(report)
+    assert "Bits of every layer" not in render_html(report.model_copy(update={"policy": None}))
 
 
 def test_requests_have_what_they_were_promised_and_what_they_got(report: Report):
