@@ -46,8 +46,8 @@ def drawn(policy: LayerwisePolicy) -> Figure:
     axes.tick_params(colors=INK, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    zeros = any(unit.sparsity for unit in policy.units.values())
-    shown = "bits of a weight, and the share of them that is zero" if zeros else "bits of a weight"
+    pruned = any(unit.sparsity for unit in policy.units.values())
+    shown = "bits of a weight, and the share of them that is zero" if pruned else "bits of a weight"
     figure.suptitle(f"{shown}\n{policy.in_words}", fontsize=9, color=INK, parse_math=False)
     figure.set_layout_engine("constrained")
     return figure

@@ -86,7 +86,14 @@ class Bottom:
         modules = [self.exits.model.get_input_embeddings(), *self.exits.layers[:below]]
         kept = self.trained if not self.exits.stacked else frozenset()
         tensors = (value.detach().cpu() for module in modules for value in _tensors(module) if id(value) not in kept)
-        return f"{below}-{self.dtype}-{_digest(tensors)}"
+        return f"{below}-{self._computing}-{_digest(tensors)}"
+
+    @property
+    def _computing(self) -> torch.dtype | None:
+        """The dtype that layers are cast to: their own, or the training's."""
+        kind = next(self.exits.model.parameters()).device.type
+        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self.dtype or around
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -205,6 +205,18 @@ def test_kept_states_of_other_weights_are_not_used(tmp_path: Path):
         require_close(found, exits.states(inputs, [2])[0][0])
 
 
+def test_kept_states_of_another_autocast_are_not_used(tmp_path: Path):
+    model, exits = tuned(depths=[4])
+    inputs = {"input_ids": torch.tensor([make_rows()[0]["input_ids"]])}
+    where = {"cache_gib": 0.1, "cache_dir": tmp_path / "states", "bottom_dtype": "same"}
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = make_trainer(model, exits, tmp_path, window=2, **where).bottom.states(2, inputs)
+    found, _ = make_trainer(model, exits, tmp_path, window=2, **where).bottom.states(2, inputs)
+    with torch.no_grad():
+        require_close(found, exits.states(inputs, [2])[0][0])
+    assert (found - rounded).abs().max() > 1e-4
+
+
 def test_the_bottom_computes_in_the_dtype_asked_for(tmp_path: Path):
     model, exits = tuned(depths=[4])
     trainer = make_trainer(model, exits, tmp_path, window=2, max_steps=1, bottom_dtype="bfloat16")
