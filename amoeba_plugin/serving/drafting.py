@@ -84,6 +84,11 @@ class DraftingBackend:
         return self._larger.space
 
     @property
+    def switches(self) -> int:
+        """How often the shape of a tree of modules changed."""
+        return self._larger.switches + self._smaller.switches
+
+    @property
     def context(self) -> int | None:
         """The positions that the model was made for."""
         return self._larger.context

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from amoeba_plugin.cli import AmoebaGroup
 from amoeba_plugin.deployment.profiling.asked import subject_of
-from amoeba_plugin.deployment.profiling.profile import Profile
+from amoeba_plugin.deployment.profiling.profile import DraftedPair, Drafting, Profile
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.plugins.commands import offered_commands
@@ -30,6 +30,7 @@ from amoeba_plugin.serving.compact.features import Features
 from amoeba_plugin.serving.compact.files import Tuned, save_compact
 from amoeba_plugin.serving.compact.heads import Choices, DecisionHead, ScoreHead
 from amoeba_plugin.serving.compact.reader import CompactModel
+from amoeba_plugin.serving.drafting import DraftingBackend
 from amoeba_plugin.serving.feasible import profiled
 from amoeba_plugin.shape import SubnetShape
 
@@ -113,6 +114,31 @@ def test_a_profile_of_another_model_or_machine_is_refused(elastic: Path, profile
     other.write_text("{}")
     with pytest.raises(ArtifactError):
         profile_for_service(subject, How(other), "elastic")
+
+
+def test_small_shapes_draft_where_the_profile_says_so(elastic: Path, profile: Path, tmp_path: Path):
+    known = Profile.load(profile)
+    pair = DraftedPair(drafter="2x1/2", target="4x1", acceptance=0.9, alone=10.0, drafted=20.0)
+    live, _ = load_elastic(elastic)
+    known.drafting = Drafting(fingerprint=live.strategy.fingerprint, ahead=3, pairs=[pair])
+    known.save(tmp_path / "profile.json")
+    said = []
+    threads = torch.get_num_threads()
+    for how in (How(tmp_path / "profile.json"), How(tmp_path / "profile.json", drafts=False), How(profile)):
+        made = resident.make_resident(elastic, how, Limits())
+        torch.set_num_threads(threads)
+        with made.service:
+            answer = made.service.ask(Request(range(3, 13), most=12))
+            said.append([(each.token, each.log_probability) for each in answer])
+        assert isinstance(made.backend, DraftingBackend) == (len(said) == 1)
+        if isinstance(made.backend, DraftingBackend):
+            assert made.backend.counts.drafted > 0
+            assert made.backend.switches > 0
+        assert str(answer.decision.shape) == "4x1"
+    for one, other in zip(said[0], said[1], strict=True):
+        assert one[0] == other[0]
+        assert one[1] == pytest.approx(other[1], abs=1e-4)
+    assert said[1] == said[2]
 
 
 def test_a_compact_model_decides_and_shortens_prompts(elastic: Path, profile: Path, tmp_path: Path):

@@ -37,6 +37,9 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 1024,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that are taken and not done, at most.")] = 64,
     base: Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")] = None,
+    drafts: Annotated[
+        bool, typer.Option(help="Let small shapes draft where `amoeba profile --drafting` found that it is faster.")
+    ] = True,
 ) -> None:
     """Serve an elastic model, OpenAI-compatible: every request names its own time, and gets the shape that keeps it."""
     from amoeba_http_service.resident import How
@@ -45,7 +48,7 @@ def serve(
 
     run_server(
         elastic,
-        How(profile, decider, shape, decisions, threads, base),
+        How(profile, decider, shape, decisions, threads, base, drafts),
         Limits(max_body, max_prompt, max_tokens, max_waiting),
         Door(host, port, os.environ.get(TOKEN, "")),
     )

@@ -16,12 +16,15 @@ from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.profiling.subjects import Subject
 from amoeba_plugin.deployment.search.preflight import require_of
 from amoeba_plugin.elastic.checkpoint import load_elastic
+from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.record import read_record
 from amoeba_plugin.errors import ArtifactError, ServiceError
 from amoeba_plugin.runtime.messages import say
 from amoeba_plugin.serving.backend import TorchBackend
 from amoeba_plugin.serving.compact.files import load_compact
 from amoeba_plugin.serving.deciders import Decider, DeciderOptions
+from amoeba_plugin.serving.drafted_pairs import drafters_of
+from amoeba_plugin.serving.drafting import DraftingBackend
 from amoeba_plugin.serving.feasible import LatencyOf, profiled
 from amoeba_plugin.serving.registry import decider_named
 from amoeba_plugin.serving.service import ElasticService
@@ -44,6 +47,7 @@ class How:
         decisions: Directory of a compact model, which ``amoeba tune-decisions`` made.
         threads: That compute; ``None``: those of the profile, of a new one 1.
         base: Where the base model is now, if it moved.
+        drafts: Let small shapes draft for larger ones where the profile says that they gain from it.
     """
 
     profile: Path
@@ -52,6 +56,7 @@ class How:
     decisions: Path | None = None
     threads: int | None = None
     base: str | None = None
+    drafts: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Resident:
 
     name: str
     service: ElasticService
-    backend: TorchBackend
+    backend: TorchBackend | DraftingBackend
     tokenizer: PreTrainedTokenizerBase
     latency_of: LatencyOf
     ends: frozenset[int]
@@ -111,9 +116,17 @@ def make_resident(elastic: Path, how: How, limits: Limits) -> Resident:
     if live.model.dtype != torch.float32 and live.model.device.type == "cpu":
         live.model.float()  # what the profile measured
     reader = None if how.decisions is None else load_compact(how.decisions, live)[0]
-    backend, latency_of = TorchBackend(live), profiled(profile, FLOW)
+    backend, latency_of = _backend(live, profile, how), profiled(profile, FLOW)
     service = ElasticService(backend, latency_of, decider, reader, most_waiting=limits.waiting)
     return Resident(elastic.resolve().name, service, backend, tokenizer, latency_of, _ends(live.model, tokenizer))
+
+
+def _backend(live: ElasticModel, profile: Profile, how: How) -> TorchBackend | DraftingBackend:
+    drafters = drafters_of(profile, live) if how.drafts else {}
+    if not drafters or profile.drafting is None:
+        return TorchBackend(live)
+    say(f"small shapes draft for {', '.join(map(str, drafters))}, as the profile says")
+    return DraftingBackend(live, drafters, profile.drafting.ahead)
 
 
 def decider_of(how: How, space: ShapeSpace) -> Decider:
