@@ -154,19 +154,19 @@ class _Watch:
             else:
                 tokens = expert_inputs(group, module, args, rows)
             stats = ActivationStats.of(tokens)
-            require_finite(stats, key, self.number)
+            require_finite(stats.sum_squared_deviation, key, self.number)
             self.seen[key] = self.seen[key].merge(stats) if key in self.seen else stats
 
         return hook
 
 
-def require_finite(stats: ActivationStats, key: str, batch: int) -> None:
-    """Refuse statistics of a group that are not finite.
+def require_finite(sums: Tensor, key: str, batch: int) -> None:
+    """Refuse sums over what flowed into a group's linear that are not finite.
 
     Raises:
         DataError: With the group and the batch.
     """
-    if not bool(torch.isfinite(stats.sum_squared_deviation).all()):
+    if not bool(torch.isfinite(sums).all()):
         raise DataError(
             f"activations of {key} are NaN or infinite on calibration batch {batch}; check the "
             "weights, load them in bfloat16 or float32 instead of float16, and look at that batch"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amoeba_plugin.models.adapter import ChannelGroup
+from amoeba_plugin.runtime.dtypes import products_of
 from amoeba_plugin.runtime.module_calls import onloaded
 from amoeba_plugin.runtime.ranks import sum_over_ranks
 from amoeba_plugin.selection.depth.lockstep import Lockstep
@@ -97,8 +98,10 @@ def drifting(
         for batch, given in enumerate(lockstep.batches):
             whole, narrow = lockstep.flying[WHOLE, batch].float(), lockstep.cached[layer + 1, batch].float()
             present = given["attention_mask"].bool().flatten().to(narrow.device)
-            lost = (whole - narrow).flatten(0, -2)[present]
-            cross += (lost.mT @ lockstep.flying["neurons", batch].float()[present]).to("cpu", torch.float64)
+            neurons = lockstep.flying["neurons", batch][present]
+            lost = (whole - narrow).flatten(0, -2)[present].to(neurons.dtype).float()
+            with products_of(neurons.dtype):
+                cross += (lost.mT @ neurons.float()).to("cpu", torch.float64)
             lockstep.flying.discard(("neurons", batch))
         return Drift(share * sum_over_ranks(cross))
 

@@ -31,7 +31,7 @@ class Moments:
     Attributes:
         seen: (channels, channels) fp64, sum over tokens; where the inputs are.
         held_out: The same of other tokens.
-        stats: Of all of them.
+        stats: Of all of them, where they are wanted; else of none.
     """
 
     seen: Tensor
@@ -44,15 +44,22 @@ class Moments:
         seen, held_out = (torch.zeros(channels, channels, dtype=torch.float64) for _ in range(2))
         return cls(seen, held_out, ActivationStats.empty(channels))
 
-    def add(self, inputs: Tensor, held_out: bool) -> None:
-        """Count inputs (tokens, channels), any float dtype; multiplied in fp32, summed in fp64."""
+    def add(self, inputs: Tensor, held_out: bool, stats: bool = True) -> None:
+        """Count inputs (tokens, channels), any float dtype; multiplied in fp32, summed in fp64.
+
+        Args:
+            inputs: To be counted.
+            held_out: Whether they are.
+            stats: Whether statistics of each channel are wanted.
+        """
         rows = inputs.detach().float()
         where = rows.device if rows.device.type != "mps" else torch.device("cpu")  # which has no fp64
         self.seen, self.held_out = self.seen.to(where), self.held_out.to(where)
         with products_of(inputs.dtype):
             gram = gram_of(rows)
         (self.held_out if held_out else self.seen).add_(gram.to(where, torch.float64))
-        self.stats = self.stats.merge(ActivationStats.of(inputs))
+        if stats:
+            self.stats = self.stats.merge(ActivationStats.of(inputs))
 
     def over_ranks(self) -> Moments:
         """Return the moments of the tokens of all ranks together."""
@@ -153,7 +160,11 @@ def _digest(tokens: Tensor, present: Tensor) -> int:
 
 @contextmanager
 def watched(
-    layer: nn.Module, groups: Mapping[str, ChannelGroup], batches: Sequence[Batch], held_out: Sequence[Tensor]
+    layer: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    batches: Sequence[Batch],
+    held_out: Sequence[Tensor],
+    stats: bool = True,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """Gather, in a block, the moments of what flows into the consumers of one layer.
 
@@ -162,6 +173,7 @@ def watched(
         groups: Of it, by key.
         batches: What will run through it; padded tokens do not count.
         held_out: Rows of every batch, from :func:`held_out_rows`.
+        stats: Whether statistics of each channel are wanted.
 
     Yields:
         By key the moments, which the block fills; and what has to be told the number of every batch before it runs.
@@ -182,8 +194,8 @@ def watched(
                 rows = args[0].flatten(0, -2)[some]  # OPT calls its MLP with batch and positions as one axis
             else:
                 rows = expert_inputs(group, module, args, some)
-            moments[key].add(rows, apart)
-        require_finite(moments[key].stats, key, running[0])
+            moments[key].add(rows, apart, stats)
+        require_finite(moments[key].seen.diagonal() + moments[key].held_out.diagonal(), key, running[0])
 
     handles = [
         layer.get_submodule(group.consumer.path).register_forward_pre_hook(partial(look, key, group))

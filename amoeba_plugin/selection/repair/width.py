@@ -218,11 +218,11 @@ def _seen(
         share: Of what was lost that is.
     """
     if neurons is None or group_key(index, neurons) not in part:
-        with watched(lockstep.layers[index], part, lockstep.batches, held_out) as (moments, begin):
+        with watched(lockstep.layers[index], part, lockstep.batches, held_out, stats=False) as (moments, begin):
             lockstep.run_layer(index, begin)
         return moments, {}
     with (
-        watched(lockstep.layers[index], part, lockstep.batches, held_out) as (moments, begin),
+        watched(lockstep.layers[index], part, lockstep.batches, held_out, stats=False) as (moments, begin),
         drifting(lockstep, neurons, index, share) as (begin_too, drift),
     ):
         lockstep.run_layer(index, lambda batch: (begin(batch), begin_too(batch)))
