@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 RANKED_BY = (
     "widths", "totals", "importance", "allocation", "anchor_layers", "round_to", "repair", "bias_compensation",
 )  # fmt: skip
-JUDGING_SPLITS = 64  # rows that judge splits of a width, an eighth at least: on fewer, splits that are near change places
+JUDGING_SPLITS = 64  # rows that judge splits of a width, an eighth at least: on fewer, close ones change places
 OF_REPAIRED, OF_CUT = "obs", "flap"  # importances, where nothing else is asked for
 GIB, MOMENTS_GIB = 2**30, 4.0  # of moments in memory; the rest is files
 
