@@ -29,10 +29,11 @@ from amoeba_plugin.models.fingerprint import model_fingerprint
 from amoeba_plugin.models.registry import architecture_for
 from amoeba_plugin.recipes.inputs import RunOptions
 from amoeba_plugin.recipes.run import run_recipe
-from amoeba_plugin.selection.activation_stats import collect_statistics
 from amoeba_plugin.selection.layer_runs import LayerRuns
 from amoeba_plugin.selection.registry import importance_named, repair_named
+from amoeba_plugin.selection.repair.collect import collect_moments
 from amoeba_plugin.selection.repair.depth import fold_depths
+from amoeba_plugin.selection.repair.moments import ChannelMoments
 from amoeba_plugin.selection.repair.width import repair_shapes
 from amoeba_plugin.selection.width.ranking import rank_widths
 from amoeba_plugin.selection.width.task import WidthTask
@@ -134,9 +135,11 @@ def test_a_stage_of_its_own_saves_an_ordinary_subnet(model_type: str, data: Data
     kept = {int(depth): tuple(layers) for depth, layers in recipe.modifiers[0].kept_layers.items()}
     adapter, whole = architecture_for(model_type), AutoModelForCausalLM.from_pretrained(base)
     rows = [{name: torch.tensor(data[name]) for name in data.column_names}]
-    statistics = collect_statistics(whole, adapter, rows, progress=False)
-    widths = rank_widths(WidthTask(whole, adapter, importance_named("flap"), [Fraction(1), Fraction(3, 4)], statistics))
     runs = LayerRuns.of(whole, adapter, rows)
+    with ChannelMoments.of(2**30) as moments:
+        collect_moments(runs, moments, progress=False)
+        shares = [Fraction(1), Fraction(3, 4)]
+        widths = rank_widths(WidthTask(whole, adapter, importance_named("obs"), shares, moments.stats, moments=moments))
     folds = fold_depths(runs, DepthStrategy(kept), progress=False)
     repairs = repair_shapes(runs, widths, repair_named("least_squares"), folds, progress=False)
     strategy = SubnetStrategy(DepthStrategy(kept), widths, model_fingerprint(whole, adapter), repairs=repairs)
