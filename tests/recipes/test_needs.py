@@ -89,6 +89,17 @@ def saved_model(directory: Path) -> Path:
     return directory
 
 
+def run_on_words(recipe: str, directory: Path) -> None:
+    """Run a recipe on a small model and 12 rows of text, of which 8 are drawn."""
+    (directory / "recipe.yaml").write_text(recipe)
+    rows = [{"text": " ".join(f"w{(3 * row + 7 * place) % 97}" for place in range(24))} for row in range(12)]
+    (directory / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_recipe(
+        str(directory / "recipe.yaml"), str(saved_model(directory / "model")), str(directory / "text.jsonl"),
+        directory / "out", RunOptions(num_samples=8, max_seq_length=16, batch_size=2, dtype="float32"),
+    )  # fmt: skip
+
+
 def test_a_run_takes_no_more_than_it_was_told(tmp_path: Path) -> None:
     elastic = tmp_path / "elastic"
     given = '{min_depth: 2, kept_layers: {"3": [0, 2, 3], "2": [0, 2]}}'  # one removed layer, and two that are apart
@@ -97,13 +108,7 @@ def test_a_run_takes_no_more_than_it_was_told(tmp_path: Path) -> None:
         '"3/4"]}', '"3/4"], allocation: uniform, resume_dir: STEPS}'
     )
     recipe = recipe.replace("STEPS", str(tmp_path / "steps"))
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    rows = [{"text": " ".join(f"w{(3 * row + 7 * place) % 97}" for place in range(24))} for row in range(12)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_recipe(
-        str(tmp_path / "recipe.yaml"), str(saved_model(tmp_path / "model")), str(tmp_path / "text.jsonl"),
-        tmp_path / "out", RunOptions(num_samples=8, max_seq_length=16, batch_size=2, dtype="float32"),
-    )  # fmt: skip
+    run_on_words(recipe, tmp_path)
     told, weights = needs_of(recipe).disk.written, weights_of(recipe)
     assert SubnetStrategy.load(elastic).repairs.bytes == 4 * weights.repaired > 0
     adapter = sum(each.stat().st_size for each in (elastic / "adapter").iterdir())
@@ -158,13 +163,7 @@ def test_a_tuning_takes_no_more_of_the_disk_than_it_was_told(adapter: str, tmp_p
     recipe = TUNING + f"      adapter: {adapter}\n      tuned_dir: {tmp_path / 'tuned'}\n"
     recipe += "      policy: sequential\n      cache_gib: 1\n"
     recipe += f"      save_steps: 1\n      checkpoint_dir: {tmp_path / 'steps'}\n"
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    rows = [{"text": " ".join(f"w{(3 * row + 7 * place) % 97}" for place in range(24))} for row in range(12)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_recipe(
-        str(tmp_path / "recipe.yaml"), str(saved_model(tmp_path / "model")), str(tmp_path / "text.jsonl"),
-        tmp_path / "out", RunOptions(num_samples=8, max_seq_length=16, batch_size=2, dtype="float32"),
-    )  # fmt: skip
+    run_on_words(recipe, tmp_path)
     told = needs_of(recipe).disk.written
     tuned, steps = bytes_in(tmp_path / "tuned"), bytes_in(tmp_path / "steps")
     assert tuned <= told["the tuned model"] <= 2 * tuned + 2 * TEXTS
