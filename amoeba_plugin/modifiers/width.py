@@ -246,20 +246,21 @@ class WidthShrinkingModifier(Modifier):
             task = self._task(model, adapter, batches, moments)
             if self.allocation != "measured":
                 return Ranking(rank_widths(task), {}, tuple(task.anchors), self.repair)
-            trials = None if runs is None else self._trials(runs, moments, selection)
-            _, judging = parted(batches, JUDGING_SPLITS)
+            at_depths = bool(self.totals) and selection.depth is not None
+            fitting, judging = parted(batches, LEAST_JUDGING if at_depths else JUDGING_SPLITS)
+            trials = None if runs is None else self._trials(runs, moments, selection, fitting, judging)
             found, shapes = measured_widths(task, objective_named("loss"), judging or batches, trials=trials)
             return Ranking(found, shapes, tuple(task.anchors), self.repair)
 
-    def _trials(self, runs: LayerRuns, moments: ChannelMoments, selection: Selection) -> Trials:
+    def _trials(
+        self, runs: LayerRuns, moments: ChannelMoments, selection: Selection, fitting: list[Batch], judging: list[Batch]
+    ) -> Trials:
         """Return what tries sizes, repaired, and judged on rows that repair no trial; for totals at all depths."""
-        objective, together = objective_named("loss"), bool(self.totals) and selection.depth is not None
+        objective = objective_named("loss")
         repair = None if self.repair == NO_REPAIR else WidthRepair(repair_named(self.repair), moments, unseen=True)
-        fitting, judging = parted(selection.batches, LEAST_JUDGING if together else JUDGING_SPLITS)
         judged = runs if not judging else LayerRuns.of(runs.model, runs.adapter, judging)
-        if not together:
+        if not self.totals or selection.depth is None:
             return Trials(judged, objective, repair)
-        assert selection.depth is not None
         whole = {depth: kept for depth, kept in selection.depth.kept.items() if depth not in selection.depth.lost}
         fit = runs if not judging else LayerRuns.of(runs.model, runs.adapter, fitting)
         with FoldTable.of(fit) as table:

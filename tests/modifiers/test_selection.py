@@ -12,10 +12,12 @@ from llmcompressor.core import active_session, reset_session
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amoeba_plugin.errors import AmoebaError, ArchitectureError, ShapeError
-from amoeba_plugin.modifiers import DepthShrinkingModifier
+from amoeba_plugin.modifiers import DepthShrinkingModifier, WidthShrinkingModifier
+from amoeba_plugin.modifiers.width import JUDGING_SPLITS
 from amoeba_plugin.recipes.read import plan_recipe
+from amoeba_plugin.selection.repair.fold_table import parted
 from amoeba_plugin.shape import SubnetShape
-from support.batches import token_dataset
+from support.batches import make_random_batches, token_dataset
 from support.models import logits, save_base
 from support.recipes import DEPTH, WIDTH, recipe, run
 
@@ -138,3 +140,11 @@ def test_a_total_that_makes_no_sense_is_refused_before_anything_runs(
 def test_a_least_depth_is_a_number_of_layers_or_a_share(least: object) -> None:
     with pytest.raises(ValueError, match="min_depth|width"):
         DepthShrinkingModifier(min_depth=least)
+
+
+@pytest.mark.parametrize(("rows", "judging"), [(8, 4), (100, 50), (512, 64), (1024, 128)])
+def test_as_many_rows_judge_splits_as_are_told(rows: int, judging: int) -> None:
+    batches = make_random_batches(rows // 4, rows=4, positions=6, seed=3)
+    assert WidthShrinkingModifier(widths=["1", "1/2"]).judging(rows) == judging
+    _, judged = parted(batches, JUDGING_SPLITS)
+    assert sum(len(batch["input_ids"]) for batch in judged) == judging

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from transformers import AutoTokenizer
 
+from amoeba_plugin.demo.data import MODEL as DEMO_MODEL
 from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.asked import flows_of, subject_of
 from amoeba_plugin.deployment.profiling.measure import Measuring, profile_model
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.search.preflight import profile_for
-from amoeba_plugin.elastic.checkpoint import attach_smol, load_elastic, save_elastic
+from amoeba_plugin.elastic.checkpoint import attach_smol, attached_config, load_elastic, save_elastic
 from amoeba_plugin.elastic.lora import attach_lora
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.smol import SmolConfig
@@ -36,6 +38,7 @@ def test_the_stand_in_of_a_checkpoint_has_an_adapter_of_the_same_tensors(kind: s
     assert (theirs is None) == (kind == "none")
     assert stand_in.space == live.space
     told = {"smol": "SMOL of rank 4, num_experts 3, combination outputs, on ", "lora": "LORA of rank 3, on "}
+    assert attached_config(live) is (None if peft_model is None else peft_model.peft_config["default"])
     assert subject.adapted_by == (told[kind] + "down_proj, q_proj" if kind in told else "")
 
 
@@ -65,3 +68,13 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path):
     (tmp_path / "elastic" / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(ArtifactError, match="adapter is damaged.*copy the checkpoint anew"):
         subject_of(str(tmp_path / "elastic"), None, [], [])
+
+
+def test_shapes_are_saved_with_the_models_own_tokenizer(tmp_path: Path):
+    subject = subject_of(str(DEMO_MODEL), None, ["10"], ["1/2"])
+    saved = AutoTokenizer.from_pretrained(subject.save_shape(subject.space.smallest, tmp_path / "own"))
+    assert saved.get_vocab() == AutoTokenizer.from_pretrained(DEMO_MODEL).get_vocab()
+    write_elastic(tmp_path)  # without a tokenizer
+    subject = subject_of(str(tmp_path / "elastic"), None, [], [])
+    saved = AutoTokenizer.from_pretrained(subject.save_shape(subject.space.smallest, tmp_path / "none"))
+    assert len(saved) == subject.config.vocab_size
