@@ -10,6 +10,7 @@ import torch
 from llmcompressor.core import Event, EventType, State, active_session
 from peft import LoraConfig, PeftModel
 from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.data.batch import Batch
@@ -27,8 +28,10 @@ from amoeba_plugin.runtime.ranks import rank
 from amoeba_plugin.smol import SmolConfig
 from amoeba_plugin.training.one_for_all.options import OneForAllOptions
 from amoeba_plugin.training.one_for_all.step import StepHost, SubnetStep
+from amoeba_plugin.training.one_for_all.strengths import fit_strengths
 from amoeba_plugin.training.one_for_all.train import train_one_for_all
 
+FEWEST = 4  # sequences that strengths are chosen by, unless fewer are asked for
 NOT_OF_THE_TRAINING = {"elastic_dir", "conflict_every"}  # fields that do not change what is trained
 
 
@@ -72,6 +75,9 @@ class OneForAllDistillationModifier(TrainedModifier):
         kd_weight: Weight of distillation against the labels for all but the largest subnet. Default 1.
         distill_all_tokens: Distil every position, not just those before a target token. Default false.
         distill_steps: Optimizer steps with distillation; after them all learn from the labels alone. Default: all.
+        strength_rows: Sequences that are not trained on, the last ones, an eighth of all at most: they decide how much
+            of the adapter every shape takes, between nothing and all of it, so that none ends worse than it began;
+            SMOL only. 0, or where an eighth is less than 4 of them: all take all of it. Default 16.
         loss_balancing: Scale each subnet's gradient by loss of the largest / its loss. Default true.
         max_balance_ratio: The largest such ratio. Default 10.
         conflict_every: Optimizer steps between two measurements of the cosines between the subnets' gradients, which
@@ -93,6 +99,7 @@ class OneForAllDistillationModifier(TrainedModifier):
     kd_weight: float = Field(default=1.0, ge=0, le=1)
     distill_all_tokens: bool = False
     distill_steps: int | None = Field(default=None, ge=0)
+    strength_rows: int = Field(default=16, ge=0)
     loss_balancing: bool = True
     max_balance_ratio: float = Field(default=10.0, gt=0)
     conflict_every: int = Field(default=0, ge=0)
@@ -183,10 +190,21 @@ class OneForAllDistillationModifier(TrainedModifier):
         of = {"model": strategy.fingerprint, "space": str(strategy.space), "kept_layers": strategy.depth.table}
         with self.training_directory(of, NOT_OF_THE_TRAINING) as directory, on_main_device(elastic.model):
             rows = self.rows(str(config.name_or_path), config.vocab_size, calibration)
+            rows, apart = self._parted(rows)
             self.tell_repetition(len(rows))
             with torch.enable_grad():
                 train_one_for_all(elastic, trained, rows, self.options(), self.arguments(directory))
+            if apart:
+                assert peft_model is not None
+                fit_strengths(elastic, peft_model, apart)
         return None if peft_model is None else peft_model.eval()
+
+    def _parted(self, rows: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[Batch]]:
+        """Return what is trained on, and what decides about strengths."""
+        smol = self.adapter != "none" and self.adapter.type == "smol"
+        apart = min(self.strength_rows, len(rows) // 8)
+        kept = len(rows) - (apart if smol and apart >= min(FEWEST, self.strength_rows) else 0)
+        return rows[:kept], [{name: tensor[None] for name, tensor in row.items()} for row in rows[kept:]]
 
     def attach(self, elastic: ElasticModel) -> PeftModel | None:
         """Put the adapter on the elastic model; without one, its own parameters become trainable.

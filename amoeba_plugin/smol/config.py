@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from fractions import Fraction
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 
 from amoeba_plugin.errors import AdapterError, ConfigError, ShapeError
 from amoeba_plugin.models.kept import Kept, read_kept, write_kept
-from amoeba_plugin.shape import ShapeSpace, half_steps, parse_depth, parse_width
+from amoeba_plugin.shape import ShapeSpace, SubnetShape, half_steps, parse_depth, parse_width
 from amoeba_plugin.smol import host
 from amoeba_plugin.smol.host import extend_peft_type
 
@@ -67,6 +68,8 @@ class SmolConfig(PeftConfig):
             may well be served best by few experts: a token router needs the term for equal loads on devices, here it
             trades quality for diversity.
         adapt_largest: False: at the whole model all weights are 0, so it stays the base model whatever was trained.
+        strengths: Shape -> factor of its update, ``{"12x3/4": 0.6}``, 1 for shapes that are not named; as
+            :func:`amoeba_plugin.training.one_for_all.strengths.fit_strengths` finds them after a training.
         router_nonlinearity: Between the router's two layers: "none" (as the reference), "relu", "gelu", "silu", "tanh".
         init_weights: True: A Kaiming-uniform and B zero; "gaussian": A normal with std 1/r and B zero; False: both
             random.
@@ -108,6 +111,7 @@ class SmolConfig(PeftConfig):
     router_nonlinearity: str = field(default="none", metadata={"help": "Between the router's two layers."})
     router_load_balancing: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     adapt_largest: bool = field(default=True, metadata={"help": "False: the whole model stays the base model."})
+    strengths: dict[str, float] = field(default_factory=dict, metadata={"help": "Shape -> factor of its update."})
     init_weights: bool | str = field(default=True, metadata={"help": "True, False or 'gaussian'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> rank."})
@@ -154,6 +158,7 @@ class SmolConfig(PeftConfig):
         self._check_experts()
         self._check_targets()
         self._check_space()
+        self._check_strengths()
 
     def _check_experts(self) -> None:
         for name in ("r", "num_experts", "top_k", "router_hidden"):
@@ -241,6 +246,17 @@ class SmolConfig(PeftConfig):
                         f"kept_layers names the depth '{text}'; its keys are whole or half numbers, as strings"
                     ) from error
                 check_kept_layers(layers, depth, self.num_layers)
+
+    def _check_strengths(self) -> None:
+        for text, strength in self.strengths.items():
+            try:
+                shape = SubnetShape.parse(text)
+            except ShapeError as error:
+                raise ConfigError(f"strengths names the shape '{text}': {error}") from error
+            if str(shape) != text:
+                raise ConfigError(f"strengths names the shape '{text}'; write {shape}")
+            if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+                raise ConfigError(f"strengths of {text} is {strength!r}: a factor of the update, give 0 or more")
 
     @property
     def space(self) -> ShapeSpace:

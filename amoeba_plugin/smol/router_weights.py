@@ -33,6 +33,7 @@ class RouterState(NamedTuple):
     kept_layers: tuple[Kept, ...]  # the layers that stay, ascending
     feature: Tensor  # (num_layers + widths,) fp32: share of every layer that stays, then one-hot width
     noise: Tensor  # (experts,) fp32, standard normal in training
+    strength: Tensor  # () fp32, what the update is multiplied by
 
 
 def shape_feature(kept_layers: Sequence[Kept], width_index: int, num_layers: int, num_widths: int) -> Tensor:
@@ -121,7 +122,8 @@ class RouterWeights(nn.Module):
             raise ShapeError(f"shape {shape}: {error}") from error
         width_index = config.space.widths.index(shape.width)
         feature = shape_feature(kept, width_index, config.num_layers or 1, len(config.widths))
-        return RouterState(shape, kept, self._place(feature), self._place(torch.zeros(config.num_experts)))
+        strength = self._place(torch.tensor(config.strengths.get(str(shape), 1.0)))
+        return RouterState(shape, kept, self._place(feature), self._place(torch.zeros(config.num_experts)), strength)
 
     def follow(self, shape: SubnetShape, kept_layers: Sequence[Kept] | None) -> None:
         """Route the model's active shape from now on; an adapter that was not made for it refuses to be run."""
@@ -155,9 +157,8 @@ class RouterWeights(nn.Module):
     def place(self) -> None:
         """Move feature and noise to where the parameters are, if they have been moved meanwhile."""
         if self.state.feature.device != self.down_weight.device:
-            self.state = self.state._replace(
-                feature=self._place(self.state.feature), noise=self._place(self.state.noise)
-            )
+            feature, noise, strength = map(self._place, self.state[2:])
+            self.state = self.state._replace(feature=feature, noise=noise, strength=strength)
 
     def logits(self, feature: Tensor, noise: Tensor | None) -> Tensor:
         """Return the experts' scores, (experts,) fp32, for a feature (num_layers + widths,) and noise (experts,)."""
@@ -174,7 +175,7 @@ class RouterWeights(nn.Module):
 
         Returns:
             Weights of the chosen experts, (k,) fp32, summing to 1, and their indices, (k,) int64. The weights are 0 at
-            the whole model where ``adapt_largest`` is off.
+            the whole model where ``adapt_largest`` is off, and where a shape has a strength they make up for it.
         """
         if self.refused is not None:
             raise ShapeError(
@@ -186,7 +187,7 @@ class RouterWeights(nn.Module):
         if deterministic or not self.training:
             noise = torch.zeros_like(noise)  # 0 times the noise scale keeps its weights in the graph: DDP wants that
         values, indices = torch.topk(self.logits(feature, noise), self.config.top_k)
-        gates = torch.softmax(values / self.config.router_temperature, dim=0)
+        gates = torch.softmax(values / self.config.router_temperature, dim=0) * self._strength().to(device)
         return (gates if self.config.adapt_largest else gates * (1 - self._whole(feature))), indices
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -204,6 +205,10 @@ class RouterWeights(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.draws.device.type != "meta":
             self._draws = int(self.draws)
+
+    def _strength(self) -> Tensor:
+        # "factors" weighs both A and B by the gates, so that the update goes with their square
+        return self.state.strength.sqrt() if self.config.combination == "factors" else self.state.strength
 
     def _whole(self, feature: Tensor) -> Tensor:
         """Return () fp32: 1 where every layer is kept at the first width, else 0; no branch, so one compiled graph."""

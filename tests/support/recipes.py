@@ -48,7 +48,7 @@ QUANTIZATION = {
 }
 TRAIN_FIELDS = {
     "adapter": {"r": 2, "num_experts": 3}, "max_steps": 3, "batch_size": 2, "gradient_accumulation_steps": 2,
-    "learning_rate": 0.01, "num_random": 1,
+    "learning_rate": 0.01, "num_random": 1, "strength_rows": 0,
 }  # fmt: skip
 GIVEN_DEPTHS = {"4": [0, 1, 2, 3], "3": [0, 2, 3], "2": [1, 3]}
 

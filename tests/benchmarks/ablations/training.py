@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from peft import PeftModel
 from results import Losses, Results
 from subjects import Subject
 from transformers import TrainingArguments
@@ -146,7 +147,7 @@ def measure(elastic: ElasticModel, shapes: Sequence[str], batches: Sequence[Batc
     return losses
 
 
-def train(subject: Subject, variant: Variant, elastic: ElasticModel, steps: int, seed: int, rate: float) -> None:
+def train(subject: Subject, variant: Variant, elastic: ElasticModel, steps: int, seed: int, rate: float) -> PeftModel:
     """Train an elastic model's adapter; it is left ready to be measured."""
     torch.manual_seed(seed)
     rank = subject.rank * variant.rank_factor
@@ -165,4 +166,4 @@ def train(subject: Subject, variant: Variant, elastic: ElasticModel, steps: int,
             logging_strategy="no", disable_tqdm=False,
         )  # fmt: skip
         train_one_for_all(elastic, peft_model, rows, OneForAllOptions(**options), arguments)
-    peft_model.eval()
+    return peft_model.eval()
