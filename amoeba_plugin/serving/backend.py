@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.runtime.compat import cache_name
+from amoeba_plugin.runtime.compat import cache_name, forgets
+from amoeba_plugin.serving.together import Together
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
+
+AT_ONCE = 8  # requests: their keys and values are copied for every step, which costs the more the longer they are
 
 
 class Backend(Protocol):
-    """Computes one step of one request at a time, in one thread."""
+    """Computes a step at a time, in one thread."""
 
     @property
     def space(self) -> ShapeSpace:
@@ -27,8 +30,18 @@ class Backend(Protocol):
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """Compute a prompt; return what its next step needs, of this shape alone, and the logits (vocabulary,)."""
 
+    @property
+    def at_once(self) -> int:
+        """Requests at one shape whose next tokens :meth:`steps` computes faster together than one by one."""
+
     def step(self, shape: SubnetShape, cache: Any, token: int) -> Tensor:
         """Compute one more token; return the logits (vocabulary,)."""
+
+    def steps(self, shape: SubnetShape, caches: Sequence[Any], tokens: Sequence[int]) -> Sequence[Tensor]:
+        """Compute one more token of several requests, ``at_once`` at most; return the logits of each, (vocabulary,).
+
+        Where it raises, no cache has changed.
+        """
 
 
 class TorchBackend:
@@ -80,12 +93,33 @@ class TorchBackend:
         cache, rows = self.rows(shape, cache, tokens, 1)
         return cache, rows[0]
 
+    @property
+    def at_once(self) -> int:
+        """Eight, where keys and values are all that a model remembers, and all of them stay."""
+        return 1 if forgets(self._live.config) else AT_ONCE
+
     @torch.inference_mode()
-    def rows(self, shape: SubnetShape, cache: Any, tokens: Sequence[int], count: int) -> tuple[Any, Tensor]:
-        """Do what :meth:`extend` does; return the logits behind the last ``count`` tokens, (count, vocabulary)."""
+    def steps(self, shape: SubnetShape, caches: Sequence[Any], tokens: Sequence[int]) -> Sequence[Tensor]:
+        """Compute one more token of several requests; see :class:`Backend`.
+
+        Shorter ones are filled in front, and what is filled is masked: no request sees another.
+        """
+        self._switch(shape)
+        together = Together(caches)
+        ids = torch.tensor(tokens, device=self._live.model.device)[:, None]
+        logits = self._live.model(ids, use_cache=True, **together.inputs(cache_name(self._live.model), ids)).logits
+        together.give_back()
+        return list(logits[:, -1])
+
+    def _switch(self, shape: SubnetShape) -> None:
         if self._live.shape != shape:
             self._live.set_shape(shape)
             self.switches += 1
+
+    @torch.inference_mode()
+    def rows(self, shape: SubnetShape, cache: Any, tokens: Sequence[int], count: int) -> tuple[Any, Tensor]:
+        """Do what :meth:`extend` does; return the logits behind the last ``count`` tokens, (count, vocabulary)."""
+        self._switch(shape)
         name = cache_name(self._live.model)
         given = {} if cache is None else {name: cache}
         ids = torch.tensor([list(tokens)], device=self._live.model.device)

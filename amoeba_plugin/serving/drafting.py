@@ -93,6 +93,15 @@ class DraftingBackend:
         """The positions that the model was made for."""
         return self._larger.context
 
+    @property
+    def at_once(self) -> int:
+        """One: requests are ahead by as many tokens as each could foresee."""
+        return 1
+
+    def steps(self, shape: SubnetShape, caches: Sequence[Any], tokens: Sequence[int]) -> Sequence[Tensor]:
+        """Compute the next token of one request; see :class:`Backend`."""
+        return [self.step(shape, cache, token) for cache, token in zip(caches, tokens, strict=True)]
+
     def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """Compute a prompt; the smaller shape reads it when it is to draft."""
         cache, logits = self._larger.prefill(shape, tokens)

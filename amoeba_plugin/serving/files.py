@@ -120,6 +120,15 @@ class FilesBackend:
         """Compute one more token; see :class:`Backend`."""
         return self._follow(shape, cache, [token])
 
+    @property
+    def at_once(self) -> int:
+        """One: an engine is told a token of one request at a time."""
+        return 1
+
+    def steps(self, shape: SubnetShape, caches: Sequence[Followed], tokens: Sequence[int]) -> Sequence[Tensor]:
+        """Compute the next token of one request; see :class:`Backend`."""
+        return [self.step(shape, cache, token) for cache, token in zip(caches, tokens, strict=True)]
+
     def _follow(self, shape: SubnetShape, request: Followed, tokens: Sequence[int]) -> Tensor:
         engine, over = self._engines[shape], self._over[shape]
         while over:

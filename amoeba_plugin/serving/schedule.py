@@ -1,15 +1,16 @@
 """One worker computes for many requests, a step at a time: which step is next, and when every token will be there.
 
 A step is a prompt, or one token of an answer. The next one is that with the earliest deadline (earliest deadline first,
-Liu and Layland 1973), and no step is interrupted. Requests that named no target come when nothing else waits, in the
-order they came.
+Liu and Layland 1973), and no step is interrupted. Requests that named no target come when nothing else waits, so many
+at once in turns, the others in the order they came. Tokens of several requests at one shape may be one step.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from amoeba_plugin.serving.slo import Latency, Limits
@@ -61,9 +62,14 @@ class Job:
         return min(self.first + self.done * self.limits.tpot, last)
 
     @property
-    def urgency(self) -> tuple[float, float, int]:
-        """What orders steps: the deadline, and of equal ones what came first."""
-        return self.deadline, self.came, self.number
+    def is_patient(self) -> bool:
+        """Whether it named no target."""
+        return self.limits == Limits()
+
+    @property
+    def urgency(self) -> tuple[float, bool, int, float, int]:
+        """What orders steps: the deadline, of patient ones what has fewest tokens, of equal ones what came first."""
+        return self.deadline, self.is_patient, self.done * self.is_patient, self.came, self.number
 
     def stepped(self, now: float) -> Job:
         """Return it with one more token, which is there now."""
@@ -93,21 +99,74 @@ class Promise:
     kept: bool
 
 
-def most_urgent(jobs: Sequence[Job]) -> Job:
-    """Return the job whose next step is computed next."""
-    return min(jobs, key=lambda job: job.urgency)
+def begun_or_urgent(jobs: Sequence[Job], at_once: int = 1) -> tuple[list[Job], list[Job]]:
+    """Return the jobs of which one has the next step, and those that have to wait until a patient one is done.
+
+    Args:
+        jobs: That are not done.
+        at_once: Patient jobs that may be under way; their keys and values take memory.
+    """
+    later = sorted((job for job in jobs if job.is_patient and not job.done), key=lambda job: job.urgency)
+    under_way = sum(job.is_patient and job.done > 0 for job in jobs)
+    waiting = later[max(0, at_once - under_way) :]
+    behind = {job.number for job in waiting}
+    return [job for job in jobs if job.number not in behind], waiting
 
 
-def promises(jobs: Sequence[Job], now: float) -> Mapping[int, Promise]:
-    """Return what every job will get, by number: all steps are played through.
+def most_urgent(jobs: Sequence[Job], at_once: int = 1) -> Job:
+    """Return the job whose next step is computed next; ``at_once`` as of :func:`begun_or_urgent`."""
+    return min(begun_or_urgent(jobs, at_once)[0], key=lambda job: job.urgency)
+
+
+def computed_with(jobs: Sequence[Job], alike: Collection[int], now: float, most: int) -> list[Job]:
+    """Return the jobs whose next tokens are one step: the most urgent one, and those that would follow it.
+
+    The step is taken to last as long as theirs one after the other, which is more than it does. Behind it all is as it
+    would be then, so that nobody loses what was promised; a last token that would be late is left to a step of its own.
+
+    Args:
+        jobs: That are not done.
+        alike: Numbers of those at the shape of the most urgent one.
+        now: When the step begins.
+        most: Tokens of a step, and patient jobs that may be under way.
+    """
+    left = {job.number: job for job in jobs}
+    chosen: list[tuple[Job, float]] = []  # with when each would be there, one after the other
+    while left and len(chosen) < most:
+        job = most_urgent(list(left.values()), most)
+        now += job.next_takes
+        chosen.append((job, now))
+        numbers = [each.number for each, _ in chosen]
+        follows = job.done and job.number in alike and len(set(numbers)) == len(numbers)
+        if len(chosen) > 1 and not (follows and all(_as_good(each, now, alone) for each, alone in chosen)):
+            chosen.pop()
+            break
+        if not job.done:  # a prompt is a step of its own
+            break
+        left[job.number] = job.stepped(now)
+        if not left[job.number].left:
+            del left[job.number]
+    return [job for job, _ in chosen]
+
+
+def _as_good(job: Job, now: float, alone: float) -> bool:
+    """Tell whether the next token of a job keeps now what it would keep alone."""
+    return job.left > 1 or job.stepped(now).keeps(now) or not job.stepped(alone).keeps(alone)
+
+
+def promises(jobs: Sequence[Job], now: float, at_once: int = 1) -> Mapping[int, Promise]:
+    """Return what every job will get, by number: all steps are played through, one after the other.
 
     Args:
         jobs: That are not done, each with one token to come at least.
         now: When the next step begins.
+        at_once: As of :func:`begun_or_urgent`.
     """
     found = {}
-    waiting = [(job.urgency, job) for job in jobs]  # no two are equal: numbers differ
+    candidates, later = begun_or_urgent(jobs, at_once)
+    waiting = [(job.urgency, job) for job in candidates]  # no two are equal: numbers differ
     heapq.heapify(waiting)
+    queue = deque(later)
     while waiting:
         _, job = waiting[0]
         now += job.next_takes
@@ -116,6 +175,8 @@ def promises(jobs: Sequence[Job], now: float) -> Mapping[int, Promise]:
             heapq.heapreplace(waiting, (job.urgency, job))
             continue
         heapq.heappop(waiting)
+        if job.is_patient and queue:
+            heapq.heappush(waiting, (queue[0].urgency, queue.popleft()))
         assert job.first is not None
         mean = (now - job.first) / (job.answer - 1) if job.answer > 1 else 0.0
         found[job.number] = Promise(Latency(job.first - job.came, mean), job.keeps(now))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from amoeba_plugin.errors import BusyError, DataError, ServiceError, SloError
 from amoeba_plugin.serving.answer import Answer, End, Piece, Request
 from amoeba_plugin.serving.backend import Backend
@@ -18,7 +20,7 @@ from amoeba_plugin.serving.deciders import Decider, decided
 from amoeba_plugin.serving.feasible import Asked, Decision, Feasible, LatencyOf, Prompt, feasible
 from amoeba_plugin.serving.reading import Reader, Reading, kept_positions
 from amoeba_plugin.serving.sampling import Sampler, likeliest
-from amoeba_plugin.serving.schedule import Job, admits, most_urgent, promises
+from amoeba_plugin.serving.schedule import Job, admits, computed_with, most_urgent, promises
 from amoeba_plugin.serving.slo import Latency, Limits
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class ElasticService:
         self._decider, self._reader = decider, reader
         self._most, self._numbers = most_waiting, itertools.count()
         self._running: dict[int, Running] = {}
-        self._step: tuple[int, float] | None = None  # whose step is computed, and when it will be done
+        self._step: tuple[frozenset[int], float] | None = None  # whose step is computed, and when it will be done
         self._wake, self._closing = threading.Condition(), False
         self._worker = threading.Thread(target=self._work, name="elastic service", daemon=True)
         self._worker.start()
@@ -146,20 +148,21 @@ class ElasticService:
         found = found if request.shape is None else found.at(self._backend.space.require(request.shape))
         limits = asked.slo.limits(found.whole)  # from when it came
         number, jobs, begins = next(self._numbers), self._jobs(), self._begins(now)
+        at_once = self._backend.at_once
 
         def job_of(decision: Decision, limits: Limits) -> Job:
             return Job(number, came, limits, found.latencies[decision], request.most)
 
         try:
-            first, before = decided(self._decider, found, reading), promises(jobs, begins)
+            first, before = decided(self._decider, found, reading), promises(jobs, begins, at_once)
 
             def is_admitted(decision: Decision) -> bool:
-                return admits(before, promises([*jobs, job_of(decision, limits)], begins), number)
+                return admits(before, promises([*jobs, job_of(decision, limits)], begins, at_once), number)
 
             decision = first if is_admitted(first) else _heaviest(_lighter(found, first), is_admitted)
             if decision is not None:
                 job = job_of(decision, limits)
-                return decision, job, promises([*jobs, job], begins)[number].latency, True
+                return decision, job, promises([*jobs, job], begins, at_once)[number].latency, True
             raise BusyError(
                 f"{len(self._running)} requests were taken before, and behind them no shape keeps its targets "
                 f"({request.slo}); ask again later, or for more time"
@@ -169,14 +172,14 @@ class ElasticService:
                 raise
         lightest = min(found.latencies, key=lambda each: found.latencies[each].total(request.most))
         job = job_of(lightest, Limits())
-        return lightest, job, promises([*jobs, job], begins)[number].latency, False
+        return lightest, job, promises([*jobs, job], begins, at_once)[number].latency, False
 
     def _jobs(self) -> list[Job]:
         """Return what is left to do behind the step that is computed now."""
         jobs = []
         for running in self._running.values():
             job = running.job
-            if self._step is not None and self._step[0] == job.number:
+            if self._step is not None and job.number in self._step[0]:
                 job = job.stepped(self._step[1])
             jobs += [job] if job.left and not running.cancelled else []
         return jobs
@@ -191,41 +194,74 @@ class ElasticService:
                 self._wake.notify_all()
 
     def _work(self) -> None:
-        while (running := self._next()) is not None:
-            try:
-                piece = self._compute(running)
-            except Exception as error:  # whatever a model raises ends this answer, and no other
-                self._end(running, "failed", f"{type(error).__name__}: {error}")
-                logger.exception("a request failed")  # afterwards: a log may be slow
-                continue
-            self._record(running, piece)
+        while (several := self._next()) is not None:
+            if len(several) > 1:
+                try:
+                    rows = self._steps(several)
+                except Exception:
+                    logger.exception("requests failed together, and are computed one by one")
+                else:
+                    for running, logits in zip(several, rows, strict=True):
+                        self._answer(running, lambda logits=logits: logits)
+                    continue
+            for running in several:
+                self._answer(running, lambda running=running: self._alone(running))
 
-    def _next(self) -> Running | None:
-        """Return whose step is next, once there is one; ``None``: the service is over."""
+    def _answer(self, running: Running, compute: Callable[[], Tensor]) -> None:
+        try:
+            logits = compute()
+            piece = Piece(*running.sampler.draw(logits), likeliest(logits, running.request.alternatives))
+        except Exception as error:  # whatever a model raises ends this answer, and no other
+            self._end(running, "failed", f"{type(error).__name__}: {error}")
+            logger.exception("a request failed")  # afterwards: a log may be slow
+            return
+        self._record(running, piece)
+
+    def _next(self) -> list[Running] | None:
+        """Return whose step is next, once there is one; ``None``: the service is over.
+
+        Of several requests at one shape each gets a token.
+        """
         with self._wake:
             while True:
                 for running in [each for each in self._running.values() if each.cancelled]:
                     self._end(running, "cancelled")
                 if self._running:
-                    job = most_urgent([each.job for each in self._running.values()])
-                    self._step = job.number, self._clock() + job.next_takes
-                    return self._running[job.number]
+                    now = self._clock()
+                    jobs = self._together([each.job for each in self._running.values()], now)
+                    self._step = frozenset(job.number for job in jobs), now + sum(job.next_takes for job in jobs)
+                    return [self._running[job.number] for job in jobs]
+                self._step = None
                 if self._closing:
                     return None
                 self._wake.wait()
 
-    def _compute(self, running: Running) -> Piece:
+    def _together(self, jobs: list[Job], now: float) -> list[Job]:
+        """Return the most urgent job, and those whose next tokens are computed with its own."""
+        at_once = self._backend.at_once
+        first = most_urgent(jobs, at_once)
+        if at_once == 1 or not first.done:
+            return [first]
+        shapes = {job.number: self._running[job.number].decision.shape for job in jobs}
+        alike = [number for number, shape in shapes.items() if shape == shapes[first.number]]
+        return computed_with(jobs, alike, now, at_once)
+
+    def _steps(self, several: Sequence[Running]) -> Sequence[Tensor]:
+        caches, tokens = [each.cache for each in several], [each.last for each in several]
+        return self._backend.steps(several[0].decision.shape, caches, tokens)
+
+    def _alone(self, running: Running) -> Tensor:
         shape = running.decision.shape
         if running.job.done:
-            logits = self._backend.step(shape, running.cache, running.last)
-        else:
-            tokens = running.request.tokens
-            running.cache, logits = self._backend.prefill(shape, [tokens[each] for each in running.answer.kept])
-        return Piece(*running.sampler.draw(logits), likeliest(logits, running.request.alternatives))
+            return self._backend.step(shape, running.cache, running.last)
+        tokens = running.request.tokens
+        running.cache, logits = self._backend.prefill(shape, [tokens[each] for each in running.answer.kept])
+        return logits
 
     def _record(self, running: Running, piece: Piece) -> None:
         with self._wake:
-            self._step, running.at, running.last = None, self._clock(), piece.token
+            running.at, running.last = self._clock(), piece.token
+            self._is_done(running)
             running.job = running.job.stepped(running.at)
             ends = piece.token in running.request.ends
             if not ends:
@@ -233,9 +269,15 @@ class ElasticService:
             if ends or not running.job.left:
                 self._end(running, "stop" if ends else "length")
 
+    def _is_done(self, running: Running) -> None:
+        """Say that a request's step is over; of others that are computed with it, it may not be."""
+        if self._step is not None:
+            self._step = self._step[0] - {running.job.number}, self._step[1]
+
     def _end(self, running: Running, end: End, error: str = "") -> None:
         with self._wake:
-            self._step, running.cache = None, None
+            self._is_done(running)
+            running.cache = None
             del self._running[running.job.number]
             running.answer.close(end, running.measured, error)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from amoeba_plugin.errors import DataError, ServiceError, SloError
@@ -23,47 +20,11 @@ from amoeba_plugin.serving.backend import TorchBackend
 from amoeba_plugin.serving.feasible import Decision
 from amoeba_plugin.serving.sampling import Sampler, Sampling
 from amoeba_plugin.serving.service import ElasticService
-from amoeba_plugin.serving.slo import Latency, Slo, Target
-from amoeba_plugin.shape import ShapeSpace, SubnetShape
+from amoeba_plugin.serving.slo import Latency, Slo
+from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.testing.random_models import attach_random_smol
 from support.models import make_tiny_model, random_elastic
-
-SPACE = ShapeSpace((4, 2), (Fraction(1), Fraction(1, 2)))
-SIZES = {str(shape): shape.depth * float(shape.width) for shape in SPACE}
-
-
-def latency_of(shape: SubnetShape, tokens: int) -> Latency:
-    return Latency(tokens * SIZES.get(str(shape), 1.0), SIZES.get(str(shape), 1.0))
-
-
-@dataclass
-class Clocked:
-    """A backend whose steps take exactly what was predicted, on a clock of its own; it waits for its gate."""
-
-    now: float = 0.0
-    gate: threading.Event = field(default_factory=threading.Event)
-    space: ShapeSpace = SPACE
-    fails: tuple[int, ...] = ()
-    context: int | None = None
-
-    def prefill(self, shape: SubnetShape, tokens: Sequence[int]) -> tuple[Any, Tensor]:
-        assert self.gate.wait(60)
-        if tokens[0] in self.fails:
-            raise RuntimeError("out of memory")
-        self.now += latency_of(shape, len(tokens)).ttft
-        return [*tokens], self._logits(tokens[0])
-
-    def step(self, shape: SubnetShape, cache: Any, token: int) -> Tensor:
-        self.now += latency_of(shape, 0).tpot
-        cache.append(token)
-        return self._logits(len(cache))
-
-    def _logits(self, token: int) -> Tensor:
-        return torch.nn.functional.one_hot(torch.tensor(token % 50), 50).float()
-
-
-def service_of(backend: Clocked, **options: Any) -> ElasticService:
-    return ElasticService(backend, latency_of, clock=lambda: backend.now, **options)
+from support.serving import SPACE, Clocked, asked, latency_of, service_of
 
 
 def alone(subnet: PreTrainedModel, prompt: Sequence[int], count: int) -> list[tuple[int, float]]:
@@ -98,20 +59,6 @@ def test_answers_computed_step_by_step_between_others_are_those_of_each_subnet_a
         assert [piece.log_probability for piece in found] == pytest.approx([row for _, row in expected], abs=1e-4)
         assert answer.end == "length"
         assert list(answer) == []
-
-
-targets = (
-    st.none()
-    | st.floats(0.1, 1).map(lambda share: Target(share, True))
-    | st.integers(1, 400).map(lambda seconds: Target(float(seconds)))
-)
-asked = st.builds(
-    Request,
-    st.integers(1, 30).map(lambda tokens: [1] * tokens),
-    st.builds(Slo, targets, targets) | st.builds(Slo, total=st.integers(10, 500).map(float)),
-    st.integers(1, 12),
-    best_effort=st.booleans(),
-)
 
 
 @given(st.lists(asked, min_size=1, max_size=12), st.sampled_from([None, Decision(SubnetShape(2, Fraction(1)))]))
