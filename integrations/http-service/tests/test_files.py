@@ -132,6 +132,23 @@ def test_an_engine_that_dies_costs_the_request_that_it_computed_and_no_other(sta
         assert server.openai.completions.create(**asked).choices[0].text == before
 
 
+@pytest.mark.parametrize("which", ["server", "files"])
+@pytest.mark.parametrize(("prompt", "most", "allowed"), [(500, 12, True), (500, 13, False), (512, None, False)])
+def test_what_is_longer_than_the_context_is_refused_at_once(
+    which: str, prompt: int, most: int | None, allowed: bool, request: pytest.FixtureRequest
+):
+    server = request.getfixturevalue(which)
+    body = {"model": "3x1/2", "prompt": [5] * prompt, "temperature": 0, "max_tokens": most}
+    response = server.http.post("/v1/completions", json={key: each for key, each in body.items() if each is not None})
+    if allowed:
+        assert response.json()["usage"]["prompt_tokens"] == prompt
+        return
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert "and the model has 512 positions; shorten the prompt, or ask for fewer tokens" in error["message"]
+
+
 def test_a_context_of_ones_own_is_kept_to(start: Any, deployed: list[Path]):
     with start("--context", "64", models=deployed[1:]) as server:
         assert {each.amoeba["context"] for each in server.openai.models.list()} == {64}
