@@ -126,7 +126,7 @@ def make_resident(elastic: Path, how: How, limits: Limits) -> Resident:
     live, _ = load_elastic(elastic, how.base)
     if live.model.dtype != torch.float32 and live.model.device.type == "cpu":
         live.model.float()  # what the profile measured
-    reader = None if how.decisions is None else load_compact(how.decisions, live)[0]
+    reader = None if how.decisions is None else load_compact(how.decisions, live, tokenizer)[0]
     backend, latency_of = _backend(live, profile, how), profiled(profile, FLOW)
     service = ElasticService(backend, latency_of, decider, reader, most_waiting=limits.waiting)
     return Resident(elastic.resolve().name, service, backend, tokenizer, latency_of, _ends(live.model, tokenizer))
