@@ -65,6 +65,9 @@ def test_files_of_llama_cpp_answer_as_llama_cpp_alone(start: Any, elastic: Path,
     with start(models=[tmp_path / "out"]) as server:
         assert [each.id for each in server.openai.models.list()] == ["auto", "4x1"]
         greedy(server, known, tmp_path / "out", "4x1")
+        ask = server.openai.completions.create
+        whole = ask(model="auto", prompt=[5] * 508, max_tokens=4, temperature=0)
+        assert whole.usage.total_tokens <= 512  # its engine has room for all that the service lets in
 
 
 def test_the_shapes_are_the_files_and_targets_choose_among_them(files: Any):
