@@ -31,6 +31,13 @@ def tune_decisions(
     ] = "self_information",
     shapes: Annotated[str, typer.Option(help="That are tried: 12x1,8x1/2. Default: at most nine of them.")] = "",
     seed: Annotated[int, typer.Option(help="Of the draw, weights and order.")] = 0,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="Encoder that reads prompts, such as google/mobilebert-uncased@refs/pr/8: a hub id, or a path. "
+            "Default: the elastic model's own first layers do."
+        ),
+    ] = "",
     base: Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")] = None,
 ) -> None:
     """Train the compact model that reads prompts, shortens them, and chooses shapes for `dual_head`."""
@@ -38,7 +45,9 @@ def tune_decisions(
     from amoeba_plugin.shape import SubnetShape
 
     tried = tuple(SubnetShape.parse(shape) for shape in shapes.split(",") if shape)
-    asked = Asked(questions, split, num_questions, shots, letters, max_seq_length, labels, tried, seed=seed)
+    asked = Asked(
+        questions, split, num_questions, shots, letters, max_seq_length, labels, tried, seed=seed, encoder=encoder
+    )
     tuned = tune_decisions(elastic, output, asked, base)
     say(
         f"{tuned.questions} questions, {tuned.cpu_seconds:.0f} CPU s; scores explain {tuned.explained:.0%} of held-out "

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from amoeba_plugin.deployment.card import write_deployed_card
-from amoeba_plugin.deployment.deployed import KEY, Opening
+from amoeba_plugin.deployment.deployed import KEY, Opening, Served, write_tokenizer
 from amoeba_plugin.deployment.engine_parity import CONTEXT, EngineParity, measure_engine
 from amoeba_plugin.deployment.engines.process import EngineProcess
 from amoeba_plugin.deployment.flow import DeploymentFlow, Export, Exporter, Point
 from amoeba_plugin.deployment.loads import require_loads
+from amoeba_plugin.deployment.profiling.asked import subject_of
+from amoeba_plugin.deployment.profiling.profile import config_digest
+from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.rules import engine_rules
 from amoeba_plugin.deployment.tokenizers import mended, rendered
@@ -93,13 +96,20 @@ def deploy_shape(
         parity.require_close(exact)
         bar.update()
         generated, ways = _smoke(flow, asked, export, partial, checkpoint), flow.ways_to_run(export)
-        opening = {KEY: Opening.of(checkpoint, export.entry, str(parsed)).model_dump()}
+        write_tokenizer(checkpoint, partial)
+        opening = {KEY: _opening(elastic, parsed, base, checkpoint, export).model_dump()}
         record = {**asdict(parity), **opening, "tensor_types": export.tensor_types, "files": export.files}
         write_atomically(partial / PARITY_NAME, json.dumps(record, indent=1).encode())
         about = {"deployed as": f"`{asked}`, {export.in_words}", "engine": parity.in_words, **_mended_row(told)}
         write_deployed_card(partial, f"{asked} at {parsed}", checkpoint, about, ways)
         bar.update()
     return Deployed(export, parity, generated, ways)
+
+
+def _opening(elastic: Path, shape: SubnetShape, base: str | None, checkpoint: Path, export: Export) -> Opening:
+    subject = subject_of(str(elastic), None, [], [], base)
+    served = Served.of(checkpoint, config_digest(subject.config), astuple(Work.of(subject.sizes(shape))))
+    return Opening.of(checkpoint, export.entry, str(shape), served)
 
 
 def _require_held(elastic: Path, shape: SubnetShape, point: Point, base: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.deployed import is_deployed, read_opening, running
+from amoeba_plugin.deployment.profiling.asked import subject_of
+from amoeba_plugin.deployment.profiling.profile import config_digest
+from amoeba_plugin.deployment.profiling.work import Work
 from amoeba_plugin.elastic.checkpoint import save_elastic
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.shape import SubnetShape
 from amoeba_plugin.testing.flows import CONFIG, tokenizer
 from amoeba_plugin.testing.random_models import random_model, random_strategy
 
@@ -39,7 +44,14 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_says_what_its_engine_loads_and_how_texts_begin(deployed: Path):
     point, opening = read_opening(deployed)
     assert point == "torch:fp32"
-    assert opening.model_dump() == {"entry": ".", "shape": "3x1/2", "room": 512, "first": 0, "added": (0,)}
+    assert opening.served is not None
+    told = {"entry": ".", "shape": "3x1/2", "room": 512, "first": 0, "added": (0,)}
+    assert opening.model_dump(exclude={"served"}) == told
+    subject = subject_of(str(deployed.parent / "elastic"), None, [], [])
+    assert opening.served.model_dump() == {
+        "vocabulary": 512, "ends": (1,), "digest": config_digest(subject.config),
+        "work": astuple(Work.of(subject.sizes(SubnetShape.parse("3x1/2")))),
+    }  # fmt: skip
     assert is_deployed(deployed)
 
 

@@ -14,13 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from amoeba_plugin.deployment.deployed import KEY, Opening
+from amoeba_plugin.deployment.engines.process import EngineCommand
+from amoeba_plugin.deployment.torch_flow import Torch
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.errors import ArtifactError
+from amoeba_plugin.errors import ArtifactError, DeploymentError, ShapeError
 from amoeba_plugin.extraction.cut import extract
 from amoeba_plugin.extraction.parity import PARITY_NAME
 from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.feasible import Decision
-from amoeba_plugin.serving.files import FilesBackend, logits_of
+from amoeba_plugin.serving.files import FilesBackend, logits_of, require_followed
 from amoeba_plugin.serving.service import ElasticService
 from amoeba_plugin.serving.slo import Latency
 from amoeba_plugin.shape import SubnetShape
@@ -50,6 +52,8 @@ def test_answers_in_turns_are_those_of_every_file_alone(deployed: dict[str, Path
         assert [str(shape) for shape in backend.space] == list(SHAPES)
         assert (str(backend.space.largest), str(backend.space.smallest), len(backend.space)) == ("4x1", "3x1/2", 2)
         assert SubnetShape.parse("4x1/2") not in backend.space
+        with pytest.raises(ShapeError, match="no file of shape 4x1/2: there are 4x1, 3x1/2; take one of them"):
+            backend.space.require("4x1/2")
         with ElasticService(
             backend, lambda *_: Latency(1e-3, 1e-3), lambda *_: Decision(SubnetShape.parse(next(order)))
         ) as service:
@@ -75,6 +79,30 @@ def test_an_engine_forgets_a_request_that_nobody_holds(deployed: dict[str, Path]
         backend.step(shape, again, 3)
         anew = backend._engines[shape].ask("follow", request=number, tokens=[5, 9], most=3).value
     assert anew[0] == logits.topk(3).indices.tolist()  # as a request that is new
+
+
+def test_an_engine_that_ends_fails_what_it_computed_and_nothing_that_comes(deployed: dict[str, Path]):
+    shape, other = SubnetShape.parse("3x1/2"), SubnetShape.parse("4x1")
+    with FilesBackend(list(deployed.values()), VOCABULARY, context=32) as backend:
+        before, expected = backend.prefill(shape, [5, 9])
+        beside, _ = backend.prefill(other, [5, 9])
+        backend._engines[shape]._process.kill()
+        with pytest.raises(DeploymentError, match="the process of torch ended by SIGKILL"):
+            backend.step(shape, before, 3)
+        with pytest.raises(DeploymentError, match="and with it what was computed of the request"):
+            backend.step(shape, before, 3)  # never as if 3 were all of its prompt
+        _, again = backend.prefill(shape, [5, 9])
+        assert torch.equal(again, expected)
+        backend.step(other, beside, 3)
+        assert backend.switches == 3
+
+
+def test_an_engine_that_cannot_follow_requests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    require_followed("torch:fp32")
+    (tmp_path / "engine.py").write_text("class Engine:\n    pass\n")
+    monkeypatch.setattr(Torch, "command", lambda flow: EngineCommand(tmp_path / "engine.py"))
+    with pytest.raises(DeploymentError, match=r"torch:fp32 cannot be served: .* for torch or llama-cpp, which have it"):
+        require_followed("torch:fp32")
 
 
 def test_the_rest_of_a_vocabulary_shares_what_is_left():

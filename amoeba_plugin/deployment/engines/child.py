@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 import time
@@ -33,8 +34,11 @@ def serve(engine_file: str) -> None:
         try:
             if engine is None:
                 engine = _engine(engine_file)
-            method = {"peak": peak, "reset_peak": reset_peak}.get(asked["do"]) or _method(engine, asked["do"])
-            value = method(**asked["with"])
+            if asked["do"] == "has":
+                value: Any = hasattr(engine, asked["with"]["method"])
+            else:
+                method = {"peak": peak, "reset_peak": reset_peak}.get(asked["do"]) or _method(engine, asked["do"])
+                value = method(**asked["with"])
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             answer = {"value": value, "wall": wall, "cpu": cpu}
         except Exception as error:  # noqa: BLE001  # whatever an engine raises is an answer, not the end of it
@@ -88,4 +92,5 @@ def _engine(path: str) -> Any:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all at a terminal: who asks says when it is over
     serve(sys.argv[1])

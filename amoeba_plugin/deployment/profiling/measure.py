@@ -170,7 +170,8 @@ class _Run:
                     visits = {}
                     for shape in dict.fromkeys([*anchors, *order]):
                         arguments, _ = files[shape]
-                        visits[shape] = _visit(engine, {**arguments, **flow.options(point.scheme)}, self.subject, how)
+                        vocabulary = self.subject.config.vocab_size
+                        visits[shape] = visited(engine, {**arguments, **flow.options(point.scheme)}, vocabulary, how)
                         self.advance(1)
                 self._keep(found, visits, files)
                 self.profile.save(self.path)
@@ -239,13 +240,19 @@ def _exported(
     return found
 
 
-def _visit(engine: EngineProcess, arguments: Mapping[str, Any], subject: Subject, how: Measuring) -> Round:
-    """Measure one shape in a process."""
+def visited(engine: EngineProcess, arguments: Mapping[str, Any], vocabulary: int, how: Measuring) -> Round:
+    """Measure one shape in a process.
+
+    Args:
+        engine: Its process.
+        arguments: Of ``load``, which say what shape that is.
+        vocabulary: Tokens that prompts are drawn from.
+        how: Lengths and threads.
+    """
     engine.ask("reset_peak")
     context = max(how.prompts) + how.decoded + 1
     loaded = engine.ask("load", threads=how.threads, context=context, batch=how.batch, **arguments)
     draw = random.Random(0)
-    vocabulary = subject.config.vocab_size
     prompts = {
         tokens: [[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(how.batch)]
         for tokens in sorted(how.prompts)

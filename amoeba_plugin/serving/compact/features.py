@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,19 @@ from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.elastic.second_tree import second_tree
 
 DEEP = 24  # layers from which on one is a small part of the whole model
+
+
+class PromptFeatures(Protocol):
+    """What heads stand on; it may be called in any thread.
+
+    Attributes:
+        size: Of a token's features.
+    """
+
+    size: int
+
+    def __call__(self, tokens: Sequence[int]) -> Tensor:
+        """Return the features of a prompt's tokens, (tokens, size), fp32, on the CPU."""
 
 
 class Features:

@@ -8,12 +8,14 @@ from typing import ClassVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from transformers import PreTrainedTokenizerBase
 
 from amoeba_plugin.elastic.model import ElasticModel
 from amoeba_plugin.errors import ArtifactError
 from amoeba_plugin.runtime.documents import Document, Part
 from amoeba_plugin.runtime.files import write_atomically
-from amoeba_plugin.serving.compact.features import Features
+from amoeba_plugin.serving.compact.encoder import EncoderRecord, load_encoder
+from amoeba_plugin.serving.compact.features import Features, PromptFeatures
 from amoeba_plugin.serving.compact.heads import Choices, DecisionHead, ScoreHead
 from amoeba_plugin.serving.compact.reader import CompactModel
 from amoeba_plugin.shape import SubnetShape
@@ -47,21 +49,23 @@ class CompactDocument(Document):
     Attributes:
         version: Of the format.
         fingerprint: Of the elastic model's base and order of channels.
-        layers: That features are taken behind.
+        layers: That features are taken behind; ``None``: an encoder's are taken.
         size: Of a token's features.
         shapes: That the decision head scores, as ``DEPTHxWIDTH``.
         shares: Of the droppable tokens, as fractions.
         tuned: How it was made.
+        encoder: That reads prompts; ``None``: the elastic model's first layers do.
     """
 
     what: ClassVar[str] = "a compact model that `amoeba tune-decisions` made"
     version: int = 1
     fingerprint: str
-    layers: int
+    layers: int | None = None
     size: int
     shapes: list[str]
     shares: list[str]
     tuned: Tuned
+    encoder: EncoderRecord | None = None
 
 
 def save_compact(model: CompactModel, fingerprint: str, tuned: Tuned, directory: Path) -> None:
@@ -71,17 +75,26 @@ def save_compact(model: CompactModel, fingerprint: str, tuned: Tuned, directory:
     state |= {f"decisions.{name}": each for name, each in model.decisions.state_dict().items()}
     write_atomically(directory / WEIGHTS, save({name: each.contiguous() for name, each in state.items()}))
     CompactDocument(
-        fingerprint=fingerprint, layers=model.features.layers, size=model.features.size,
+        fingerprint=fingerprint, layers=getattr(model.features, "layers", None), size=model.features.size,
+        encoder=getattr(model.features, "record", None),
         shapes=[str(shape) for shape in model.choices.shapes], shares=[str(share) for share in model.choices.shares],
         tuned=tuned,
     ).save(directory / DOCUMENT)  # fmt: skip
 
 
-def load_compact(directory: Path, live: ElasticModel) -> tuple[CompactModel, CompactDocument]:
+def load_compact(
+    directory: Path, live: ElasticModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[CompactModel, CompactDocument]:
     """Read one for an elastic model.
 
+    Args:
+        directory: That ``amoeba tune-decisions`` wrote.
+        live: The elastic model.
+        tokenizer: Its; needed where an encoder reads prompts.
+
     Raises:
-        ArtifactError: If there is none, it is damaged, or it belongs to another model or space.
+        ArtifactError: If there is none, it is damaged, it belongs to another model or space, or its encoder is not
+            there, or another one.
     """
     about = CompactDocument.load(directory / DOCUMENT)
     wrong = f"{directory} is a compact model of"
@@ -95,7 +108,7 @@ def load_compact(directory: Path, live: ElasticModel) -> tuple[CompactModel, Com
         raise ArtifactError(f"{directory / DOCUMENT} is damaged ({error}); copy it anew") from error
     if missing := sorted({str(shape) for shape in choices.shapes} - {str(shape) for shape in live.space}):
         raise ArtifactError(f"{wrong} shapes that the elastic model has not ({', '.join(missing)}); tune it anew")
-    features = Features(live, about.layers)
+    features = _features(directory, about, live, tokenizer)
     scores, decisions = ScoreHead(about.size), DecisionHead(about.size, choices)
     try:
         if about.size != features.size:
@@ -106,3 +119,13 @@ def load_compact(directory: Path, live: ElasticModel) -> tuple[CompactModel, Com
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ArtifactError(f"{directory / WEIGHTS} is damaged, or of another model ({error}); copy it anew") from error
     return CompactModel(features, scores, decisions, choices), about
+
+
+def _features(
+    directory: Path, about: CompactDocument, live: ElasticModel, tokenizer: PreTrainedTokenizerBase | None
+) -> PromptFeatures:
+    if about.encoder is None:
+        return Features(live, about.layers)
+    if tokenizer is None:
+        raise ArtifactError(f"{directory} has an encoder, which reads texts; hand over the elastic model's tokenizer")
+    return load_encoder(about.encoder.named, tokenizer, about.encoder)

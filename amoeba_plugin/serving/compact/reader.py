@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amoeba_plugin.serving.answer import Request
-from amoeba_plugin.serving.compact.features import Features
+from amoeba_plugin.serving.compact.features import PromptFeatures
 from amoeba_plugin.serving.compact.heads import Choices, DecisionHead, ScoreHead, marked
 from amoeba_plugin.serving.feasible import Decision, Feasible
 from amoeba_plugin.serving.reading import Reading
@@ -19,13 +19,15 @@ class CompactModel:
     """Reads requests: features once, both heads on them.
 
     Args:
-        features: Of the elastic model.
+        features: Of the elastic model, or of an encoder.
         scores: Tells which tokens matter.
         decisions: Chooses shape and share; ``None``: nothing, only scores are given.
         choices: Of ``decisions``.
     """
 
-    def __init__(self, features: Features, scores: ScoreHead, decisions: DecisionHead | None, choices: Choices) -> None:
+    def __init__(
+        self, features: PromptFeatures, scores: ScoreHead, decisions: DecisionHead | None, choices: Choices
+    ) -> None:
         self.features, self.scores, self.decisions, self.choices = features, scores.eval(), decisions, choices
         if decisions is not None:
             decisions.eval()

@@ -25,7 +25,8 @@ from amoeba_plugin.errors import ArtifactError, DataError, did_you_mean
 from amoeba_plugin.runtime.files import is_vacant, require_writable, whole_or_nothing
 from amoeba_plugin.runtime.model_files import load_tokenizer
 from amoeba_plugin.runtime.progress import StageBar
-from amoeba_plugin.serving.compact.features import Features
+from amoeba_plugin.serving.compact.encoder import load_encoder
+from amoeba_plugin.serving.compact.features import Features, PromptFeatures
 from amoeba_plugin.serving.compact.files import Tuned, save_compact
 from amoeba_plugin.serving.compact.heads import Choices, ScoreHead, marked
 from amoeba_plugin.serving.compact.labels import SCORE_LABELS, rightness
@@ -55,6 +56,7 @@ class Asked:
         shares: Of the droppable tokens that are tried.
         seed: Of the draw, weights and order.
         columns: Of the data set.
+        encoder: That reads prompts, by id or path; empty: the elastic model's first layers do.
     """
 
     dataset: str
@@ -68,13 +70,14 @@ class Asked:
     shares: tuple[Fraction, ...] = SHARES
     seed: int = 0
     columns: QuestionColumns = field(default_factory=QuestionColumns)
+    encoder: str = ""
 
 
 def tune_decisions(elastic: Path, output: Path, asked: Asked, base: str | None = None) -> Tuned:
     """Train the compact model of an elastic checkpoint and write it to a new directory.
 
     Raises:
-        ArtifactError: If the directory is full.
+        ArtifactError: If the directory is full, or the encoder cannot be loaded.
         DataError: If the questions are too few, or cannot be read.
     """
     if asked.labels not in SCORE_LABELS:
@@ -87,9 +90,11 @@ def tune_decisions(elastic: Path, output: Path, asked: Asked, base: str | None =
     require_writable(output, whole=True)
     for shape in asked.shapes:
         SubnetStrategy.load(elastic).space.require(shape)
-    questions = drawn(asked, load_tokenizer(base or read_record(elastic).base_of(elastic)))  # words before weights
+    tokenizer = load_tokenizer(base or read_record(elastic).base_of(elastic))
+    questions = drawn(asked, tokenizer)  # words before weights
+    encoder = load_encoder(asked.encoder, tokenizer) if asked.encoder else None
     live, _ = load_elastic(elastic, base)
-    model, tuned = tuned_on(live, questions, asked)
+    model, tuned = tuned_on(live, questions, asked, encoder)
     with whole_or_nothing(output) as partial:
         save_compact(model, live.strategy.fingerprint, tuned, partial)
     return tuned
@@ -112,9 +117,18 @@ def drawn(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[PromptedQues
     return [prompted(each, examples, tokenizer, asked.letters, asked.max_seq_length) for each in others]
 
 
-def tuned_on(live: ElasticModel, questions: Sequence[PromptedQuestion], asked: Asked) -> tuple[CompactModel, Tuned]:
-    """Return the compact model that questions make, and how it was made."""
-    before, features = time.process_time(), Features(live)
+def tuned_on(
+    live: ElasticModel, questions: Sequence[PromptedQuestion], asked: Asked, encoder: PromptFeatures | None = None
+) -> tuple[CompactModel, Tuned]:
+    """Return the compact model that questions make, and how it was made.
+
+    Args:
+        live: The elastic model.
+        questions: With their prompts.
+        asked: How it is made.
+        encoder: That reads prompts; ``None``: the elastic model's first layers do.
+    """
+    before, features = time.process_time(), encoder or Features(live)
     shares = asked.shares if any(len(each.droppable) for each in questions) else asked.shares[:1]
     choices = Choices(asked.shapes or spread(live.space), shares)
     reads = [Read(features(each.prompt), marked(each.droppable, len(each.prompt))) for each in questions]
@@ -158,6 +172,6 @@ def _ends(values: Sequence[Any], most: int) -> list[Any]:
     return [values[round(last * index / max(count - 1, 1))] for index in range(count)]
 
 
-def _no_scores(features: Features) -> tuple[ScoreHead, float]:
+def _no_scores(features: PromptFeatures) -> tuple[ScoreHead, float]:
     logger.info("the questions have neither context nor examples: nothing of a prompt will be left out")
     return ScoreHead(features.size), 0.0

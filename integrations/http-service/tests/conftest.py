@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
@@ -18,9 +18,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import typer
+from amoeba_http_service.command import serve
 from openai import OpenAI
 from transformers import AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
+from amoeba_plugin.cli import AmoebaGroup
+from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import (
     FlowProfile,
@@ -59,6 +64,7 @@ resident.ElasticService = lambda backend, latency_of, decider, reader, **options
     lambda request: Reading([position % 2 for position in range(len(request.tokens))]), **options,
 )
 """
+FILES = ("4x1", "3x1/2")
 STARTS = 300  # seconds, at most
 TOKEN = "a-token-of-this-test"
 STRICT = ("--max-waiting", "3", "--max-prompt", "120", "--max-tokens", "300", "--max-body", "4096")
@@ -130,6 +136,20 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def amoeba() -> Callable[..., Any]:
+    """Return what runs ``amoeba serve`` with arguments, in this process."""
+
+    def run(*arguments: object, token: str = "") -> Any:
+        app = typer.Typer(cls=AmoebaGroup)
+        app.callback()(lambda: None)
+        app.command("serve")(serve)
+        environment = {"COLUMNS": "200", "AMOEBA_SERVE_TOKEN": token}
+        return CliRunner().invoke(app, ["serve", *map(str, arguments)], env=environment)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def profile(elastic: Path) -> Path:
     """Return a profile of its shapes on this machine, whose times are made up: a token takes 1 to 2 ms."""
     subject = subject_of(str(elastic), None, [], [])
@@ -143,9 +163,10 @@ def profile(elastic: Path) -> Path:
 
     shapes = {name: ShapeCost(work=work, bytes=1, rounds=[visit(sum(work) / largest)]) for name, work in sizes.items()}
     flow = FlowProfile(engine={}, threads=1, batch=1, decoded=4, shapes=shapes, adapted=subject.adapted_by)
+    files = flow.model_copy(update={"adapted": ""})
     found = Profile(
         model="random", digest=config_digest(subject.config), sizes=sizes, machine=this_machine(),
-        flows={"torch:elastic": flow},
+        flows={"torch:elastic": flow, "torch:fp32": files, "llama-cpp:Q8_0": files},
     )  # fmt: skip
     found.save(elastic.parent / "profile.json")
     return elastic.parent / "profile.json"
@@ -153,16 +174,21 @@ def profile(elastic: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def start(elastic: Path, profile: Path) -> Start:
-    """Return ``start(*options, token="")``: a server on any free port, ended with the block."""
+    """Return ``start(*options, token="")``: a server on any free port, ended with the block, of ``models`` if not of
+    the elastic checkpoint."""
 
     @contextmanager
-    def started(*options: str, token: str = "", changed: str = "") -> Iterator[Started]:
+    def started(
+        *options: str, token: str = "", changed: str = "", models: Sequence[Path] = (elastic,)
+    ) -> Iterator[Started]:
         program = PROGRAM.format(changed=changed)
-        command = [sys.executable, "-c", program, "serve", str(elastic), "--port", "0", "--profile", str(profile)]
+        asked = ["serve", *map(str, models), "--port", "0", "--profile", str(profile)]
+        command = [sys.executable, "-c", program, *asked]
         environment = {**os.environ, "AMOEBA_SERVE_TOKEN": token, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-        )
+            [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+            start_new_session=True,  # as a terminal's foreground, which Ctrl-C goes to all of
+        )  # fmt: skip
         said: list[str] = []
         reader = threading.Thread(target=lambda: said.extend(iter(process.stderr.readline, "")), daemon=True)
         reader.start()
@@ -183,6 +209,22 @@ def start(elastic: Path, profile: Path) -> Start:
                 process.stderr.close()
 
     return started
+
+
+@pytest.fixture(scope="session")
+def deployed(elastic: Path) -> list[Path]:
+    """Return two shapes of it as ``amoeba deploy`` writes them for torch."""
+    found = [elastic.parent / "file0", elastic.parent / "file1"]
+    for shape, directory in zip(FILES, found, strict=True):
+        deploy_shape(elastic, shape, "torch:fp32", directory)
+    return found
+
+
+@pytest.fixture(scope="session")
+def files(start: Start, deployed: list[Path]) -> Iterator[Started]:
+    """A server of these files."""
+    with start(models=deployed) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,7 @@ from amoeba_http_service import resident
 from amoeba_http_service.command import serve
 from amoeba_http_service.resident import FLOW, How, profile_for_service
 from amoeba_http_service.settings import Door, Limits
-from typer.testing import CliRunner
 
-from amoeba_plugin.cli import AmoebaGroup
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import DraftedPair, Drafting, Profile
 from amoeba_plugin.elastic.checkpoint import load_elastic
@@ -35,13 +33,6 @@ from amoeba_plugin.serving.feasible import profiled
 from amoeba_plugin.shape import SubnetShape
 
 PAGE = Path(__file__).parent.parent / "README.md"
-
-
-def amoeba(*arguments: object, token: str = "") -> Any:
-    app = typer.Typer(cls=AmoebaGroup)
-    app.callback()(lambda: None)
-    app.command("serve")(serve)
-    return CliRunner().invoke(app, ["serve", *map(str, arguments)], env={"COLUMNS": "200", "AMOEBA_SERVE_TOKEN": token})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +51,9 @@ def amoeba(*arguments: object, token: str = "") -> Any:
         (["--threads", "2"], "", "was measured with 1 threads, and --threads asks for 2"),
     ],
 )
-def test_what_cannot_be_served_is_refused(elastic: Path, profile: Path, options: list[str], token: str, words: str):
+def test_what_cannot_be_served_is_refused(
+    amoeba: Any, elastic: Path, profile: Path, options: list[str], token: str, words: str
+):
     if "::" in options:
         words, token = "reached by other machines", ""
     done = amoeba(elastic, "--port", 0, "--profile", profile, *options, token=token)
@@ -68,7 +61,9 @@ def test_what_cannot_be_served_is_refused(elastic: Path, profile: Path, options:
     assert words in re.sub(r"\s+", " ", done.output)
 
 
-def test_a_port_that_is_taken_and_a_checkpoint_that_is_none_are_refused(elastic: Path, profile: Path, tmp_path: Path):
+def test_a_port_that_is_taken_and_a_checkpoint_that_is_none_are_refused(
+    amoeba: Any, elastic: Path, profile: Path, tmp_path: Path
+):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = amoeba(elastic, "--port", taken.getsockname()[1], "--profile", profile)
     assert done.exit_code == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +31,7 @@ from amoeba_plugin.testing.flows import tokenizer
 from amoeba_plugin.testing.random_models import attach_random_smol
 from support.elastic_files import write_elastic
 from support.models import make_tiny_model, random_elastic
+from support.questions import write_questions
 
 SHARES = (Fraction(1), Fraction(1, 2))
 QUESTION = PromptedQuestion((1, 5, 9, 31, 2, 77, 12, 40), range(1, 6), ((7, 3), (8,), (21, 4, 6)), 2)
@@ -206,16 +206,6 @@ def test_what_is_written_reads_the_same_in_another_place_and_only_for_its_model(
     (tmp_path / "compact.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"is not a compact model that `amoeba tune-decisions` made"):
         load_compact(tmp_path, live)
-
-
-def write_questions(path: Path, count: int, context: str = "") -> str:
-    rows = [
-        {"question": f"What is {number}?", "choices": ["one", "two", "many"], "answer": number % 3}
-        | ({"context": f"{context} {number}"} if context else {})
-        for number in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_the_command_learns_from_a_file_of_questions_and_writes_all_or_nothing(tmp_path: Path):

@@ -10,7 +10,14 @@ import typer
 
 
 def serve(
-    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint: what elastic_dir in a recipe named.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ELASTIC | DEPLOYED...",
+            help="Elastic checkpoint: what elastic_dir in a recipe named; or directories that `amoeba deploy` "
+            "wrote for one engine, a shape each.",
+        ),
+    ],
     host: Annotated[
         str, typer.Option(help="To listen on; another than this machine's own needs AMOEBA_SERVE_TOKEN.")
     ] = "127.0.0.1",
@@ -38,17 +45,31 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that are taken and not done, at most.")] = 64,
     base: Annotated[str | None, typer.Option(help="Where ELASTIC's base model is now, if it moved.")] = None,
     drafts: Annotated[
-        bool, typer.Option(help="Let small shapes draft where `amoeba profile --drafting` found that it is faster.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--drafts/--no-drafts",
+            help="Let small shapes draft where `amoeba profile --drafting` found that it is faster. Default: of an "
+            "elastic checkpoint they do.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=32,
+            help="Of deployed files: tokens that a prompt and its answer may have together, for which every engine "
+            "keeps room. Default: the model's positions, 2048 at most.",
+        ),
+    ] = None,
 ) -> None:
-    """Serve an elastic model, OpenAI-compatible: every request names its own time, and gets the shape that keeps it."""
+    """Serve an elastic model, or deployed shapes of one, OpenAI-compatible: every request names its own time, and gets
+    the shape that keeps it."""
     from amoeba_http_service.resident import How
     from amoeba_http_service.run import run_server
     from amoeba_http_service.settings import TOKEN, Door, Limits
 
     run_server(
-        elastic,
-        How(profile, decider, shape, decisions, threads, base, drafts),
+        models,
+        How(profile, decider, shape, decisions, threads, base, drafts, context),
         Limits(max_body, max_prompt, max_tokens, max_waiting),
         Door(host, port, os.environ.get(TOKEN, "")),
     )

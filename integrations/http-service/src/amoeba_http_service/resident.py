@@ -26,6 +26,7 @@ from amoeba_plugin.serving.deciders import Decider, DeciderOptions
 from amoeba_plugin.serving.drafted_pairs import drafters_of
 from amoeba_plugin.serving.drafting import DraftingBackend
 from amoeba_plugin.serving.feasible import LatencyOf, profiled
+from amoeba_plugin.serving.files import FilesBackend
 from amoeba_plugin.serving.registry import decider_named
 from amoeba_plugin.serving.service import ElasticService
 from amoeba_plugin.serving.slo import Latency
@@ -47,7 +48,10 @@ class How:
         decisions: Directory of a compact model, which ``amoeba tune-decisions`` made.
         threads: That compute; ``None``: those of the profile, of a new one 1.
         base: Where the base model is now, if it moved.
-        drafts: Let small shapes draft for larger ones where the profile says that they gain from it.
+        drafts: Let small shapes draft for larger ones where the profile says that they gain from it; ``None``: where
+            that can be.
+        context: Of files: tokens that a prompt and its answer may have together; ``None``: what the model has
+            positions for, but not endlessly many.
     """
 
     profile: Path
@@ -56,7 +60,8 @@ class How:
     decisions: Path | None = None
     threads: int | None = None
     base: str | None = None
-    drafts: bool = True
+    drafts: bool | None = None
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Resident:
 
     name: str
     service: ElasticService
-    backend: TorchBackend | DraftingBackend
+    backend: TorchBackend | DraftingBackend | FilesBackend
     tokenizer: PreTrainedTokenizerBase
     latency_of: LatencyOf
     ends: frozenset[int]
@@ -104,8 +109,14 @@ def make_resident(elastic: Path, how: How, limits: Limits) -> Resident:
 
     Raises:
         ArtifactError: If the checkpoint or the profile is none, damaged, or of another model or machine.
+        ServiceError: If it is asked for what only files have.
         ShapeError: If the decider's shape is none of the model's.
     """
+    if how.context is not None:
+        raise ServiceError(
+            "--context is of deployed files, whose engines keep room for so many tokens; an elastic model has its own "
+            "positions: leave it out, or shorten prompts by --max-prompt"
+        )
     base = how.base or read_record(elastic).base_of(elastic)
     subject = subject_of(str(elastic), None, [], [], how.base)
     decider = decider_of(how, subject.space)
@@ -115,14 +126,14 @@ def make_resident(elastic: Path, how: How, limits: Limits) -> Resident:
     live, _ = load_elastic(elastic, how.base)
     if live.model.dtype != torch.float32 and live.model.device.type == "cpu":
         live.model.float()  # what the profile measured
-    reader = None if how.decisions is None else load_compact(how.decisions, live)[0]
+    reader = None if how.decisions is None else load_compact(how.decisions, live, tokenizer)[0]
     backend, latency_of = _backend(live, profile, how), profiled(profile, FLOW)
     service = ElasticService(backend, latency_of, decider, reader, most_waiting=limits.waiting)
     return Resident(elastic.resolve().name, service, backend, tokenizer, latency_of, _ends(live.model, tokenizer))
 
 
 def _backend(live: ElasticModel, profile: Profile, how: How) -> TorchBackend | DraftingBackend:
-    drafters = drafters_of(profile, live) if how.drafts else {}
+    drafters = {} if how.drafts is False else drafters_of(profile, live)
     if not drafters or profile.drafting is None:
         return TorchBackend(live)
     say(f"small shapes draft for {', '.join(map(str, drafters))}, as the profile says")
