@@ -195,21 +195,22 @@ class ElasticService:
 
     def _work(self) -> None:
         while (several := self._next()) is not None:
-            if len(several) > 1:
-                try:
-                    rows = self._steps(several)
-                except Exception:
-                    logger.exception("requests failed together, and are computed one by one")
-                else:
-                    for running, logits in zip(several, rows, strict=True):
-                        self._answer(running, lambda logits=logits: logits)
-                    continue
-            for running in several:
-                self._answer(running, lambda running=running: self._alone(running))
+            for running, logits in zip(several, self._computed(several), strict=True):
+                self._answer(running, logits)
 
-    def _answer(self, running: Running, compute: Callable[[], Tensor]) -> None:
+    def _computed(self, several: Sequence[Running]) -> Sequence[Tensor | None]:
+        """Return the logits of requests whose tokens are one step; ``None``: each is still to be computed."""
+        if len(several) > 1:
+            caches, tokens = [each.cache for each in several], [each.last for each in several]
+            try:
+                return self._backend.steps(several[0].decision.shape, caches, tokens)
+            except Exception:
+                logger.exception("requests failed together, and are computed one by one")
+        return [None] * len(several)
+
+    def _answer(self, running: Running, logits: Tensor | None) -> None:
         try:
-            logits = compute()
+            logits = self._alone(running) if logits is None else logits
             piece = Piece(*running.sampler.draw(logits), likeliest(logits, running.request.alternatives))
         except Exception as error:  # whatever a model raises ends this answer, and no other
             self._end(running, "failed", f"{type(error).__name__}: {error}")
@@ -245,10 +246,6 @@ class ElasticService:
         shapes = {job.number: self._running[job.number].decision.shape for job in jobs}
         alike = [number for number, shape in shapes.items() if shape == shapes[first.number]]
         return computed_with(jobs, alike, now, at_once)
-
-    def _steps(self, several: Sequence[Running]) -> Sequence[Tensor]:
-        caches, tokens = [each.cache for each in several], [each.last for each in several]
-        return self._backend.steps(several[0].decision.shape, caches, tokens)
 
     def _alone(self, running: Running) -> Tensor:
         shape = running.decision.shape

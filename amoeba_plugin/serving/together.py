@@ -45,7 +45,7 @@ class Together:
     def give_back(self) -> None:
         """Append to every request's cache what the model computed for it."""
         for index in self._layers:
-            layer = self._batch.layers[index]
+            layer: Any = self._batch.layers[index]
             for row, cache in enumerate(self._caches):
                 cache.update(layer.keys[row : row + 1, :, -1:], layer.values[row : row + 1, :, -1:], index)
 
