@@ -178,9 +178,11 @@ def deploy(
             "'llama-cpp:Q4_0 decode<=12ms' --dataset TEXT"
         )
     if budget:
-        found, deployed = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
-        shape, flow = found.chosen, found.flow
+        found, best = deploy_within(elastic, budget, Asked("hierarchical", dataset), profile, output_dir, base)
+        shape, flow, deployed = best.choice.shape, best.choice.flow, best.deployed
         _tell(found)
+        for each in best.skipped:
+            warn(f"not {each.shape} at {each.flow}: {each.why}")
     else:
         deployed = deploy_shape(elastic, shape, flow, output_dir, base)
     for told in deployed.parity.mended:

@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from amoeba_plugin.demo.data import JUDGED_BLOCKS, Schedule
 from amoeba_plugin.deployment.budget import Budget, Limit
-from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.flow import Point
 from amoeba_plugin.deployment.profiling.asked import flows_of, prompts_of, subject_of
 from amoeba_plugin.deployment.profiling.cost_model import cost_models
@@ -19,6 +18,7 @@ from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.registry import point_named
 from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.run import ShapeSearch
+from amoeba_plugin.deployment.within import deploy_best
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import BudgetError, DeploymentError, PluginError
 from amoeba_plugin.reports.report import BudgetRow, DeployedRow
@@ -62,9 +62,16 @@ def within_budgets(elastic: Path, judged: Path, output: Path, schedule: Schedule
             continue
         found.save(output / f"frontier-{engine}.json")
         directory = output / f"deployed-{engine}"
-        deployed = deploy_shape(elastic, found.chosen, point, directory)
+        try:
+            best = deploy_best(elastic, found, directory)
+        except DeploymentError as error:
+            tqdm.write(f"no subnet for {point} in this report: {error}")
+            continue
+        for each in best.skipped:
+            tqdm.write(f"not {each.shape} at {each.flow}: {each.why}")
+        deployed = best.deployed
         row = DeployedRow(
-            shape=found.chosen, flow=point, bytes=deployed.export.bytes, parity=deployed.parity.in_words,
+            shape=best.choice.shape, flow=point, bytes=deployed.export.bytes, parity=deployed.parity.in_words,
             directory=str(directory), ways=deployed.ways,
         )  # fmt: skip
         rows.append(BudgetRow(frontier=found, deployed=row))

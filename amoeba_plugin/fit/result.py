@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from amoeba_plugin.deployment.search.frontier import Interval
-from amoeba_plugin.runtime.documents import Document, Part
+from amoeba_plugin.deployment.within import Skipped
+from amoeba_plugin.runtime.documents import Document
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,6 @@ class Request(Document):
         """Return in what another one differs, with its values."""
         mine, its = ({**each.model_dump(exclude={"options"}), **asdict(each.options)} for each in (self, other))
         return [f"{name} {its[name]}" for name in mine if mine[name] != its[name]]
-
-
-class Skipped(Part):
-    """A choice that was better and is not taken, and why."""
-
-    shape: str
-    flow: str
-    why: str
 
 
 class Deployment(Document):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from amoeba_plugin.data.text import require_file
 from amoeba_plugin.deployment.budget import Budget, Limit
-from amoeba_plugin.deployment.deploy import deploy_shape
 from amoeba_plugin.deployment.loads import require_loads
 from amoeba_plugin.deployment.profiling.asked import subject_of
 from amoeba_plugin.deployment.profiling.profile import Profile
@@ -26,13 +25,14 @@ from amoeba_plugin.deployment.search.asked import Asked
 from amoeba_plugin.deployment.search.evaluators import loss
 from amoeba_plugin.deployment.search.frontier import Frontier, Interval
 from amoeba_plugin.deployment.search.preflight import profile_for, require_possible
+from amoeba_plugin.deployment.within import deploy_best
 from amoeba_plugin.elastic.checkpoint import load_elastic
 from amoeba_plugin.errors import ArtifactError, BudgetError, DeploymentError
 from amoeba_plugin.fit.data import JUDGE, REPORT, TRAIN, part_text
 from amoeba_plugin.fit.needs import bytes_in, fit_needs, require_disk
 from amoeba_plugin.fit.page import write_page
 from amoeba_plugin.fit.recipe import fit_recipes, smallest_space
-from amoeba_plugin.fit.result import Deployment, FitOptions, Fitted, Request, Skipped
+from amoeba_plugin.fit.result import Deployment, FitOptions, Fitted, Request
 from amoeba_plugin.recipes.budgeted import expected_works
 from amoeba_plugin.recipes.check import check_recipe
 from amoeba_plugin.recipes.inputs import RunOptions
@@ -47,7 +47,6 @@ from amoeba_plugin.shape import SubnetShape
 
 ASKED, DEPLOYED, RESULT, RECIPE = "asked.json", "deployed.json", "fit.json", "recipe.yaml"
 TRAINED_ON, SAVE_STEPS = 2000, 50  # rows, and steps between two checkpoints of the training
-MOST_TRIED = 3  # shapes that are deployed where the one before is refused by its engine
 
 
 @dataclass(frozen=True)
@@ -163,26 +162,16 @@ class _Fit:
         done = self.output / DEPLOYED
         if done.is_file():
             return Deployment.load(done)
-        found, skipped = Frontier.load(self.frontier), []
-        kept = [found.best, *(each for each in found.candidates if each.keeps and each != found.best)]
         with self.stages.timed("deploy"):
-            for each in kept[:MOST_TRIED]:
-                try:
-                    made = deploy_shape(self.elastic, each.shape, each.flow, self.deployed)
-                except DeploymentError as error:
-                    skipped.append(Skipped(shape=each.shape, flow=each.flow, why=str(error)))
-                    continue
-                costs = {limit.name: _cost(limit, each.costs[limit.name].value) for limit in self.budget.limits}
-                told = Deployment(
-                    shape=each.shape, flow=each.flow, costs=costs, parity=made.parity.in_words,
-                    mean_kl=made.parity.mean_kl, skipped=skipped, bytes=made.export.bytes, ways=made.ways,
-                )  # fmt: skip
-                told.save(done)
-                return told
-        raise DeploymentError(
-            f"none of the best choices within {self.budget} can be deployed: {skipped[0].why}. The elastic checkpoint "
-            f"is in {self.elastic}: deploy another shape of it, or at another scheme"
-        )
+            best = deploy_best(self.elastic, Frontier.load(self.frontier), self.deployed)
+        each, made = best.choice, best.deployed
+        told = Deployment(
+            shape=each.shape, flow=each.flow, parity=made.parity.in_words, mean_kl=made.parity.mean_kl,
+            costs={limit.name: _cost(limit, each.costs[limit.name].value) for limit in self.budget.limits},
+            skipped=best.skipped, bytes=made.export.bytes, ways=made.ways,
+        )  # fmt: skip
+        told.save(done)
+        return told
 
     def report(self, shape: str) -> tuple[Interval, Interval]:
         """Return the loss of the whole model and of a shape, on text that nothing else saw."""

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from amoeba_plugin.cli import app
+from amoeba_plugin.deployment import within
 from amoeba_plugin.deployment.budget import Budget
 from amoeba_plugin.deployment.profiling.measure import Measuring
 from amoeba_plugin.deployment.profiling.profile import Profile
@@ -94,7 +95,7 @@ def stopped(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     output = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "deploy_shape", stop)
+        patch.setattr(run, "deploy_best", stop)
         with pytest.raises(StoppedError):
             fit(place, output)
     return output
@@ -197,15 +198,15 @@ def test_a_fit_that_was_stopped_in_its_selection_goes_on_there(
 def test_where_an_engine_refuses_the_best_the_next_one_is_taken(
     place: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    deploy, tried = run.deploy_shape, []
+    deploy, tried = within.deploy_shape, []
 
-    def refuse_first(elastic: Path, shape: str, flow: str, output: Path):
+    def refuse_first(elastic: Path, shape: str, flow: str, output: Path, base: str | None):
         tried.append(shape)
         if len(tried) == 1:
             raise DeploymentError("it is too odd")
-        return deploy(elastic, shape, flow, output)
+        return deploy(elastic, shape, flow, output, base)
 
-    monkeypatch.setattr(run, "deploy_shape", refuse_first)
+    monkeypatch.setattr(within, "deploy_shape", refuse_first)
     result = fit(place, undeployed(stopped))
     found = [each.shape for each in Frontier.load(stopped / "frontier.json").candidates if each.keeps]
     assert tried == found[:2]

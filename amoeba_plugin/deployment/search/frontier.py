@@ -115,9 +115,14 @@ class Frontier(Document):
         return next(each for each in self.candidates if (each.shape, each.flow) == (self.chosen, self.flow))
 
     @property
+    def within(self) -> list[Candidate]:
+        """Those that keep the budget, what was chosen first, then the best."""
+        return [self.best, *(each for each in self.candidates if each.keeps and each != self.best)]
+
+    @property
     def runner_up(self) -> Candidate | None:
         """The second best within the budget; ``None``: no other that keeps it was evaluated."""
-        return next((each for each in self.candidates if each.keeps and each != self.best), None)
+        return next(iter(self.within[1:]), None)
 
     @classmethod
     def of(cls, problem: Problem, asked: Asked, unit: str, settled: Settled, elastic: str) -> Frontier:
