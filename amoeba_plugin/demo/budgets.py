@@ -67,12 +67,10 @@ def within_budgets(elastic: Path, judged: Path, output: Path, schedule: Schedule
         except DeploymentError as error:
             tqdm.write(f"no subnet for {point} in this report: {error}")
             continue
-        for each in best.skipped:
-            tqdm.write(f"not {each.shape} at {each.flow}: {each.why}")
         deployed = best.deployed
         row = DeployedRow(
             shape=best.choice.shape, flow=point, bytes=deployed.export.bytes, parity=deployed.parity.in_words,
-            directory=str(directory), ways=deployed.ways,
+            directory=str(directory), ways=deployed.ways, skipped=best.skipped,
         )  # fmt: skip
         rows.append(BudgetRow(frontier=found, deployed=row))
     return rows, Profile.load(path)

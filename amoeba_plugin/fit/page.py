@@ -18,7 +18,7 @@ def write_page(found: Fitted, frontier: Frontier, profile: Profile, output: Path
     taken = found.deployed
     row = DeployedRow(
         shape=taken.shape, flow=taken.flow, bytes=taken.bytes, parity=taken.parity,
-        directory=str(output / "deployed"), ways=taken.ways,
+        directory=str(output / "deployed"), ways=taken.ways, skipped=taken.skipped,
     )  # fmt: skip
     perplexity = {"subnet": math.exp(found.loss.value), "whole": math.exp(found.whole.value)}
     text = render_page(

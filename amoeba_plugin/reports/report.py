@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from amoeba_plugin.deployment.profiling.profile import Profile
 from amoeba_plugin.deployment.search.frontier import Frontier
+from amoeba_plugin.deployment.within import Skipped
 from amoeba_plugin.selection.layerwise.policy import LayerwisePolicy
 
 REPORT_JSON = "report.json"
@@ -112,6 +113,7 @@ class DeployedRow(_Row):
         parity: What its engine makes of it, in words.
         directory: Where it lies.
         ways: To run it there: a title, the language, and the text of each.
+        skipped: Better choices that their engines refused.
     """
 
     shape: str
@@ -120,6 +122,7 @@ class DeployedRow(_Row):
     parity: str
     directory: str
     ways: list[tuple[str, str, str]]
+    skipped: list[Skipped] = []
 
 
 class BudgetRow(_Row):

@@ -32,6 +32,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(table_of(row.frontier))
         of = row.deployed
         console.print(f"{of.shape} as {of.flow}, {size(of.bytes)} in {of.directory}: {of.parity}")
+        for each in of.skipped:
+            console.print(f"not {each.shape} at {each.flow}: {each.why}")
     if report.requests:
         console.print(_request_table(report.requests))
     closed = report.median_gap_closed()

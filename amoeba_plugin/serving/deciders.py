@@ -30,7 +30,7 @@ class DeciderOptions:
 
 
 def largest_feasible(options: DeciderOptions) -> Decider:
-    """Take the shape that takes longest per token, on as much of the prompt as it has time for."""
+    """Take the largest shape, by what it takes per token, on as much of the prompt as it has time for."""
     return lambda feasible, reading: best_of(feasible)
 
 
@@ -56,9 +56,25 @@ def dual_head(options: DeciderOptions) -> Decider:
 
 
 def best_of(feasible: Feasible) -> Decision | None:
-    """Return the feasible decision of the largest shape by time per token, and of those that of the longest prompt."""
-    latencies = feasible.latencies
-    return max(feasible.decisions, key=lambda each: (latencies[each].tpot, each.share), default=None)
+    """Return the feasible decision of the largest shape by time per token, and of those that of the longest prompt.
+
+    A shape is not taken for another one that has all its layers and channels, whatever measurements say of the two.
+    """
+    decisions, latencies = feasible.decisions, feasible.latencies
+
+    def size(decision: Decision) -> tuple[float, Fraction]:
+        return latencies[decision].tpot, decision.share
+
+    best = max(decisions, key=size, default=None)
+    while best is not None and (larger := [each for each in decisions if _has_more(each, best)]):
+        best = max(larger, key=size)
+    return best
+
+
+def _has_more(one: Decision, other: Decision) -> bool:
+    """Tell whether a decision has all layers, channels and tokens of another one, and more layers or channels."""
+    a, b = one.shape, other.shape
+    return a != b and a.depth >= b.depth and a.width >= b.width and one.share >= other.share
 
 
 def decided(decider: Decider, feasible: Feasible, reading: Reading | None = None) -> Decision:

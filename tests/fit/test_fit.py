@@ -212,6 +212,8 @@ def test_where_an_engine_refuses_the_best_the_next_one_is_taken(
     assert tried == found[:2]
     assert result.deployed.shape == found[1]
     assert [(each.shape, each.why) for each in result.deployed.skipped] == [(found[0], "it is too odd")]
+    page = (stopped / "report.html").read_text("utf-8")
+    assert f"<dt>{found[0]} at {result.deployed.flow}</dt><dd>it is too odd</dd>" in page
 
 
 def test_a_dry_run_stops_behind_the_recipe(place: Path, tmp_path: Path):

@@ -142,3 +142,21 @@ def test_an_unknown_decision_names_the_known_ones():
         PluginError, match="no decision named 'largest'.*dual_head, fixed, largest_feasible, random_feasible"
     ):
         decider_named("largest")
+
+
+@given(requests)
+def test_no_larger_shape_that_keeps_the_targets_is_passed_over(asked: Asked):
+    found = feasible(SPACE, latency, asked)
+    best = best_of(found)
+    assert (best is None) == (not found.decisions)
+    for other in found.decisions:
+        if best is not None and other.share >= best.share and other.shape != best.shape:
+            assert other.shape.depth < best.shape.depth or other.shape.width < best.shape.width
+
+
+def test_who_names_no_target_gets_the_whole_model_though_another_shape_was_measured_slower():
+    def odd(shape: SubnetShape, tokens: int) -> Latency:
+        return Latency(1.0, 2.0 if str(shape) == "12x3/4" else 1.0)
+
+    best = best_of(feasible(SPACE, odd, Asked(Prompt(30, 10), 5, Slo())))
+    assert best == Decision(SPACE.largest)

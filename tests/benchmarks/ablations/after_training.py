@@ -28,7 +28,7 @@ def ways(subject: Subject) -> Mapping[str, Way]:
     }
 
 
-def table_training(subject: Subject, results: Results, seeds: Sequence[int], _: Sequence[str] | None = None) -> None:
+def table_training(subject: Subject, results: Results, seeds: Sequence[int], only: Sequence[str] | None = None) -> None:
     """Held-out loss above the dense model's of every shape before and after training, with and without repair, and with
     the strength of the adapter that each shape loses least at on rows that were held out of the training."""
     subject = replace(subject, draws=min(DRAWS, subject.draws))
@@ -38,6 +38,8 @@ def table_training(subject: Subject, results: Results, seeds: Sequence[int], _: 
     print(header(title, "subnets", [*subnets, "mean"]))
     for when in ("before", "trained", FITTED):
         for name, way in ways(subject).items():
+            if only and name not in only:
+                continue
             of_seeds = [
                 _losses(subject, results, f"training/{name}", way, shapes, seed, when != "before")
                 for seed in (seeds[:1] if when == "before" else seeds)
