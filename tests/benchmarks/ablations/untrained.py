@@ -38,6 +38,7 @@ SELECTIONS: Mapping[str, Way] = {
     "LLM-Pruner's rule: Taylor, layers 4 to 27": Way(
         width={"widths": WIDTHS, "importance": "taylor", "anchor_layers": [0, 1, 2, 3, 28, 29], "repair": CUT}
     ),
+    "whole first and last layers, repaired": Way(width={"widths": WIDTHS, "anchor_layers": [0, 1, 28, 29]}),
     "whole first and last layers, biases": Way(
         width={"widths": WIDTHS, "anchor_layers": [0, 1, 28, 29], "bias_compensation": True}
     ),
