@@ -269,7 +269,8 @@ class ElasticService:
     def _is_done(self, running: Running) -> None:
         """Say that a request's step is over; of others that are computed with it, it may not be."""
         if self._step is not None:
-            self._step = self._step[0] - {running.job.number}, self._step[1]
+            others = self._step[0] - {running.job.number}
+            self._step = (others, self._step[1]) if others else None
 
     def _end(self, running: Running, end: End, error: str = "") -> None:
         with self._wake:

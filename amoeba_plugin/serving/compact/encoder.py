@@ -116,7 +116,7 @@ def _loaded(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTraine
             name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         words = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers raises anything of what is no model, or wants another package
         raise ArtifactError(
             f"the encoder '{name}' cannot be loaded: {why_not(name, error)} Give a directory that save_pretrained "
             "wrote, or a hub id, with safetensors and a tokenizer"

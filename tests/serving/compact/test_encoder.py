@@ -217,6 +217,7 @@ def test_an_encoder_of_the_hub_is_kept_by_the_commit_that_was_loaded(
         return found, told
 
     load, words = AutoModel.from_pretrained, AutoTokenizer.from_pretrained
+    monkeypatch.setattr("amoeba_plugin.serving.compact.encoder.require_answering", lambda name: None)
     monkeypatch.setattr(AutoModel, "from_pretrained", model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, revision: words(bert))
     record = load_encoder(named, WORDS).record
