@@ -61,10 +61,14 @@ def test_answers_computed_step_by_step_between_others_are_those_of_each_subnet_a
         assert list(answer) == []
 
 
-@given(st.lists(asked, min_size=1, max_size=12), st.sampled_from([None, Decision(SubnetShape(2, Fraction(1)))]))
+@given(
+    st.lists(asked, min_size=1, max_size=12),
+    st.sampled_from([None, Decision(SubnetShape(2, Fraction(1)))]),
+    st.integers(1, 4),
+)
 @settings(deadline=None, max_examples=60)
-def test_nothing_that_was_taken_is_late_in_silence(requests: list[Request], wanted: Decision | None):
-    backend, answers, refused = Clocked(), [], 0
+def test_nothing_that_was_taken_is_late_in_silence(requests: list[Request], wanted: Decision | None, at_once: int):
+    backend, answers, refused = Clocked(at_once=at_once), [], 0
     with service_of(backend, decider=lambda found, reading: wanted) as service:
         for request in requests:
             try:
@@ -73,6 +77,7 @@ def test_nothing_that_was_taken_is_late_in_silence(requests: list[Request], want
                 refused += 1
                 assert not request.best_effort
         backend.gate.set()
+    assert all(2 <= together <= at_once for together in backend.batches)
     for request, answer in answers:
         pieces, measured = list(answer), answer.measured
         assert measured is not None

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from amoeba_plugin.elastic.model import ElasticModel
-from amoeba_plugin.errors import SloError
 from amoeba_plugin.serving.answer import Request
 from amoeba_plugin.serving.backend import AT_ONCE, TorchBackend
 from amoeba_plugin.serving.service import ElasticService
@@ -19,7 +16,7 @@ from amoeba_plugin.serving.slo import Latency, Slo
 from amoeba_plugin.testing.random_models import attach_random_smol, random_model, random_strategy
 from support.architectures import CONFIGS
 from support.models import make_tiny_model, random_elastic
-from support.serving import SPACE, Clocked, asked, latency_of, service_of
+from support.serving import SPACE, Clocked, latency_of, service_of
 
 NO_WINDOW = {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 4}
 FORGETFUL = ["gemma2", "gemma3_text"]  # some of their layers always attend within a window
@@ -75,27 +72,6 @@ def test_the_service_computes_patient_requests_together_and_each_answer_is_its_o
             assert piece.token == int(row.argmax())
             assert piece.log_probability == pytest.approx(float(row.max()), abs=1e-4)
             logits = plain.step(shape, cache, piece.token)
-
-
-@given(st.lists(asked, min_size=1, max_size=12), st.integers(2, 4))
-@settings(deadline=None, max_examples=60)
-def test_nothing_that_was_taken_is_late_where_steps_are_shared(requests: list[Request], at_once: int) -> None:
-    backend, answers = Clocked(at_once=at_once), []
-    with service_of(backend) as service:
-        for request in requests:
-            try:
-                answers.append((request, service.ask(request)))
-            except SloError:
-                assert not request.best_effort
-        backend.gate.set()
-    assert all(2 <= batch <= at_once for batch in backend.batches)
-    for request, answer in answers:
-        pieces, measured = list(answer), answer.measured
-        assert measured is not None
-        assert (len(pieces), answer.end) == (request.most, "length")
-        if answer.in_time:
-            whole = latency_of(SPACE.largest, len(request.tokens))
-            assert request.slo.limits(whole).kept_by(Latency(measured.ttft - 1e-6, measured.tpot - 1e-6), request.most)
 
 
 def test_a_step_that_fails_together_is_computed_one_by_one() -> None:
