@@ -71,7 +71,7 @@ class Feasible:
     """What every decision takes, and which of them keep a request's targets.
 
     Attributes:
-        whole: Of the whole model on the whole prompt.
+        whole: Of the whole model on the whole prompt, once it has waited: what shares are of.
         limits: Of the request, once it has waited.
         latencies: Of all decisions; larger shapes first, and of each shape larger shares.
         answer: Tokens of the answer, at most.
@@ -145,7 +145,8 @@ def feasible(space: ShapeSpace, latency_of: LatencyOf, asked: Asked, shares: Seq
     for share in shares:
         kept.setdefault(asked.prompt.kept(share), share)
     latencies = {Decision(shape, share): latency_of(shape, tokens) for shape in space for tokens, share in kept.items()}
-    whole = latency_of(space.largest, asked.prompt.tokens)
+    alone = latency_of(space.largest, asked.prompt.tokens)
+    whole = Latency(asked.waited + alone.ttft, alone.tpot)
     return Feasible(whole, asked.slo.limits(whole).behind(asked.waited), latencies, asked.answer)
 
 

@@ -8,12 +8,11 @@ at once in turns, the others in the order they came. Tokens of several requests 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from amoeba_plugin.serving.slo import Latency, Limits
+from amoeba_plugin.serving.slo import Latency, Limits, within
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ class Job:
         assert self.first is not None
         mean = (last - self.first) / (self.answer - 1) if self.answer > 1 else 0.0
         return (
-            _within(self.first - self.came, self.limits.ttft)
-            and _within(mean, self.limits.tpot)
-            and _within(last - self.came, self.limits.total)
+            within(self.first - self.came, self.limits.ttft)
+            and within(mean, self.limits.tpot)
+            and within(last - self.came, self.limits.total)
         )
 
 
@@ -192,7 +191,3 @@ def admits(before: Mapping[int, Promise], behind: Mapping[int, Promise], new: in
         new: Its number.
     """
     return behind[new].kept and all(behind[number].kept for number, each in before.items() if each.kept)
-
-
-def _within(took: float, limit: float) -> bool:
-    return took <= limit or math.isclose(took, limit, rel_tol=1e-9)

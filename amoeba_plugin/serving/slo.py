@@ -147,7 +147,16 @@ class Limits:
 
     def kept_by(self, latency: Latency, answer: int) -> bool:
         """Tell whether a latency keeps them for an answer of so many tokens."""
-        return latency.ttft <= self.ttft and latency.tpot <= self.tpot and latency.total(answer) <= self.total
+        return (
+            within(latency.ttft, self.ttft)
+            and within(latency.tpot, self.tpot)
+            and within(latency.total(answer), self.total)
+        )
+
+
+def within(took: float, limit: float) -> bool:
+    """Tell whether a time keeps a limit, but for the rounding of its sum."""
+    return took <= limit or math.isclose(took, limit, rel_tol=1e-9)
 
 
 def _target(name: str, number: float, unit: str) -> Target:

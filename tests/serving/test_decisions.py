@@ -16,7 +16,7 @@ from amoeba_plugin.plugins.manager import collected
 from amoeba_plugin.serving.deciders import DeciderOptions, best_of, decided
 from amoeba_plugin.serving.feasible import SHARES, Asked, Decision, Feasible, Prompt, feasible, profiled
 from amoeba_plugin.serving.registry import decider_named
-from amoeba_plugin.serving.slo import Latency, Limits, Slo, Target
+from amoeba_plugin.serving.slo import Latency, Limits, Slo, Target, within
 from amoeba_plugin.shape import ShapeSpace, SubnetShape
 
 SPACE = ShapeSpace((12, 10, 8), (Fraction(1), Fraction(3, 4), Fraction(1, 2)))
@@ -47,7 +47,7 @@ def of_loops(asked: Asked) -> set[Decision]:
                 tokens = asked.prompt.tokens - asked.prompt.droppable + math.ceil(asked.prompt.droppable * tenths / 10)
                 took = latency(SubnetShape(depth, width), tokens)
                 slo, waited = asked.slo, asked.waited
-                good = slo.ttft is None or took.ttft <= slo.ttft.amount * whole.ttft - waited
+                good = slo.ttft is None or within(took.ttft, slo.ttft.amount * (whole.ttft + waited) - waited)
                 good &= slo.tpot is None or took.tpot <= slo.tpot.amount * whole.tpot
                 good &= slo.total is None or took.ttft + (asked.answer - 1) * took.tpot <= slo.total - waited
                 if good and tokens not in lengths:

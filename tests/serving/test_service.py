@@ -110,6 +110,14 @@ def test_a_busy_service_gives_what_is_left_or_says_so_at_once():
         assert answer.measured.total(10) <= 100
 
 
+def test_a_whole_share_of_the_whole_models_time_is_kept_by_the_whole_model_however_late_it_is_looked_at():
+    backend, ticks = Clocked(), itertools.count()
+    backend.gate.set()
+    with ElasticService(backend, latency_of, clock=lambda: backend.now + 1e-5 * next(ticks)) as service:
+        answer = service.ask(Request([1] * 7, Slo.parse("ttft<=100% tpot<=100%"), 3))
+        assert (answer.decision.shape, answer.in_time) == (SPACE.largest, True)
+
+
 def test_what_nobody_wants_any_more_ends_within_a_step_and_what_fails_ends_alone():
     backend = Clocked(fails=(7,))
     backend.gate.set()
