@@ -113,7 +113,8 @@ def test_a_quantized_shape_is_deployed_and_runs_by_llama_cpp_alone(tmp_path: Pat
     assert deployed.parity.whole_mean_kl is not None
     assert deployed.export.tensor_types == {"Q8_0": 2, "Q4_0": 21, "F32": 7}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "model.gguf", "Modelfile", "README.md", "parity.json"
+        "model.gguf", "Modelfile", "README.md", "parity.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",  # what `amoeba serve` reads text by
     }  # fmt: skip
     told = {name: field.contents() for name, field in GGUFReader(tmp_path / "out/model.gguf").fields.items()}
     assert told["general.license"] == "apache-2.0"
