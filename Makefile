@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: $(STAMP) ## compress, quantize, reload and measure the model that comes with the package (7 minutes)
+demo: $(STAMP) ## compress, quantize, reload and measure the model that comes with the package (9 minutes)
 	$(BIN)/amoeba demo --output-dir $(DEMO_OUTPUT)
 
 test: lint types layers unit ## all checks and tests; the default

@@ -76,8 +76,8 @@ class OneForAllDistillationModifier(TrainedModifier):
         distill_all_tokens: Distil every position, not just those before a target token. Default false.
         distill_steps: Optimizer steps with distillation; after them all learn from the labels alone. Default: all.
         strength_rows: Sequences that are not trained on, the last ones, an eighth of all at most: they decide how much
-            of the adapter every shape takes, between nothing and all of it, so that none ends worse than it began;
-            SMOL only. 0, or where an eighth is less than 4 of them: all take all of it. Default 16.
+            of the adapter every shape takes, between nothing and all of it, so that on them none ends worse than it
+            began; SMOL only. 0, or where an eighth is less than 4 of them: all take all of it. Default 16.
         loss_balancing: Scale each subnet's gradient by loss of the largest / its loss. Default true.
         max_balance_ratio: The largest such ratio. Default 10.
         conflict_every: Optimizer steps between two measurements of the cosines between the subnets' gradients, which
